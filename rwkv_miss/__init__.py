@@ -1,0 +1,47 @@
+"""Fine-tune RWKV with MiSS and merge the result for any RWKV runtime. Importing this compiles nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rwkv_miss.adapters.files import load_adapter, save_adapter
+    from rwkv_miss.adapters.inject import inject
+    from rwkv_miss.config import AdapterConfig, ModelConfig
+    from rwkv_miss.merge import MergeReport, merge
+    from rwkv_miss.model import load_model
+
+__version__ = "0.1.0"
+
+# Each public name and the module it lives in; the module is imported when the name is first used, so that
+# `rwkv-miss --help` does not wait for torch.
+_HOMES = {
+    "AdapterConfig": "config",
+    "ModelConfig": "config",
+    "load_model": "model",
+    "inject": "adapters.inject",
+    "save_adapter": "adapters.files",
+    "load_adapter": "adapters.files",
+    "merge": "merge",
+    "MergeReport": "merge",
+}
+__all__ = [
+    "AdapterConfig",
+    "MergeReport",
+    "ModelConfig",
+    "inject",
+    "load_adapter",
+    "load_model",
+    "merge",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rwkv_miss' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rwkv_miss.{_HOMES[name]}"), name)
+    # Bound here for good: importing the submodule `rwkv_miss.merge` has just bound the module to this name.
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Adapters: the method (miss), where it goes (inject), and its files (files)."""

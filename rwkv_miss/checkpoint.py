@@ -1,0 +1,277 @@
+"""RWKV checkpoints on disk: read without copying, recognised by their keys, written beside and renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.errors import UserError
+
+# The storage classes that PyTorch's pickles name, for the dtypes that an RWKV checkpoint may have.
+_STORAGES = {
+    torch.float32: torch.FloatStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.float16: torch.HalfStorage,
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """`bf16`, `fp16`, `fp32` or a torch dtype -> the torch dtype."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads a flat state dict from a .pth (PyTorch) or .st / .safetensors file.
+
+    Tensors are memory-mapped where the format allows it (zip .pth, safetensors): a tensor costs memory only
+    when it is used. Nothing in the file is executed.
+
+    Raises:
+        UserError: no such file, a folder, a damaged file, a pickle that holds code, or not a flat state dict.
+    """
+    path = Path(path)
+    check_is_file(path, "checkpoint")
+    if path.suffix in (".st", ".safetensors"):
+        try:
+            return load_file(path)
+        except SafetensorError as e:
+            raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
+    try:
+        # Only the zip format (PyTorch >= 1.6) can be mapped; older files are read whole.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as e:
+        if "Unsupported" in str(e):
+            found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*", str(e))
+            what = f" ({found.group(0).strip()[:120]})" if found else ""
+            raise UserError(
+                f"{path}: the pickle inside asks to run code{what}; refused, nothing was executed. "
+                "Use a checkpoint that holds tensors alone, or convert it where you trust its origin"
+            ) from None
+        raise UserError(f"{path}: not a PyTorch checkpoint; expected a .pth or .st file of weights") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+        reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+        raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+        holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
+        raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
+    return loaded
+
+
+def check_is_file(path: Path, what: str) -> None:
+    """UserError unless `path` is a file; `what` names its role in the message."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; the {what} must be a file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file ({what})")
+
+
+def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> ModelConfig:
+    """Everything that the keys and shapes of a checkpoint say (shared key layout: BlinkDL's RWKV-LM).
+
+    Raises:
+        UserError: another architecture or layout, named, with the way out; or a key that is missing.
+    """
+    version = _recognise(tensors, path)
+
+    def shape(key: str) -> torch.Size:
+        if key not in tensors:
+            raise UserError(f"{path}: RWKV-{version} checkpoint without {key}; the file is incomplete")
+        return tensors[key].shape
+
+    layers = {int(m.group(1)) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
+    if layers != set(range(len(layers))):
+        missing = min(set(range(max(layers))) - layers)
+        raise UserError(f"{path}: blocks.{missing}.* is missing between 0 and {max(layers)}")
+    heads = shape("blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa")
+    vocab_size, n_embd = shape("emb.weight")
+    low_rank = {}
+    if version == 7:
+        # Layer 0 has no use for v1 and may lack it; a model of one layer then has no such width at all.
+        v_layer = 1 if len(layers) > 1 else 0
+        low_rank = {name: int(shape(f"blocks.0.att.{name}1")[1]) for name in ("w", "a", "g")}
+        if len(layers) > 1:
+            low_rank["v"] = int(shape(f"blocks.{v_layer}.att.v1")[1])
+    return ModelConfig(
+        version=version,
+        n_layer=len(layers),
+        n_embd=int(n_embd),
+        n_head=int(heads[0]),
+        head_size=int(heads[1]),
+        dim_ffn=int(shape("blocks.0.ffn.key.weight")[0]),
+        vocab_size=int(vocab_size),
+        low_rank=low_rank,
+    )
+
+
+def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
+    def refuse(what: str, way_out: str) -> UserError:
+        return UserError(f"{path}: {what}; {way_out}")
+
+    names = set(tensors)
+    if any(name.startswith(("model.layers.", "model.embeddings.", "rwkv.", "model.blocks.")) for name in names):
+        raise refuse(
+            "a Hugging Face layout (keys such as " + next(n for n in names if n.startswith(("model.", "rwkv."))) + ")",
+            "use the .pth it was converted from, in BlinkDL's layout (emb.weight, blocks.0.att...)",
+        )
+    if any(name.endswith((".disha", ".bone")) for name in names) or any("lora_A" in n for n in names):
+        raise refuse("an adapter, not a model", "give the base checkpoint here")
+    if not any(name.startswith("blocks.0.att.") for name in names):
+        found = ", ".join(sorted(names)[:3])
+        raise refuse(f"not an RWKV checkpoint (keys such as {found})", "expected blocks.0.att.* and emb.weight")
+    if any(".ffn.s_emb" in name for name in names):
+        raise refuse("an RWKV-7a/7b (DeepEmbed) checkpoint", "only plain RWKV-7 is supported")
+    if "blocks.0.att.k_k" in names:
+        return 7
+    if "blocks.0.att.time_maa_x" in names:
+        return 6
+    old = 5 if "blocks.0.att.ln_x.weight" in names else 4
+    raise refuse(f"an RWKV-{old} checkpoint", "RWKV-7 is supported; fine-tune from a newer base")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of which base this is: every key, shape and dtype, and 16 evenly spaced pieces of 1 KiB of every
+    tensor's bytes, so that a large file is recognised without being read whole."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data = tensor.reshape(-1).view(torch.uint8)
+        piece, pieces = 1024, 16
+        if data.numel() <= piece * pieces:
+            digest.update(data.numpy().tobytes())
+            continue
+        step = (data.numel() - piece) // (pieces - 1)
+        for i in range(pieces):
+            digest.update(data[i * step : i * step + piece].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; at the end it is flushed to the disk and renamed to `path`. After
+    any failure the new file is removed and the old one, if there was one, is as it was.
+
+    Raises:
+        UserError: the disk refused (no space, no permission).
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as e:
+        reason = "no space left on the disk" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
+        kept = "; the file that was there is unchanged" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {reason}{kept}") from e
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that is yet to be computed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    spec: TensorSpec
+
+
+class _SpecPickler(pickle.Pickler):
+    """Pickles a `TensorSpec` as `torch.save` pickles a contiguous CPU tensor, so that the bytes can follow one
+    tensor at a time (PyTorch's zip format: torch/serialization.py, `_save`)."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.n_storages = 0
+
+    def reducer_override(self, obj):
+        if not isinstance(obj, TensorSpec):
+            return NotImplemented
+        storage = _Storage(str(self.n_storages), obj)
+        self.n_storages += 1
+        stride = torch.empty(obj.shape, device="meta").stride()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, tuple(obj.shape), stride, False, OrderedDict())
+
+    def persistent_id(self, obj):
+        if isinstance(obj, _Storage):
+            return "storage", _STORAGES[obj.spec.dtype], obj.key, "cpu", obj.spec.shape.numel()
+        return None
+
+
+def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[str], Tensor]) -> None:
+    """Writes a .pth as `torch.save` would write the dict of all tensors, holding one tensor at a time.
+
+    Args:
+        compute: called once for each name in the order of `specs`; returns the tensor that its spec describes.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    pickled = io.BytesIO()
+    _SpecPickler(pickled).dump(dict(specs))
+    with open(path, "wb") as file:
+        sink = _Sink(file)
+        writer = torch._C.PyTorchFileWriter(sink)
+        writer.write_record("data.pkl", pickled.getvalue(), len(pickled.getvalue()))
+        writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
+        for i, (name, spec) in enumerate(specs.items()):
+            tensor = compute(name)
+            assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
+            nbytes = tensor.numel() * tensor.element_size()
+            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != nbytes:
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            writer.write_record(f"data/{i}", tensor.untyped_storage(), nbytes)
+            sink.check()
+        writer.write_end_of_file()
+        sink.check()
+
+
+class _Sink:
+    """A file whose writes never fail: the first error is kept for `check`. PyTorch's writer, told of a failed
+    write, ends the whole process in its destructor (torch 2.13, inline_container.cc)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as e:
+                self.error = e
+        return len(data)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error

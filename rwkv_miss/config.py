@@ -1,0 +1,172 @@
+"""Settings as dataclasses. The docstring under a field is its help on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rwkv_miss.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of an RWKV model, as its checkpoint says them."""
+
+    version: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    head_size: int
+    dim_ffn: int
+    vocab_size: int
+    low_rank: dict[str, int] = field(default_factory=dict)
+    """Widths of RWKV-7's own low-rank matrices: w (decay), a (in-context rate), v (value residual), g (gate)."""
+
+
+@dataclass
+class AdapterConfig:
+    """Which adapter is trained beside which linears."""
+
+    method: Literal["miss"] = "miss"
+    """The adapter's method. miss: Matrix Shard Sharing, one trainable (r, out) matrix a linear."""
+    r: int = 64
+    """Rank: rows of the trainable matrix, and the size of the blocks that the input is summed over."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input while training."""
+    target_modules: list[str] | None = None
+    """Ends of the names of the linears to adapt, such as [att.key, ffn.value]; all time-mix and channel-mix
+    linears when not given."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.method != "miss":
+            found.append(f"adapter.method is {self.method!r}; this version has: miss")
+        if self.r < 1:
+            found.append(f"adapter.r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            found.append(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
+        if self.target_modules is not None and not self.target_modules:
+            found.append("adapter.target_modules is empty; leave it out to adapt every linear")
+        return found
+
+
+@dataclass
+class TrainConfig:
+    """Fine-tune an RWKV-7 checkpoint with MiSS."""
+
+    base: str
+    """The base checkpoint (.pth or .st) in BlinkDL's layout."""
+    data: str
+    """Training data: .jsonl (text, messages, or question and answer) or .txt."""
+    tokenizer: str
+    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    out: str
+    """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """The adapter."""
+    text_field: str = "text"
+    """Field of a .jsonl record that holds plain text."""
+    prompt_field: str | None = None
+    """Field that holds the prompt (question, query, instruction, ... are found without it)."""
+    answer_field: str | None = None
+    """Field that holds the answer (answer, response, output, ... are found without it)."""
+    separator: str | None = None
+    """What parts the documents of a .txt file; without it the whole file is one document."""
+    packing: bool = True
+    """Lay several documents into one row, each with a state of its own; false gives every document a row."""
+    val_data: str | None = None
+    """Validation data, in any format that data may have."""
+    val_split: float = 0.0
+    """Share of the training data held out for validation (0 to 1), when val_data is not given."""
+    val_every: int = 0
+    """Optimizer steps between validations; 0 validates at the end of each epoch."""
+    ctx_len: int = 512
+    """Tokens in a row."""
+    batch_size: int = 8
+    """Rows in a micro-batch, on each device."""
+    accumulate: int = 1
+    """Micro-batches in an optimizer step, on each device."""
+    epochs: int = 1
+    """Passes over the data. Each is one full pass."""
+    max_steps: int = 0
+    """Optimizer steps in all, over as many epochs as that takes; 0 leaves it to epochs."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    lr_min: float = 0.0
+    """Learning rate at the end of the schedule, as a share of the peak."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up. wsd: constant, then linear decay over the last decay_share."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    decay_share: float = 0.2
+    """Share of all steps that the wsd schedule decays over."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on the adapter."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's betas."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    gradient_checkpointing: bool = False
+    """Compute each block again in the backward pass instead of keeping its activations."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Dtype of the frozen weights and the activations; auto keeps the base's. The adapter is always fp32."""
+    devices: int = 1
+    """GPUs to use on each node; processes on a machine without a GPU."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
+    """How processes share the work. auto: one process alone, ddp for several."""
+    wkv_backend: str = "auto"
+    """Kernel of the recurrence: auto, cpu (C++), torch, or reference (slow, for checks)."""
+    seed: int = 42
+    """Seeds the order of the data, the validation split and dropout."""
+    log_every: int = 10
+    """Optimizer steps between the rows of metrics.csv."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints; 0 saves at the end of each epoch."""
+    resume: Literal["never", "auto"] = "never"
+    """auto goes on from the output folder's last checkpoint, or starts where there is none."""
+    overwrite: bool = False
+    """Replace what an earlier run left in the output folder."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        from rwkv_miss.ops import BACKENDS
+
+        found = self.adapter.problems()
+        for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
+            if getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "max_steps",
+            "warmup_steps",
+            "val_every",
+            "save_every",
+            "weight_decay",
+            "grad_clip",
+            "seed",
+        ):
+            if getattr(self, name) < 0:
+                found.append(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("lr_min", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if not 0 <= self.val_split < 1:
+            found.append(f"val_split is {self.val_split}; it must be in [0, 1)")
+        if not self.lr > 0:
+            found.append(f"lr is {self.lr}; it must be above 0")
+        if self.val_data and self.val_split:
+            found.append("val_data and val_split are both given; choose one")
+        if self.val_every and not (self.val_data or self.val_split):
+            found.append("val_every is given but there is nothing to validate on; give val_data or val_split")
+        if self.resume == "auto" and self.overwrite:
+            found.append("resume and overwrite are both given; choose one")
+        if self.wkv_backend not in BACKENDS:
+            found.append(f"wkv_backend is {self.wkv_backend!r}; it must be one of {', '.join(BACKENDS)}")
+        return found
+
+
+def check(config: TrainConfig | AdapterConfig) -> None:
+    """Raises one UserError that lists every problem of `config`."""
+    if found := config.problems():
+        raise UserError("; ".join(found))

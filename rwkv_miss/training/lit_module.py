@@ -1,0 +1,61 @@
+"""The training and validation steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from rwkv_miss.config import TrainConfig
+from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.training import optim
+from rwkv_miss.training.nonfinite import check_finite
+
+
+class LitRWKV(L.LightningModule):
+    """Trains the model's trainable parameters on batches of `rwkv_miss.data.batches`.
+
+    After each optimizer step `step_loss` is this rank's share of the loss averaged over the step's tokens;
+    after each validation `val_loss` is the mean over all its tokens, on every rank.
+    """
+
+    # Checkpoints hold the adapter alone; the frozen weights come from the base's file.
+    strict_loading = False
+
+    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int) -> None:
+        super().__init__()
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.step_loss = torch.zeros(())
+        self.val_loss: float | None = None
+        self._val_sums: Tensor | None = None
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, schedule = optim.configure(self.model.parameters(), self.total_steps, self.config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        share = loss_sum(self.model, batch) / batch["step_tokens"]
+        check_finite(self, batch, share)
+        first = batch_idx % self.config.accumulate == 0
+        self.step_loss = share.detach() + (0 if first else self.step_loss)
+        # Lightning and DeepSpeed divide by accumulate, and the ranks' gradients are averaged; step_tokens counts
+        # the tokens of the whole step, so both are undone and the gradient is that of the mean over its tokens.
+        return share * (self.config.accumulate * self.trainer.world_size)
+
+    def on_validation_epoch_start(self) -> None:
+        self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._val_sums[0] += loss_sum(self.model, batch)
+        self._val_sums[1] += (batch["targets"] >= 0).sum()
+
+    def on_validation_epoch_end(self) -> None:
+        loss, tokens = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
+        self.val_loss = loss / tokens
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        if "state_dict" in checkpoint:  # DeepSpeed writes its own
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}

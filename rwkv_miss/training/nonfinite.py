@@ -1,0 +1,59 @@
+"""A loss that is not finite ends the run; this finds where it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_miss.errors import RunError
+from rwkv_miss.model.loss import loss_sum
+
+if TYPE_CHECKING:
+    from rwkv_miss.training.lit_module import LitRWKV
+
+
+def check_finite(module: LitRWKV, batch: dict[str, Any], loss: Tensor) -> None:
+    """Raises RunError on every rank when the loss of any is not finite, naming the first module, in the order of
+    the forward pass, that made a value that is not."""
+    trainer = module.trainer
+    finite = bool(torch.isfinite(loss))
+    if trainer.strategy.reduce_boolean_decision(finite, all=True):
+        return
+    # All ranks run it again: under ZeRO-3 a forward needs every one of them.
+    culprit = first_nonfinite(module.model, batch)
+    where = f"step {trainer.global_step + 1}"
+    if finite:
+        raise RunError(f"{where}: the loss is not finite on another rank")
+    raise RunError(
+        f"{where}: the loss is {loss.item()}; the first module with an output that is not finite is {culprit}. "
+        "Nothing of this step was kept. Lower lr, or add warmup_steps"
+    )
+
+
+@torch.no_grad()
+def first_nonfinite(model: nn.Module, batch: dict[str, Any]) -> str:
+    """The first module, in the order in which they finish, whose output holds an inf or NaN, and which of its own
+    parameters do."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(child: nn.Module, args: Any, output: Any) -> None:
+            outputs = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
+            if found or all(torch.isfinite(t).all() for t in outputs):
+                return
+            bad = [n for n, p in child.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+            found.append(
+                f"{name} ({type(child).__name__}{', its ' + ', '.join(bad) + ' is not finite' if bad else ''})"
+            )
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    try:
+        loss_sum(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself (every module's output is finite)"

@@ -1,0 +1,187 @@
+"""A training run from its settings to its output folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+import yaml
+from rich.console import Console
+
+import rwkv_miss
+from rwkv_miss.adapters.inject import inject
+from rwkv_miss.checkpoint import atomic_write
+from rwkv_miss.config import TrainConfig, check
+from rwkv_miss.data.documents import Document, encode_record, split_validation
+from rwkv_miss.data.packing import make_rows
+from rwkv_miss.data.records import read_records
+from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.errors import UserError
+from rwkv_miss.model import load_model
+from rwkv_miss.training import strategies
+from rwkv_miss.training.data_module import PackedData
+from rwkv_miss.training.lit_module import LitRWKV
+from rwkv_miss.training.reporting import Reporter
+from rwkv_miss.training.saving import Saver, last_checkpoint
+
+_OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
+# What a resumed run must have in common with the run that it goes on with.
+_SAME = (
+    "data",
+    "tokenizer",
+    "adapter",
+    "val_data",
+    "val_split",
+    "ctx_len",
+    "batch_size",
+    "accumulate",
+    "seed",
+    "packing",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    loss: float | None
+    base_val_loss: float | None
+    best_val_loss: float | None
+    best_step: int
+
+
+def train(config: TrainConfig, console: Console) -> TrainResult:
+    """Fine-tunes as `config` says. Everything the user gave is checked before anything is written.
+
+    Raises:
+        UserError: something in the settings, the base, the data or the output folder is wrong.
+        RunError: the loss was not finite.
+        Stopped: a signal ended the run, after a checkpoint.
+    """
+    check(config)
+    out = Path(config.out)
+    # Lightning starts the other ranks by running the command again; only the first looks at the folder.
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if not first:
+        console = Console(quiet=True)
+    resume = (
+        _check_out(out, config) if first else last_checkpoint(out / "checkpoints") if config.resume == "auto" else None
+    )
+    L.seed_everything(config.seed, verbose=False)
+
+    model = load_model(config.base, None if config.precision == "auto" else config.precision, "cpu", config.wkv_backend)
+    sizes = model.config
+    model.gradient_checkpointing = config.gradient_checkpointing
+    inject(model, config.adapter)
+    documents = read_documents(config.data, config, sizes.vocab_size)
+    held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
+    if config.val_split:
+        documents, held_out = split_validation(documents, config.val_split, config.seed)
+    rows, report = make_rows(documents, config.ctx_len, config.packing)
+    val_rows, val_report = make_rows(held_out, config.ctx_len, config.packing) if held_out else (None, None)
+
+    rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
+    total_steps = config.max_steps or config.epochs * -(-len(rows.tokens) // rows_a_step)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    console.print(
+        f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
+        f"{sum(p.numel() for p in model.parameters()) - trainable:,} parameters frozen in "
+        f"{str(model.emb.weight.dtype).removeprefix('torch.')}, {trainable:,} trained",
+        highlight=False,
+    )
+    console.print(f"training: {report}", highlight=False)
+    if val_report:
+        console.print(f"validation: {val_report}", highlight=False)
+    if resume and resume[1] >= total_steps:
+        raise UserError(
+            f"{out}: the run is done ({resume[1]} of {total_steps} steps); raise epochs or max_steps to go on"
+        )
+    if first:
+        _start_folder(out, config)
+
+    saver = Saver(out, config.save_every, total_steps, {"tokenizer": config.tokenizer, "template": "rwkv-world"})
+    reporter = Reporter(out, config.log_every, total_steps, console)
+    trainer = _trainer(config, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None)
+    module = LitRWKV(model, config, total_steps)
+    trainer.fit(module, PackedData(rows, val_rows, config), ckpt_path=resume[0] if resume else None, weights_only=False)
+    return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
+
+
+def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document]:
+    """The file's records as token ids and loss masks."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    records = read_records(
+        path,
+        prompt_field=config.prompt_field,
+        answer_field=config.answer_field,
+        text_field=config.text_field,
+        separator=config.separator,
+    )
+    return [encode_record(record, tokenizer, vocab_size) for record in records]
+
+
+def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, resumed: bool) -> L.Trainer:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    on_gpu = torch.cuda.is_available()
+    strategy, plugins = strategies.build(config, on_gpu)
+    every = config.val_every * config.accumulate
+    return L.Trainer(
+        accelerator="cuda" if on_gpu else "cpu",
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        plugins=plugins,
+        precision=None if plugins else "32-true",
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.grad_clip or None,
+        val_check_interval=every or None,
+        check_val_every_n_epoch=None if every else 1,
+        # The whole validation before the first step: the base's own loss.
+        num_sanity_val_steps=-1 if has_val and not resumed else 0,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
+    """The checkpoint to resume from, if any; UserError where the folder may not be used."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; out must be a folder")
+    found = [name for name in _OURS if (out / name).exists()]
+    if not found or config.overwrite:
+        return None
+    if config.resume != "auto":
+        raise UserError(
+            f"{out}: holds another run ({', '.join(found)}); give another out, --resume auto to go on with it, or "
+            "--overwrite true to replace it"
+        )
+    if (out / "config.yaml").is_file():
+        before = yaml.safe_load((out / "config.yaml").read_text())
+        now = _as_yaml(config)
+        if changed := [f"{k} was {before.get(k)}, is {now[k]}" for k in _SAME if before.get(k) != now[k]]:
+            raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
+    return last_checkpoint(out / "checkpoints")
+
+
+def _start_folder(out: Path, config: TrainConfig) -> None:
+    if config.overwrite:
+        for name in _OURS:
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+    with atomic_write(out / "config.yaml") as part:
+        part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(_as_yaml(config), sort_keys=False))
+
+
+def _as_yaml(config: TrainConfig) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -1,0 +1,122 @@
+"""What a run leaves on the disk: checkpoints to resume from, and the adapter. A crash loses nothing saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from rwkv_miss.adapters.files import save_adapter
+from rwkv_miss.training.strategies import gathered
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal and has saved a checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of a run and its optimizer step; None where there is none."""
+    found = [(int(m.group(1)), p) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
+    return (max(found)[1], max(found)[0]) if found else None
+
+
+class Saver(L.Callback):
+    """Saves every `every` optimizer steps (0: at each epoch's end), at the end, and on SIGINT or SIGTERM.
+
+    The adapter folder holds the best of the validations so far, or the newest where nothing validates. Only the
+    newest checkpoint is kept; it is written beside the last and renamed before the last is removed.
+    """
+
+    def __init__(self, out: Path, every: int, total_steps: int, extra: dict[str, Any]) -> None:
+        self.out, self.every, self.total_steps, self.extra = out, every, total_steps, extra
+        self.best: float | None = None
+        self.best_step = 0
+        self._saved_step = 0
+        self._signal: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._signal = signum
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # in the middle of an optimizer step
+        step = trainer.global_step
+        # Any rank's signal stops all of them, at the same step.
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            self._save(trainer, module)
+            raise Stopped(self._signal or signal.SIGTERM)
+        if step >= self.total_steps:
+            trainer.should_stop = True  # not Trainer(max_steps=...), which would leave out the last validation
+        elif self.every and step % self.every == 0:
+            self._save(trainer, module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.best is None or module.val_loss < self.best:
+            self.best, self.best_step = module.val_loss, trainer.global_step
+            self._save_adapter(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.every:
+            self._save(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._save(trainer, module)
+
+    def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if step == self._saved_step:
+            return
+        if not trainer.enable_validation:
+            self._save_adapter(trainer, module)
+        folder = self.out / "checkpoints"
+        part, path = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove(part)
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(part)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            for file in [part, *part.rglob("*")]:
+                if file.is_file():
+                    with open(file, "rb+") as f:
+                        os.fsync(f.fileno())
+            os.replace(part, path)
+            for old in folder.glob("*step-*"):
+                if old != path:
+                    _remove(old)
+        self._saved_step = step
+
+    def _save_adapter(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        with gathered(trainer.strategy, [p for p in module.parameters() if p.requires_grad]):
+            if trainer.is_global_zero:
+                save_adapter(module.model, self.out / "adapter", {**self.extra, "step": trainer.global_step})
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
