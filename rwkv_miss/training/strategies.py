@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
 from rwkv_miss.config import TrainConfig
@@ -25,17 +25,19 @@ class _KeepDtypes(DeepSpeedPrecision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
 
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided by the number of accumulated micro-batches; DeepSpeed would do it again, and
+        # clip a gradient that is that much too small.
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
 
 class _CPUDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed on the CPU over gloo. DeepSpeed supports it; Lightning's strategy refuses (2.6.6)."""
 
     def setup_environment(self) -> None:
-        # Past DeepSpeedStrategy, whose only addition is the check for CUDA.
-        super(DeepSpeedStrategy, self).setup_environment()
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu", self.local_rank)  # DeepSpeed wants an index
+        assert self.parallel_devices is not None
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]  # it wants indices
+        super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA, which is all that was added
 
 
 def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]:
@@ -69,10 +71,6 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     return strategy, [_KeepDtypes()]
 
 
-def is_deepspeed(strategy: Strategy) -> bool:
-    return isinstance(strategy, DeepSpeedStrategy)
-
-
 def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContextManager:
     """A context in which the parameters are whole on every rank; ZeRO-3 keeps them in shards otherwise."""
     if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
@@ -80,7 +78,3 @@ def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContex
 
         return deepspeed.zero.GatheredParameters(list(parameters))
     return nullcontext()
-
-
-def is_several(strategy: Strategy) -> bool:
-    return isinstance(strategy, ParallelStrategy) and strategy.world_size > 1

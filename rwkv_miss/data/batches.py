@@ -1,0 +1,113 @@
+"""The order of the rows, each rank's share of them, and going on where a run stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwkv_miss.data.packing import NO_LOSS, Rows
+from rwkv_miss.errors import UserError
+
+
+class BatchStream:
+    """One rank's micro-batches of `rows`. Each full iteration is one epoch; every row comes once over all ranks.
+
+    The rows' order is a function of (seed, epoch). An optimizer step takes the next batch_size * accumulate *
+    world_size of them, dealt as evenly as can be over its accumulate * world_size micro-batches, so that every
+    rank has the same number of micro-batches, a multiple of `accumulate`, though the last step of an epoch may
+    have fewer rows: a micro-batch left without any gets one row of padding.
+
+    A micro-batch is a dict: `tokens` and `targets` int64 (b, T), `seq_start` bool (b, T), as in `Rows`, and
+    `step_tokens` int, the loss tokens in the whole optimizer step over all its micro-batches and ranks: the sum
+    of the loss over `step_tokens` adds up to the step's exact mean over tokens. T is ctx_len; with `trim` (for
+    rows of one document each) the columns after the last target of all b rows, which bear on no loss, are cut
+    off, down to one column.
+
+    `state_dict` and `load_state_dict` are the protocol by which Lightning saves and restores a loader: the first
+    iterator after loading goes on with the micro-batch after the last one yielded. Every other new iterator
+    begins an epoch that no iterator has begun. Only the newest iterator may be used.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        trim: bool,
+    ) -> None:
+        assert min(batch_size, accumulate, len(rows.tokens)) >= 1 and 0 <= rank < world_size
+        self._rows = rows
+        self._loss_tokens = np.count_nonzero(rows.targets != NO_LOSS, axis=1)
+        self._accumulate = accumulate
+        self._rank = rank
+        self._world_size = world_size
+        self._step_rows = batch_size * accumulate * world_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._trim = trim
+        self._epoch = 0
+        self._batch = 0  # micro-batches of the epoch that have been yielded
+        self._begun = False  # whether an iterator is in this epoch
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch: the same for every rank."""
+        return -(-len(self._rows.tokens) // self._step_rows) * self._accumulate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # A generator: nothing of this runs before the first batch is asked for, so an unused iterator is harmless.
+        if self._begun or self._batch == len(self):
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._begun = True
+        order = np.arange(len(self._rows.tokens))
+        if self._shuffle:
+            np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
+        while self._batch < len(self):
+            self._batch += 1  # before the yield: a state saved while this batch is in use is past it
+            yield self._micro_batch(order, self._batch - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batch": self._batch, "batches": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises UserError if the state is of a stream with another number of micro-batches an epoch."""
+        if state["batches"] != len(self):
+            raise UserError(
+                f"the checkpoint was saved in a run of {state['batches']} micro-batches an epoch, this run has "
+                f"{len(self)}; resume with the same data, ctx_len, batch_size, accumulate and number of devices"
+            )
+        self._epoch, self._batch = state["epoch"], state["batch"]
+        self._begun = False
+
+    def _micro_batch(self, order: np.ndarray, number: int) -> dict[str, Any]:
+        step, turn = divmod(number, self._accumulate)
+        step_rows = order[step * self._step_rows : (step + 1) * self._step_rows]
+        shares = self._accumulate * self._world_size
+        share = turn * self._world_size + self._rank
+        mine = step_rows[len(step_rows) * share // shares : len(step_rows) * (share + 1) // shares]
+
+        tokens, targets, seq_start = (
+            array[mine] for array in (self._rows.tokens, self._rows.targets, self._rows.seq_start)
+        )
+        if len(mine) == 0:
+            width = tokens.shape[1]
+            tokens = np.zeros((1, width), dtype=np.int32)
+            targets = np.full((1, width), NO_LOSS, dtype=np.int32)
+            seq_start = np.arange(width)[None] == 0
+        if self._trim:
+            used = np.flatnonzero((targets != NO_LOSS).any(axis=0))
+            width = used[-1] + 1 if len(used) else 1
+            tokens, targets, seq_start = tokens[:, :width], targets[:, :width], seq_start[:, :width]
+        return {
+            "tokens": torch.from_numpy(tokens.astype(np.int64)),
+            "targets": torch.from_numpy(targets.astype(np.int64)),
+            "seq_start": torch.from_numpy(seq_start.copy()),
+            "step_tokens": int(self._loss_tokens[step_rows].sum()),
+        }

@@ -1,0 +1,142 @@
+"""Rows of ctx_len positions, the unit of a batch: several documents packed into each, or one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from rwkv_miss.data.documents import Document, split_long
+
+NO_LOSS = -100
+"""The target of a position without loss (the value that torch's cross_entropy ignores)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """R rows of ctx_len positions. A document of L tokens takes L - 1 positions in a row.
+
+    tokens int32 (R, ctx_len): the inputs, 0 in the padding at a row's end. targets int32 (R, ctx_len): the next
+    token, or `NO_LOSS`. seq_start bool (R, ctx_len): true at each document's first position and the padding's.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    seq_start: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class PackReport:
+    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions."""
+
+    records: int
+    rows: int
+    ctx_len: int
+    tokens: int
+    loss_tokens: int
+    fill: float
+    truncated: int
+    dropped: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.records:,} records in {self.rows:,} rows of {self.ctx_len}: {self.tokens:,} tokens, "
+            f"{self.loss_tokens:,} with loss, {self.fill:.1%} filled; "
+            f"{self.truncated:,} truncated, {self.dropped:,} dropped"
+        )
+
+
+def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[Rows, PackReport]:
+    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors."""
+    fitted, truncated, dropped = split_long(documents, ctx_len)
+    rows = pack(fitted, ctx_len) if packing else pad(fitted, ctx_len)
+    tokens = sum(len(document.ids) - 1 for document in fitted)
+    return rows, PackReport(
+        records=len(documents),
+        rows=len(rows.tokens),
+        ctx_len=ctx_len,
+        tokens=tokens,
+        loss_tokens=int(np.count_nonzero(rows.targets != NO_LOSS)),
+        fill=tokens / rows.tokens.size,
+        truncated=truncated,
+        dropped=dropped,
+    )
+
+
+def pad(documents: list[Document], ctx_len: int) -> Rows:
+    """One document a row, in order. Documents have 2 to ctx_len + 1 tokens."""
+    return _lay_out(documents, [[i] for i in range(len(documents))], ctx_len)
+
+
+def pack(documents: list[Document], ctx_len: int) -> Rows:
+    """Documents of 2 to ctx_len + 1 tokens packed into few rows, each whole in one row. Deterministic."""
+    lengths = np.array([len(document.ids) - 1 for document in documents])
+    # Plain best fit is now and then the better of the two where most documents are longer than half a row.
+    packed = min((_pack_lengths(lengths, ctx_len, candidates) for candidates in (64, 1)), key=len)
+    by_length = np.argsort(lengths, kind="stable")
+    first = np.searchsorted(lengths[by_length], np.arange(ctx_len + 1)).tolist()
+    members = []
+    for row in packed:
+        member = []
+        for length in row:
+            member.append(int(by_length[first[length]]))
+            first[length] += 1
+        members.append(member)
+    return _lay_out(documents, members, ctx_len)
+
+
+def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[list[int]]:
+    """Bin packing: rows of lengths that sum to at most ctx_len.
+
+    Row by row: begin with the longest left, then add the length that leaves the least space, looking at the
+    `candidates` longest that fit, each together with the best partner that fits beside it. With 1 candidate this
+    is best-fit decreasing; with more, a small case of the minimum bin slack heuristic (Gupta and Ho, 1999).
+    """
+    count = np.bincount(lengths, minlength=ctx_len + 1).tolist()
+    left = [length for length in range(1, ctx_len + 1) if count[length]]  # the distinct lengths left, ascending
+    rows = []
+    while left:
+        row: list[int] = []
+        space = ctx_len
+        while left and left[0] <= space:
+            longest = bisect_right(left, space) - 1
+            at = longest
+            # Weigh them only where no single length fills the row but two more might.
+            if row and left[longest] < space <= 2 * left[-1]:
+                least = space - left[longest]
+                for i in range(longest, max(longest - candidates, -1), -1):
+                    rest = space - left[i]
+                    partner = bisect_right(left, rest) - 1
+                    slack = rest - left[partner] if partner >= 0 else rest
+                    if slack < least:
+                        at, least = i, slack
+                        if slack == 0:
+                            break
+            length = left[at]
+            row.append(length)
+            space -= length
+            count[length] -= 1
+            if count[length] == 0:
+                del left[at]
+        rows.append(row)
+    return rows
+
+
+def _lay_out(documents: list[Document], members: list[list[int]], ctx_len: int) -> Rows:
+    tokens = np.zeros((len(members), ctx_len), dtype=np.int32)
+    targets = np.full((len(members), ctx_len), NO_LOSS, dtype=np.int32)
+    seq_start = np.zeros((len(members), ctx_len), dtype=bool)
+    for row, member in enumerate(members):
+        start = 0
+        for i in member:
+            ids, mask = documents[i].ids, documents[i].mask
+            stop = start + len(ids) - 1
+            assert start < stop <= ctx_len
+            tokens[row, start:stop] = ids[:-1]
+            np.copyto(targets[row, start:stop], ids[1:], where=mask[1:])
+            seq_start[row, start] = True
+            start = stop
+        if start < ctx_len:
+            seq_start[row, start] = True
+    return Rows(tokens, targets, seq_start)

@@ -1,0 +1,96 @@
+"""Tokenizers: text to token ids and back. Id 0 is the end of a document in every one of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import tokenizers
+from pyrwkv_tokenizer import RWKVTokenizer
+
+from rwkv_miss.errors import UserError
+
+END = 0
+"""The token that ends a document."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """`encode` and `decode` may be called from several threads; a pickled tokenizer is loaded anew by its name.
+
+    `vocab_size` is the highest id + 1. `decode` writes U+FFFD for what is not UTF-8 and nothing for `END`.
+    """
+
+    name: str
+    vocab_size: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
+        return load_tokenizer, (self.name,)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """`world` (RWKV World, ids 1 to 65529), `bytes` (UTF-8 bytes, ids 1 to 255), or the path of a Hugging Face
+    `tokenizer.json`. Raises UserError for another name or a file that cannot be read.
+
+    For `bytes` the NUL character has the id of `END`; `encode_record` refuses text that holds it.
+    """
+    if name == "world":
+        return _world()
+    if name == "bytes":
+        pieces = [b"", *(bytes([i]) for i in range(1, 256))]
+        return Tokenizer(name, 256, lambda text: list(text.encode("utf-8")), lambda ids: _join(pieces, ids))
+    return _hugging_face(name)
+
+
+@cache
+def _world() -> Tokenizer:
+    world = RWKVTokenizer()
+    # The package's own decode panics on ids that do not join to UTF-8, which a model may well produce.
+    return Tokenizer(
+        "world",
+        world.vocab_size(),
+        world.tokenizer.encode,
+        lambda ids: _join(_world_pieces(world.vocab_filepath), ids),
+    )
+
+
+@cache
+def _world_pieces(vocabulary: str) -> list[bytes]:
+    """Every id's bytes. A line of the file: the id, a Python string or bytes literal, the length in bytes."""
+    pieces = [b""]
+    for line in Path(vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n"):
+        index, rest = line.split(" ", 1)
+        literal = ast.literal_eval(rest.rsplit(" ", 1)[0])
+        assert int(index) == len(pieces), line
+        pieces.append(literal.encode("utf-8") if isinstance(literal, str) else literal)
+    return pieces
+
+
+def _join(pieces: list[bytes], ids: list[int]) -> str:
+    """The text of `ids`. An id beyond the table (a model's vocabulary may be larger) reads as U+FFFD."""
+    joined = b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
+    return joined.decode("utf-8", errors="replace")
+
+
+def _hugging_face(name: str) -> Tokenizer:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"tokenizer {name!r}: no such file; give world, bytes, or the path of a tokenizer.json")
+    try:
+        inner = tokenizers.Tokenizer.from_file(name)
+    except Exception as error:  # the library raises plain Exception
+        message = f"tokenizer {name!r}: is not a Hugging Face tokenizer.json ({error})"
+        raise UserError(message) from error
+    inner.no_truncation()
+    inner.no_padding()
+    return Tokenizer(
+        name,
+        max(inner.get_vocab(with_added_tokens=True).values()) + 1,
+        lambda text: inner.encode(text, add_special_tokens=False).ids,
+        lambda ids: inner.decode([i for i in ids if i != END], skip_special_tokens=False),
+    )
