@@ -103,14 +103,19 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
                 f"{CONFIG} says r = {peft.get('r')}"
             )
         blocks[key[len(_PREFIX) : -len(_SUFFIX)]] = tensor
-    ours = _read_json(folder / OURS) if (folder / OURS).is_file() else {}
     targets = peft.get("target_modules")
     config = AdapterConfig(
         r=peft["r"],
         dropout=peft.get("miss_dropout", 0.0),
         target_modules=sorted(targets) if isinstance(targets, list) else sorted(blocks),
     )
-    return AdapterFile(config, blocks, ours.get("base_fingerprint"))
+    return AdapterFile(config, blocks, read_facts(folder).get("base_fingerprint"))
+
+
+def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """What we recorded of an adapter beside PEFT's files: its base, tokenizer, ...; nothing of PEFT's own adapters."""
+    path = Path(folder) / OURS
+    return _read_json(path) if path.is_file() else {}
 
 
 def check_fits(adapter: AdapterFile, shapes: dict[str, torch.Size], base_mark: str, folder: str | os.PathLike) -> None:

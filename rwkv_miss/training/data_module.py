@@ -20,8 +20,9 @@ class PackedData(L.LightningDataModule):
     def train_dataloader(self) -> BatchStream:
         return self._stream(self.train, self.config.accumulate, shuffle=True)
 
-    def val_dataloader(self) -> BatchStream | list:
-        return [] if self.val is None else self._stream(self.val, 1, shuffle=False)
+    def val_dataloader(self) -> BatchStream:
+        assert self.val is not None, "the trainer was told that nothing validates"
+        return self._stream(self.val, 1, shuffle=False)
 
     def _stream(self, rows: Rows, accumulate: int, shuffle: bool) -> BatchStream:
         return BatchStream(

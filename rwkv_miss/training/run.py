@@ -103,7 +103,8 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     if first:
         _start_folder(out, config)
 
-    saver = Saver(out, config.save_every, total_steps, {"tokenizer": config.tokenizer, "template": "rwkv-world"})
+    extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
+    saver = Saver(out, config.save_every, total_steps, val_rows is not None, extra)
     reporter = Reporter(out, config.log_every, total_steps, console)
     trainer = _trainer(config, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None)
     module = LitRWKV(model, config, total_steps)
@@ -141,6 +142,7 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, re
         gradient_clip_val=config.grad_clip or None,
         val_check_interval=every or None,
         check_val_every_n_epoch=None if every else 1,
+        limit_val_batches=None if has_val else 0,
         # The whole validation before the first step: the base's own loss.
         num_sanity_val_steps=-1 if has_val and not resumed else 0,
         callbacks=callbacks,

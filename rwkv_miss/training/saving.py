@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from rwkv_miss.adapters.files import save_adapter
+from rwkv_miss.adapters.files import read_facts, save_adapter
 from rwkv_miss.training.strategies import gathered
 
 
@@ -30,29 +30,29 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 class Saver(L.Callback):
-    """Saves every `every` optimizer steps (0: at each epoch's end), at the end, and on SIGINT or SIGTERM.
+    """Saves every `every` optimizer steps (0: at each epoch's last), after the last, and on SIGINT or SIGTERM.
 
     The adapter folder holds the best of the validations so far, or the newest where nothing validates. Only the
-    newest checkpoint is kept; it is written beside the last and renamed before the last is removed.
+    newest checkpoint is kept; it is written beside the last and renamed before the last is removed. Checkpoints
+    are taken in `on_train_batch_end` alone: there Lightning's counts and the stream's position agree, while after
+    an epoch that was stopped in its middle they would call it whole.
     """
 
-    def __init__(self, out: Path, every: int, total_steps: int, extra: dict[str, Any]) -> None:
-        self.out, self.every, self.total_steps, self.extra = out, every, total_steps, extra
+    def __init__(self, out: Path, every: int, total_steps: int, validates: bool, extra: dict[str, Any]) -> None:
+        self.out, self.every, self.total_steps, self.validates, self.extra = out, every, total_steps, validates, extra
         self.best: float | None = None
         self.best_step = 0
-        self._saved_step = 0
         self._signal: int | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "best_step": self.best_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._saved_step = trainer.global_step
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
+        if trainer.global_step and (kept := read_facts(self.out / "adapter")):  # resumed
+            self.best, self.best_step = kept.get("val_loss"), kept["step"]
+        self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signal = signum
@@ -67,7 +67,7 @@ class Saver(L.Callback):
             raise Stopped(self._signal or signal.SIGTERM)
         if step >= self.total_steps:
             trainer.should_stop = True  # not Trainer(max_steps=...), which would leave out the last validation
-        elif self.every and step % self.every == 0:
+        if trainer.should_stop or (step % self.every == 0 if self.every else trainer.is_last_batch):
             self._save(trainer, module)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -75,21 +75,12 @@ class Saver(L.Callback):
             return
         if self.best is None or module.val_loss < self.best:
             self.best, self.best_step = module.val_loss, trainer.global_step
-            self._save_adapter(trainer, module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.every:
-            self._save(trainer, module)
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._save(trainer, module)
+            self._save_adapter(trainer, module, {"val_loss": module.val_loss})
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
-        if step == self._saved_step:
-            return
-        if not trainer.enable_validation:
-            self._save_adapter(trainer, module)
+        if not self.validates:
+            self._save_adapter(trainer, module, {})
         folder = self.out / "checkpoints"
         part, path = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
         if trainer.is_global_zero:
@@ -107,12 +98,11 @@ class Saver(L.Callback):
             for old in folder.glob("*step-*"):
                 if old != path:
                     _remove(old)
-        self._saved_step = step
 
-    def _save_adapter(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _save_adapter(self, trainer: L.Trainer, module: L.LightningModule, facts: dict[str, float]) -> None:
         with gathered(trainer.strategy, [p for p in module.parameters() if p.requires_grad]):
             if trainer.is_global_zero:
-                save_adapter(module.model, self.out / "adapter", {**self.extra, "step": trainer.global_step})
+                save_adapter(module.model, self.out / "adapter", self.extra | {"step": trainer.global_step} | facts)
 
 
 def _remove(path: Path) -> None:

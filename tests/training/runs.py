@@ -1,0 +1,57 @@
+"""Helpers of the tests of whole runs."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.training.run import TrainResult, train
+
+
+def small_config(base: Path, data: Path, out: Path) -> TrainConfig:
+    """6 steps of 8 rows, in one micro-batch."""
+    return TrainConfig(
+        base=str(base),
+        data=str(data),
+        tokenizer="bytes",
+        out=str(out),
+        adapter=AdapterConfig(r=4),
+        packing=False,
+        ctx_len=64,
+        batch_size=8,
+        max_steps=6,
+        lr=1e-2,
+        grad_clip=0.05,  # far below the gradients' norm: a gradient of the wrong scale gives another run
+        log_every=1,
+    )
+
+
+def quiet_train(config: TrainConfig) -> TrainResult:
+    return train(config, Console(quiet=True))
+
+
+def losses(out: str | Path, column: str = "loss") -> list[float]:
+    with (Path(out) / "metrics.csv").open(newline="") as f:
+        return [float(row[column]) for row in csv.DictReader(f) if row[column]]
+
+
+def adapter(out: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(out) / "adapter" / "adapter_model.safetensors")
+
+
+def as_arguments(config: TrainConfig) -> list[str]:
+    """The command line that says what `config` says."""
+    found = []
+    for name, value in vars(config).items():
+        if name == "adapter":
+            found += ["--adapter.r", str(value.r)]
+        elif name == "betas":
+            found += ["--betas", f"[{value[0]},{value[1]}]"]
+        elif value is not None:
+            found += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return found

@@ -1,0 +1,212 @@
+"""A run's output folder: what is in it, what a second run may do with it, and how a run goes on or ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rwkv_miss import load_adapter, load_model
+from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
+from rwkv_miss.config import AdapterConfig
+from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.training.saving import last_checkpoint
+from tests.training.runs import adapter, as_arguments, losses, quiet_train
+
+
+def tree(folder: str | Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_what_a_run_leaves(make_config):
+    config = make_config(val_split=0.2, val_every=2, epochs=1)
+    result = quiet_train(config)
+    out = Path(config.out)
+    files = tree(out)
+    assert {"config.yaml", "metrics.csv", "checkpoints/step-00000006", "adapter/rwkv_miss.json"} <= files
+    assert not [f for f in files if ".part" in f]
+
+    # Validation before the first step (the base's own loss), every 2 steps, and a row for each step.
+    val = losses(out, "val_loss")
+    assert len(val) == 4 and len(losses(out)) == 6
+    assert result.base_val_loss == pytest.approx(val[0], rel=1e-5)
+    assert result.best_val_loss == pytest.approx(min(val[1:]), rel=1e-5) and min(val[1:]) < val[0]
+    assert losses(out, "lr")[0] == config.lr and losses(out, "tokens")[-1] > 0 and losses(out, "tokens_per_s")[0] > 0
+    [events] = (out / "tensorboard").iterdir()
+    board = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in board.Scalars("loss")] == pytest.approx(losses(out), rel=1e-5)
+
+    # A checkpoint holds the adapter and its optimizer, and not the frozen weights.
+    saved = torch.load(out / "checkpoints/step-00000006", weights_only=False)
+    assert all(name.endswith("miss_block") for name in saved["state_dict"])
+    assert (out / "checkpoints/step-00000006").stat().st_size < Path(config.base).stat().st_size * 2
+    loaded = load_adapter(load_model(config.base), out / "adapter")
+    assert loaded.adapter_config.r == 4
+
+
+def test_the_written_config_makes_the_same_run_again(make_config, tmp_path):
+    config = make_config(max_steps=2, adapter=AdapterConfig(r=3, target_modules=["att.key"]))
+    quiet_train(config)
+    command = [sys.executable, "-m", "rwkv_miss", "train", "--config", f"{config.out}/config.yaml"]
+    again = tmp_path / "again"
+    done = subprocess.run([*command, "--out", str(again)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert losses(again) == losses(config.out)
+    assert all(torch.equal(b, adapter(again)[n]) for n, b in adapter(config.out).items())
+    assert yaml.safe_load((again / "config.yaml").read_text())["adapter"]["target_modules"] == ["att.key"]
+
+
+def test_the_adapter_kept_is_the_best_of_the_validations(make_config):
+    # So high a rate that later steps make it worse.
+    config = make_config(val_split=0.2, val_every=1, lr=0.5, schedule="constant", grad_clip=0.0)
+    result = quiet_train(config)
+    val = losses(config.out, "val_loss")[1:]
+    best = min(range(len(val)), key=val.__getitem__)
+    assert result.best_step == best + 1 and best + 1 < len(val)
+    model = load_adapter(load_model(config.base), Path(config.out) / "adapter")
+    last = torch.load(last_checkpoint(Path(config.out) / "checkpoints")[0], weights_only=False)["state_dict"]
+    kept = model.state_dict()
+    assert not torch.equal(last["model.blocks.0.att.key.miss_block"], kept["blocks.0.att.key.miss_block"])
+
+
+def test_epochs_are_full_passes(make_config):
+    config = make_config(max_steps=0, epochs=2)  # 29 rows: 4 steps of at most 8
+    result = quiet_train(config)
+    assert result.steps == 8
+
+
+@pytest.mark.parametrize("strategy, stop", [("auto", 3), ("auto", 4), ("deepspeed_stage_2", 3)])
+def test_resume_gives_the_uninterrupted_run(make_config, strategy, stop, tmp_path):
+    settings = dict(strategy=strategy, batch_size=4, accumulate=2, val_split=0.1)
+    straight = make_config(out=str(tmp_path / "straight"), max_steps=7, schedule="constant", **settings)
+    # An epoch has 4 steps: step 3 is in the middle of the first, step 7 in the second.
+    first = replace(straight, out=str(tmp_path / "parts"), max_steps=stop)
+    for config in (straight, first, replace(first, max_steps=7, resume="auto")):
+        command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert losses(first.out) == losses(straight.out)
+    assert all(torch.equal(b, adapter(straight.out)[n]) for n, b in adapter(first.out).items())
+    assert [p.name for p in (Path(first.out) / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_sigterm_saves_a_checkpoint_to_go_on_from(make_config):
+    config = make_config(max_steps=100_000, log_every=1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], stderr=subprocess.PIPE, text=True
+    )
+    metrics = Path(config.out) / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume auto" in stderr and "Traceback" not in stderr
+    path, step = last_checkpoint(Path(config.out) / "checkpoints")
+    assert torch.load(path, weights_only=False)["global_step"] == step >= 3
+    result = quiet_train(replace(config, max_steps=step + 2, resume="auto"))
+    assert result.steps == step + 2
+
+
+def test_a_loss_that_is_not_finite_names_the_module(make_config, tmp_path):
+    config = make_config()
+    weights = {k: t.clone() for k, t in read_checkpoint(config.base).items()}
+    weights["blocks.1.ffn.key.weight"][0, 0] = float("inf")
+    broken = tmp_path / "broken.pth"
+    write_pth(broken, {k: TensorSpec(t.shape, t.dtype) for k, t in weights.items()}, weights.__getitem__)
+    with pytest.raises(
+        RunError, match=r"step 1: the loss is (nan|inf).* is blocks\.1\.ffn\.key \(MissLinear, its weight"
+    ):
+        quiet_train(replace(config, base=str(broken)))
+    assert not (Path(config.out) / "adapter").exists()
+
+
+def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    before = adapter(config.out)
+    with pytest.raises(UserError, match=r"holds another run \(adapter, checkpoints.*--resume auto .*--overwrite"):
+        quiet_train(replace(config, seed=1))
+    assert all(torch.equal(b, adapter(config.out)[n]) for n, b in before.items())
+
+
+def test_overwrite_replaces_the_run(make_config):
+    config = make_config(max_steps=2, val_split=0.2)
+    quiet_train(config)
+    result = quiet_train(replace(config, max_steps=1, overwrite=True))
+    assert result.steps == 1 and len(losses(config.out)) == 1
+    assert tree(Path(config.out) / "checkpoints") == {"step-00000001"}
+
+
+def test_overwrite_loses_nothing_when_the_input_is_wrong(make_config, tmp_path):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    with pytest.raises(UserError, match="no such file"):
+        quiet_train(replace(config, base=str(tmp_path / "missing.pth"), overwrite=True))
+    assert (Path(config.out) / "adapter").is_dir()
+
+
+def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    with pytest.raises(UserError, match="cannot resume with other settings: ctx_len was 64, is 32"):
+        quiet_train(replace(config, resume="auto", ctx_len=32))
+    with pytest.raises(UserError, match=r"the run is done \(1 of 1 steps\)"):
+        quiet_train(replace(config, resume="auto"))
+
+
+def test_resume_of_an_empty_folder_starts(make_config):
+    assert quiet_train(make_config(max_steps=1, resume="auto")).steps == 1
+
+
+def test_a_checkpoint_that_was_being_written_is_not_resumed_from(make_config):
+    config = make_config(max_steps=2)
+    quiet_train(config)
+    (Path(config.out) / "checkpoints" / ".step-00000009.part").write_bytes(b"half")
+    assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 2
+    quiet_train(replace(config, max_steps=3, resume="auto"))
+    assert tree(Path(config.out) / "checkpoints") == {"step-00000003"}
+
+
+def test_every_wrong_setting_is_named_at_once(make_config):
+    config = make_config(adapter=AdapterConfig(r=0), lr=-1.0, ctx_len=0, val_every=5, wkv_backend="abacus")
+    with pytest.raises(UserError) as e:
+        quiet_train(config)
+    for part in ("adapter.r is 0", "lr is -1.0", "ctx_len is 0", "val_every is given", "wkv_backend is 'abacus'"):
+        assert part in str(e.value)
+    assert not Path(config.out).exists()
+
+
+def test_the_adapter_survives_a_full_disk(make_config):
+    """Writing past a file size limit fails as a full disk does; what was saved before is still whole."""
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from rwkv_miss.cli import main\n"
+        "import rwkv_miss.training.saving as saving\n"
+        "start = saving.Saver.on_train_start\n"
+        "def limited(self, trainer, module):\n"
+        "    start(self, trainer, module)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "saving.Saver.on_train_start = limited\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    before = Path(config.out, "adapter", "adapter_model.safetensors").read_bytes()
+    arguments = as_arguments(replace(config, max_steps=2, resume="auto"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot be written" in done.stderr, done.stderr
+    assert Path(config.out, "adapter", "adapter_model.safetensors").read_bytes() == before
+    assert load_file(Path(config.out, "adapter", "adapter_model.safetensors"))
+    assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1

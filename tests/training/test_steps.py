@@ -1,0 +1,87 @@
+"""What one optimizer step computes must not depend on how its rows are shared out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.packing import make_rows
+from rwkv_miss.model import load_model
+from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.training.run import read_documents
+from tests.training.runs import adapter, as_arguments, losses, quiet_train, small_config
+
+
+@pytest.fixture(scope="module")
+def whole(base, data, tmp_path_factory):
+    """The run with each step's 8 rows in one micro-batch of one process."""
+    config = small_config(base, data, tmp_path_factory.mktemp("whole"))
+    quiet_train(config)
+    return losses(config.out), adapter(config.out)
+
+
+def assert_same_run(out, whole):
+    assert losses(out) == pytest.approx(whole[0], rel=2e-5)
+    for name, block in adapter(out).items():
+        torch.testing.assert_close(block, whole[1][name], rtol=2e-3, atol=2e-5)
+
+
+def test_the_first_loss_is_the_mean_over_the_steps_tokens(make_config, whole):
+    config = make_config()
+    model = load_model(config.base)
+    rows, _ = make_rows(read_documents(config.data, config, 256), config.ctx_len, packing=False)
+    settings = dict(batch_size=8, accumulate=1, rank=0, world_size=1, seed=config.seed, shuffle=True, trim=False)
+    batch = next(iter(BatchStream(rows, **settings)))
+    with torch.no_grad():
+        mean = loss_sum(model, batch) / (batch["targets"] >= 0).sum()
+    assert whole[0][0] == pytest.approx(mean.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(4, 2), (1, 8)])
+def test_accumulation_gives_the_run_of_one_micro_batch(make_config, whole, batch_size, accumulate):
+    config = make_config(batch_size=batch_size, accumulate=accumulate)
+    quiet_train(config)
+    assert_same_run(config.out, whole)
+
+
+def test_gradient_checkpointing_gives_the_same_run(make_config, whole):
+    config = make_config(gradient_checkpointing=True)
+    quiet_train(config)
+    assert_same_run(config.out, whole)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_strategies_give_the_run_of_one_process(make_config, whole, strategy, devices):
+    if strategy == "ddp" and devices == 1:
+        pytest.skip("one process of ddp is the run of one process")
+    config = make_config(strategy=strategy, devices=devices, batch_size=4 // devices, accumulate=2)
+    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(config.out, whole)
+
+
+def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(make_config, whole):
+    config = make_config(precision="bf16")
+    quiet_train(config)
+    assert losses(config.out) == pytest.approx(whole[0], rel=0.02)
+    assert {block.dtype for block in adapter(config.out).values()} == {torch.float32}
+    # fp32 updates: a bf16 parameter would hold multiples of 2^-8 of its size only.
+    assert any(not torch.equal(b, b.bfloat16().float()) for b in adapter(config.out).values())
+
+
+def test_deepspeed_trains_beside_a_bf16_base(make_config):
+    one = make_config(precision="bf16")
+    quiet_train(one)
+    config = replace(one, out=one.out + "-ds", strategy="deepspeed_stage_3", devices=2, batch_size=4)
+    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses(config.out) == pytest.approx(losses(one.out), rel=0.02)
+    assert {block.dtype for block in adapter(config.out).values()} == {torch.float32}
