@@ -1,0 +1,5 @@
+"""The recurrences: one public function each, over several backends that are tested against one reference."""
+
+from rwkv_miss.ops.wkv7 import BACKENDS, wkv7
+
+__all__ = ["BACKENDS", "wkv7"]

@@ -1,0 +1,103 @@
+"""Compiles a C++ source of this folder on first use and loads it from a cache afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+# The names of torch.backends.cpu.get_cpu_capability(); any other is a plain build.
+INSTRUCTION_SETS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
+    "DEFAULT": (),
+}
+_FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+_log = logging.getLogger("rwkv_miss")
+
+
+class BuildError(RuntimeError):
+    """The source cannot be compiled on this machine; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: rwkv_miss in the XDG cache folder, ~/.cache by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_miss"
+
+
+def load_library(source: Path, capability: str | None = None, cache: Path | None = None) -> ctypes.CDLL:
+    """Loads `source` as compiled for `capability` (a key of INSTRUCTION_SETS; None: this processor's).
+
+    The library in `cache` (None: `cache_folder()`) is named by a hash of all that goes into it, so it is never
+    out of date. Processes that need it at once wait for one builder; its lock ends with its process.
+
+    Raises:
+        BuildError: no compiler, or it fails; with its last lines.
+    """
+    capability = capability or torch.backends.cpu.get_cpu_capability()
+    flags = [*_FLAGS, *INSTRUCTION_SETS.get(capability, ())]
+    parts = [source.read_text(), *flags, _compiler_version(), platform.machine()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    cache = cache or cache_folder()
+    library = cache / f"{source.stem}-{digest}.so"
+    if library.exists():
+        return ctypes.CDLL(str(library))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / "build.lock").acquire()
+    except OSError as error:
+        _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)
+        with tempfile.TemporaryDirectory() as folder:
+            return ctypes.CDLL(str(_compile(source, flags, Path(folder))))
+    with lock:
+        if not library.exists():
+            for left_over in cache.glob("build-*"):  # of a builder that was killed: the lock is ours
+                shutil.rmtree(left_over, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
+                os.replace(_compile(source, flags, Path(folder)), library)
+    return ctypes.CDLL(str(library))
+
+
+def _compiler_version() -> str:
+    # CXX as in torch.utils.cpp_extension.get_cxx_compiler, which takes too long to import for a warm start.
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"no working C++ compiler ({error}); install g++, or name one in CXX") from None
+
+
+def _compile(source: Path, flags: list[str], folder: Path) -> Path:
+    from torch.utils import cpp_extension
+
+    path = os.environ["PATH"]
+    if shutil.which("ninja") is None:  # installed as a Python package, but its environment is not activated
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
+    try:
+        # -fopenmp is for the compiler alone: the OpenMP functions are then those of the library torch has loaded.
+        cpp_extension.load(
+            name=folder.name,
+            sources=[str(source)],
+            extra_cflags=flags,
+            build_directory=str(folder),
+            with_cuda=False,
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError) as error:
+        last_lines = "\n".join(str(error).strip().splitlines()[-15:])
+        raise BuildError(f"compiling {source.name} failed:\n{last_lines}") from error
+    finally:
+        os.environ["PATH"] = path
+    return folder / f"{folder.name}.so"

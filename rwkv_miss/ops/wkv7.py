@@ -1,0 +1,102 @@
+"""The WKV-7 op: checks its arguments and hands them to a backend."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.errors import UserError
+from rwkv_miss.ops.cpu.wkv7 import unusable, wkv7_cpu
+from rwkv_miss.ops.wkv7_reference import wkv7_reference
+from rwkv_miss.ops.wkv7_torch import wkv7_torch
+
+BACKENDS = ("auto", "reference", "torch", "cpu")
+_FUNCTIONS = {"reference": wkv7_reference, "torch": wkv7_torch, "cpu": wkv7_cpu}
+_log = logging.getLogger("rwkv_miss")
+
+
+def wkv7(
+    r: Tensor,
+    z: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The RWKV-7 recurrence (arXiv 2503.14456), per head, with a state S of shape (N_value, N_key):
+
+        S = 0 where seq_start;  S = S diag(d) + (S a) b^T + v k^T;  y = S r,   d = exp(-e^-0.5 sigmoid(z))
+
+    Args:
+        r, z, k, v, a, b: (B, T, H, N), one dtype: float32, bfloat16 or (reference and torch only) float64. T may
+            be 0. In RWKV-7, a = -kk and b = kk * in-context rate.
+        state: (B, H, N_value, N_key), float32 (float64 with float64 inputs); None is zeros.
+        seq_start: bool (B, T), True where a document begins: the state starts afresh there. None: nowhere.
+        backend: one of `BACKENDS`. "auto" takes "cpu" for CPU tensors where it works and "torch" otherwise, and
+            logs once which.
+
+    Returns:
+        y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable
+        with respect to r, z, k, v, a, b and state.
+
+    Raises:
+        UserError: an argument of the wrong shape, dtype or device, or a backend that cannot be used here.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"wkv7: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    _check(r, z, k, v, a, b, state, seq_start)
+    if backend == "auto":
+        backend = _choose(v.device.type, v.dtype)
+    elif backend == "cpu" and (reason := unusable(v.device.type, v.dtype)):
+        raise UserError(f"wkv7: backend 'cpu' cannot be used: {reason}; use backend 'torch' or 'auto'")
+    if state is None:
+        batch, _, n_head, n = v.shape
+        state = v.new_zeros((batch, n_head, n, n), dtype=_state_dtype(v))
+    y, last = _FUNCTIONS[backend](r, z, k, v, a, b, state, seq_start)
+    return y, last.clone() if last is state else last
+
+
+def _state_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+def _check(r, z, k, v, a, b, state, seq_start) -> None:
+    if v.dim() != 4 or v.shape[-1] == 0:
+        raise UserError(f"wkv7: v has shape {tuple(v.shape)}; expected (B, T, H, N) with N at least 1")
+    if v.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise UserError(f"wkv7: v is {v.dtype}; expected float32, bfloat16 or float64")
+    batch, n_steps, n_head, n = v.shape
+    shape = (batch, n_steps, n_head, n)
+    expected = {name: (x, shape, v.dtype) for name, x in {"r": r, "z": z, "k": k, "a": a, "b": b}.items()}
+    if state is not None:
+        expected["state"] = (state, (batch, n_head, n, n), _state_dtype(v))
+    if seq_start is not None:
+        expected["seq_start"] = (seq_start, (batch, n_steps), torch.bool)
+    for name, (x, shape, dtype) in expected.items():
+        if tuple(x.shape) != shape or x.dtype != dtype or x.device != v.device:
+            raise UserError(
+                f"wkv7: {name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected {shape} {dtype} on {v.device},"
+                f" to go with v {tuple(v.shape)} {v.dtype}"
+            )
+
+
+@torch.compiler.assume_constant_result
+def _choose(device_type: str, dtype: torch.dtype) -> str:
+    reason = unusable(device_type, dtype)
+    backend = "torch" if reason else "cpu"
+    _announce(backend, reason)
+    return backend
+
+
+@cache
+def _announce(backend: str, reason: str | None) -> None:
+    if reason:
+        _log.warning("wkv7: using backend %r; not 'cpu': %s", backend, reason)
+    else:
+        _log.info("wkv7: using backend %r", backend)

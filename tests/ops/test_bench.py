@@ -1,0 +1,73 @@
+"""The benchmark: that it measures what it says, and refuses to time a result that is wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from rwkv_miss import bench
+from rwkv_miss.errors import UserError
+
+PEER = """
+from rwkv_miss.ops import wkv7
+from torch import exp, log, sigmoid
+def rwkv7_wkv_infctx_naive(q, k, v, w, a, b, state=None, scale=1.0):
+    p = exp(w + 0.5)  # w = log(sigmoid(z)) - 0.5
+    return wkv7(q, log(p / (1 - p)), k, v, a, b * FACTOR, state)
+"""
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "TEXT_BYTES", 20_000)
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+
+
+def peer(tmp_path: Path, factor: float) -> Path:
+    file = tmp_path / "peer.py"
+    file.write_text(PEER.replace("FACTOR", str(factor)))
+    return file
+
+
+def test_wkv7_times_ours_and_the_peer(tmp_path):
+    rows = bench.bench_wkv7(1, peer(tmp_path, 1.0))
+    assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive"]
+    for row in rows:
+        assert 0 < row["forward_min"] <= row["forward_median"] and 0 < row["backward_min"] <= row["backward_median"]
+    total = [row["forward_min"] + row["backward_min"] for row in rows]
+    assert [row["ratio"] for row in rows] == pytest.approx([x / total[0] for x in total])
+
+
+def test_a_peer_that_disagrees_is_not_timed(tmp_path):
+    with pytest.raises(AssertionError, match="rwkvtune naive disagrees"):
+        bench.bench_wkv7(1, peer(tmp_path, 1.1))
+
+
+def test_what_is_not_installed_is_said(nothing_installed, capsys):
+    rows = bench.run_bench("all", 1)
+    notes = [row["note"] for row in rows]
+    assert notes == ["", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
+    printed = capsys.readouterr().out
+    assert "WKV-7" in printed and "World tokenizer" in printed and "rwkvtune" in printed
+
+
+def test_the_tokenizer_against_the_trie():
+    pytest.importorskip("rwkv")
+    ours, trie = bench.bench_tokenizer()
+    assert ours["mb_per_s"] > 0 and trie["ratio"] == pytest.approx(ours["mb_per_s"] / trie["mb_per_s"])
+
+
+@pytest.mark.parametrize(("what", "threads", "found"), [("gpu", 1, "no 'gpu'"), ("all", 0, "threads is 0")])
+def test_wrong_arguments(what, threads, found):
+    with pytest.raises(UserError, match=found):
+        bench.run_bench(what, threads)

@@ -1,0 +1,165 @@
+"""Compiling and caching the C++ kernels, and the kernels of every instruction set."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from wkv7_cases import TOLERANCE, assert_close, make_inputs, make_weights, odd_starts, run
+
+from rwkv_miss.ops.cpu import build, wkv7
+from rwkv_miss.ops.wkv7_reference import wkv7_reference
+
+TINY = 'extern "C" int answer() { return 42; }\n'
+SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    source = tmp_path / "tiny.cpp"
+    source.write_text(TINY)
+    return source
+
+
+def load_in_another_process(source: Path, cache: Path, then: str = "") -> subprocess.Popen:
+    code = f"""
+from pathlib import Path
+from rwkv_miss.ops.cpu.build import load_library
+assert load_library(Path({str(source)!r}), cache=Path({str(cache)!r})).answer() == 42
+{then}"""
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+
+@pytest.mark.parametrize("capability", list(build.INSTRUCTION_SETS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [5, 24, 64])
+def test_every_instruction_set(capability, dtype, n):
+    here = torch.backends.cpu.get_cpu_capability()
+    if SUPPORTED[capability] > SUPPORTED.get(here, 0):
+        pytest.skip(f"this processor has {here}, not {capability}")
+    library = build.load_library(wkv7.SOURCE, capability)
+    inputs, state = make_inputs(45, n, dtype)
+    start = odd_starts(45)
+    weights = make_weights(inputs, state)
+    y, last, *saved = wkv7.forward(library, inputs, state, start, save=True)
+    mine = [y, last, *wkv7.backward(library, inputs, start, saved, *weights)]
+    exact = run(wkv7_reference, [x.double() for x in inputs], state.double(), start, weights)
+    assert_close(mine, exact, TOLERANCE[dtype])
+
+
+def test_instruction_sets_are_different_files():
+    files = set()
+    for capability in build.INSTRUCTION_SETS:
+        files.add(build.load_library(wkv7.SOURCE, capability)._name)
+    assert len(files) == 3
+
+
+def test_processes_that_compile_at_once_share_one_library(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    processes = [load_in_another_process(tiny, cache) for _ in range(3)]
+    for process in processes:
+        finish(process)
+    assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
+
+
+def test_a_builder_that_was_killed_leaves_no_lock(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    compiler = tmp_path / "slow-c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) exec c++ "$@";; esac\n')
+    compiler.chmod(0o755)
+    code = f"""
+import os, sys
+os.environ["CXX"] = {str(compiler)!r}
+from pathlib import Path
+from rwkv_miss.ops.cpu.build import load_library
+load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
+    builder = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(cache.glob("build-*/build.ninja")):
+            assert time.monotonic() < deadline and builder.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.killpg(builder.pid, signal.SIGKILL)
+        builder.wait()
+    assert list(cache.glob("build-*"))
+    assert build.load_library(tiny, cache=cache).answer() == 42
+    assert not list(cache.glob("build-*"))
+
+
+def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    build.load_library(tiny, cache=cache)
+    # Nothing of the cache folder may be written either: the lock is held by us.
+    with open(cache / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check = f"""
+import sys, time
+assert "torch.utils.cpp_extension" not in sys.modules
+start = time.perf_counter()
+load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))
+assert time.perf_counter() - start < 0.1
+"""
+        finish(load_in_another_process(tiny, cache, check))
+
+
+def test_a_change_of_the_source_compiles_again(tiny, tmp_path):
+    cache = tmp_path / "cache"
+    assert build.load_library(tiny, cache=cache).answer() == 42
+    tiny.write_text(TINY.replace("42", "43"))
+    assert build.load_library(tiny, cache=cache).answer() == 43
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path, caplog):
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    with caplog.at_level(logging.WARNING, logger="rwkv_miss"):
+        assert build.load_library(tiny, cache=in_the_way / "cache").answer() == 42
+    assert "cannot write to the cache" in caplog.text
+
+
+def test_the_compilers_last_lines_are_told(tiny, tmp_path):
+    tiny.write_text("this is not C++\n")
+    with pytest.raises(build.BuildError, match=r"compiling tiny.cpp failed:(.|\n)*this is not C\+\+"):
+        build.load_library(tiny, cache=tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["build.lock"]
+
+
+def test_ninja_is_found_without_an_activated_environment(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "bin"  # all programs but ninja
+    folder.mkdir()
+    for program in (p for place in ("/usr/bin", "/bin") for p in Path(place).iterdir()):
+        if program.name != "ninja" and not (folder / program.name).exists():
+            (folder / program.name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(folder))
+    assert build.load_library(tiny, cache=tmp_path / "cache").answer() == 42
+
+
+def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "rwkv_miss"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert build.cache_folder() == Path.home() / ".cache" / "rwkv_miss"
+
+
+def test_one_openmp_library_is_loaded():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc/self/maps")
+    inputs, state = make_inputs(4, 8)
+    wkv7.forward(build.load_library(wkv7.SOURCE), inputs, state, None, save=False)
+    maps = Path("/proc/self/maps").read_text().split()
+    runtimes = {x for x in maps if "/" in x and any(name in x for name in ("libgomp", "libiomp", "libomp"))}
+    assert len(runtimes) == 1, runtimes
