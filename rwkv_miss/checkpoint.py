@@ -63,12 +63,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         # Only the zip format (PyTorch >= 1.6) can be mapped; older files are read whole.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        if "Unsupported" in str(e):
-            found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class|operand)[^\n]*", str(e))
-            what = f" ({found.group(0).strip()[:120]})" if found else ""
+        if code := re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(e)):
             raise UserError(
-                f"{path}: the pickle inside asks to run code{what}; refused, nothing was executed. "
-                "Use a checkpoint that holds tensors alone, or convert it where you trust its origin"
+                f"{path}: the pickle inside asks to run code ({code.group(1) or code.group(2)}); refused, nothing was "
+                "executed. Use a checkpoint that holds tensors alone, or convert it where you trust its origin"
             ) from None
         raise UserError(f"{path}: not a PyTorch checkpoint; expected a .pth or .st file of weights") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:

@@ -20,13 +20,13 @@ from rwkv_miss.errors import RunError, UserError
 Dtype = Literal["bf16", "fp16", "fp32"]
 
 
-def train(config: TrainConfig) -> int:
-    from rwkv_miss.training.run import train as run
+def run_train(config: TrainConfig) -> int:
+    from rwkv_miss.training.run import train
     from rwkv_miss.training.saving import Stopped
 
     console = Console()
     try:
-        result = run(config, console)
+        result = train(config, console)
     except Stopped as e:
         print(f"rwkv-miss train: stopped by {e} after saving a checkpoint; go on with --resume auto", file=sys.stderr)
         return 128 + e.signum
@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> int:
+def run_merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> int:
     """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
 
     Args:
@@ -47,9 +47,9 @@ def merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> int:
         out: The file to write, ending in .pth.
         dtype: Of every tensor written; the base's own when not given.
     """
-    from rwkv_miss.merge import merge as run
+    from rwkv_miss.merge import merge
 
-    report = run(base, adapter, out, dtype)
+    report = merge(base, adapter, out, dtype)
     table = Table("linears", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
     kinds: dict[str, list[Any]] = {}
     for layer in report.layers:
@@ -68,7 +68,7 @@ def merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> int:
     return 0
 
 
-def evaluate(
+def run_evaluate(
     model: str,
     data: str,
     tokenizer: str,
@@ -138,7 +138,7 @@ def evaluate(
     return 0
 
 
-def generate(
+def run_generate(
     model: str,
     prompt: str,
     tokenizer: str,
@@ -166,16 +166,16 @@ def generate(
     """
     from rwkv_miss.data.templates import chat_prompt
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.generate import generate as run
+    from rwkv_miss.generate import generate
 
     loaded = _load(model, adapter, dtype)
     text = prompt if raw else chat_prompt(prompt)
-    [answer] = run(loaded, load_tokenizer(tokenizer), [text], max_tokens, temperature, top_p, seed)
+    [answer] = generate(loaded, load_tokenizer(tokenizer), [text], max_tokens, temperature, top_p, seed)
     print(answer if raw else answer.strip())
     return 0
 
 
-def info(file: str) -> int:
+def run_info(file: str) -> int:
     """What is in a checkpoint or an adapter folder."""
     from rwkv_miss.adapters.files import read_adapter
     from rwkv_miss.checkpoint import fingerprint, infer_config, read_checkpoint
@@ -210,20 +210,27 @@ def info(file: str) -> int:
     return 0
 
 
-def bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 1) -> int:
+def run_bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 1) -> int:
     """Time our kernels and the tokenizer beside the programs they are measured against.
 
     Args:
         what: Which benchmark.
         threads: CPU threads that every program gets.
     """
-    from rwkv_miss.bench import run_bench
+    from rwkv_miss import bench
 
-    run_bench(what, threads)
+    bench.run_bench(what, threads)
     return 0
 
 
-_COMMANDS = {"merge": merge, "eval": evaluate, "generate": generate, "info": info, "bench": bench}
+# Their names are none of the package's: jsonargparse looks a function up there, which would import torch.
+_COMMANDS = {
+    "merge": run_merge,
+    "eval": run_evaluate,
+    "generate": run_generate,
+    "info": run_info,
+    "bench": run_bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = args[command].as_dict()
         if command == "train":
             options.pop("config")
-            return train(TrainConfig(**options | {"adapter": AdapterConfig(**options["adapter"])}))
+            return run_train(TrainConfig(**options | {"adapter": AdapterConfig(**options["adapter"])}))
         return _COMMANDS[command](**options)
     except (UserError, jsonargparse.ArgumentError) as e:
         print(f"rwkv-miss {command}".rstrip() + f": {_one_line(e)}", file=sys.stderr)
@@ -256,7 +263,7 @@ def _parse(argv: Sequence[str] | None) -> jsonargparse.Namespace:
     commands = parser.add_subcommands()
     for name, function in _COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=function.__doc__.splitlines()[0], exit_on_error=False)
-        if function is info:  # the one command with a positional argument
+        if function is run_info:  # the one command with a positional argument
             sub.add_argument("file", help="A .pth or .st file, or the folder of an adapter.")
         else:
             sub.add_function_arguments(function, as_group=False)

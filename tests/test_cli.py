@@ -1,0 +1,217 @@
+"""The command line as its user meets it: wrong input above all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_miss.cli import main
+
+GOOD = json.dumps({"question": "2 + 2?", "answer": "4"})
+
+
+class Bomb:
+    """Unpickling it makes the file `proof`."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return Path.touch, (self.proof,)
+
+
+@pytest.fixture
+def arguments(tmp_path, make_base):
+    """`arguments(**changes)`: a training command that is right but for the changes; None leaves an option out."""
+
+    def make(**changes: object) -> list[str]:
+        data = tmp_path / "data.jsonl"
+        data.write_text(GOOD + "\n")
+        settings = {"data": data, "tokenizer": "bytes", "out": tmp_path / "run", "max_steps": 1, "adapter.r": 4}
+        settings["ctx_len"] = 32
+        if "base" not in changes:
+            settings["base"] = make_base(vocab_size=256, n_layer=2)
+        settings |= changes
+        return ["train", *(f"--{k}={v}" for k, v in settings.items() if v is not None)]
+
+    return make
+
+
+def refused(capsys, argv: list[str], *parts: str) -> str:
+    """Asserts exit status 2 and one message on stderr, without a traceback, that has the parts."""
+    before = {p for p in Path(argv[-1].split("=")[-1]).parent.glob("*")}
+    assert main(argv) == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("rwkv-miss") and len(message.splitlines()) == 1, message
+    for part in parts:
+        assert part in message, message
+    assert {p for p in Path(argv[-1].split("=")[-1]).parent.glob("*")} == before
+    return message
+
+
+def test_a_run_from_the_command_line(arguments, tmp_path, capsys):
+    assert main(arguments()) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "1 steps done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("missing.pth", None, ["no such file"]),
+        ("folder", "folder", ["is a folder"]),
+        ("text.pth", b"not a checkpoint", ["text.pth", "not a PyTorch checkpoint"]),
+        ("v4.pth", {"blocks.0.att.time_first": 4}, ["RWKV-4"]),
+        ("v5.pth", {"blocks.0.att.ln_x.weight": 4, "blocks.0.att.gate.weight": 4}, ["RWKV-5"]),
+        ("hf.pth", {"model.layers.0.attn.k_k": 4}, ["Hugging Face"]),
+        ("nested.pth", "nested", ["flat state dict"]),
+    ],
+)
+def test_a_wrong_base(arguments, tmp_path, capsys, name, content, parts):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content == "nested":
+        torch.save({"model": {"emb.weight": torch.zeros(2)}}, path)
+    elif isinstance(content, dict):
+        torch.save({k: torch.zeros(n) for k, n in content.items()}, path)
+    elif content is not None:
+        path.write_bytes(content)
+    refused(capsys, arguments(base=path), name, *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_base(arguments, tmp_path, capsys, make_base):
+    path = make_base(vocab_size=256)
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(capsys, arguments(base=path), str(path), "truncated")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_holds_code_is_refused_and_not_run(arguments, tmp_path, capsys):
+    proof = tmp_path / "proof"
+    torch.save({"emb.weight": Bomb(proof)}, tmp_path / "bomb.pth")
+    refused(capsys, arguments(base=tmp_path / "bomb.pth"), "bomb.pth", "code", "nothing was executed")
+    assert not proof.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("{not json", ["bad.jsonl:2", "not JSON"]),
+        ('{"foo": "x"}', ["bad.jsonl:2", "'foo'", "prompt_field"]),
+        ('{"question": "q", "answer": ""}', ["bad.jsonl:2", "'answer' is empty"]),
+        ('{"question": "q"}', ["bad.jsonl:2"]),
+        ('["question"]', ["bad.jsonl:2", "list"]),
+    ],
+)
+def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n{line}\n")
+    refused(capsys, arguments(data=path), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"data": "missing.jsonl"}, ["missing.jsonl"]),
+        ({"data": "data.csv"}, ["'.csv'"]),
+        ({"tokenizer": "world"}, ["data.jsonl:1", "vocabulary of 256"]),
+        ({"tokenizer": "no/such/tokenizer.json"}, ["no/such/tokenizer.json"]),
+        ({"adapter.r": 0}, ["adapter.r is 0"]),
+        ({"adapter.r": 33}, ["blocks.0.att.receptance", "r is 33", "32 inputs"]),
+        ({"adapter.target_modules": "[att.query]"}, ["att.query", "att.receptance"]),
+        ({"adapter.method": "lora"}, ["lora", "miss"]),
+        ({"base": None}, ["base"]),
+        ({"lr": "fast"}, ["lr", "fast"]),
+        ({"learning_rate": "1"}, ["learning_rate"]),
+        ({"ctx_len": 2}, ["ctx_len 2 is too short"]),
+        ({"wkv_backend": "cuda9"}, ["cuda9"]),
+        ({"strategy": "fsdp"}, ["fsdp"]),
+    ],
+)
+def test_a_wrong_setting(arguments, tmp_path, capsys, changes, parts):
+    refused(capsys, arguments(**changes), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_yaml_key(arguments, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("batch_sise: 4\n")
+    refused(capsys, [*arguments(), f"--config={config}"], "batch_sise")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_yaml_and_arguments_together(arguments, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("adapter:\n  r: 2\nseed: 7\n")
+    argv = arguments(**{"adapter.r": None})
+    assert main([argv[0], f"--config={config}", *argv[1:], "--seed", "8"]) == 0
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert "r: 2\n" in written and "seed: 8\n" in written
+
+
+def test_a_folder_that_holds_a_run(arguments, tmp_path, capsys):
+    assert main(arguments()) == 0
+    capsys.readouterr()
+    refused(capsys, arguments(), "holds another run", "--resume auto", "--overwrite true")
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    assert main([]) == 2
+    assert main(["fine-tune"]) == 2
+    assert "fine-tune" in capsys.readouterr().err
+
+
+def test_merge_generate_eval_and_info_of_a_run(arguments, make_base, tmp_path, capsys):
+    base = make_base(vocab_size=256, n_layer=2)
+    assert main(arguments(base=base, lr=0.05)) == 0
+    adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged.pth"
+    assert main(["merge", f"--base={base}", f"--adapter={adapter}", f"--out={merged}"]) == 0
+    assert "att.receptance" in capsys.readouterr().out
+
+    model = ["--tokenizer=bytes", f"--data={tmp_path / 'data.jsonl'}", "--json"]
+    figures = []
+    for options in ([f"--model={merged}"], [f"--model={base}", f"--adapter={adapter}"], [f"--model={base}"]):
+        assert main(["eval", *options, *model]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-5) != figures[2]["loss"]
+    assert figures[0]["tokens"] == len(" 4\n\n") + 1
+
+    assert main(["generate", f"--model={merged}", "--prompt=2 + 2?", "--tokenizer=bytes", "--max_tokens=5"]) == 0
+    assert main(["info", str(merged)]) == 0
+    out = capsys.readouterr().out
+    assert "RWKV-7" in out and "32" in out
+    assert main(["info", str(adapter)]) == 0
+    assert "MiSS" in capsys.readouterr().out
+
+
+def test_eval_counts_right_answers(make_base, tmp_path, capsys):
+    """A model that says nothing but token 0 is right where the answer is what it says: never."""
+    data = tmp_path / "d.jsonl"
+    data.write_text(f"{GOOD}\n{GOOD}\n")
+    argv = ["eval", f"--model={make_base(vocab_size=256)}", f"--data={data}", "--tokenizer=bytes", "--max_tokens=3"]
+    assert main([*argv, "--exact_match", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["records"] == 2 and figures["right"] == 0 and figures["exact_match"] == 0.0
+    assert main([*argv, "--exact_match", "--limit=1", "--show=1"]) == 0
+    assert "exact match: 0 of 1" in capsys.readouterr().out
+
+
+def test_wrong_arguments_of_the_other_commands(make_base, tmp_path, capsys):
+    base = make_base(vocab_size=256)
+    refused(capsys, ["merge", f"--base={base}", f"--adapter={tmp_path}", f"--out={tmp_path}/m.pth"], "adapter_config")
+    refused(capsys, ["generate", f"--model={base}", "--prompt=", "--raw", "--tokenizer=bytes"], "prompt is empty")
+    refused(capsys, ["generate", f"--model={base}", "--prompt=x", "--tokenizer=bytes", "--top_p=2"], "top_p 2")
+    refused(capsys, ["info", str(tmp_path / "none.pth")], "no such file")
+
+
+def test_python_m_and_version():
+    done = subprocess.run([sys.executable, "-m", "rwkv_miss", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == "rwkv-miss 0.1.0"
