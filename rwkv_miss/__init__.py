@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rwkv_miss.adapters.files import load_adapter, save_adapter
     from rwkv_miss.adapters.inject import inject
     from rwkv_miss.config import AdapterConfig, ModelConfig
-    from rwkv_miss.merge import MergeReport, merge
+    from rwkv_miss.merging import MergeReport, merge
     from rwkv_miss.model import load_model
 
 __version__ = "0.1.0"
@@ -23,8 +23,8 @@ _HOMES = {
     "inject": "adapters.inject",
     "save_adapter": "adapters.files",
     "load_adapter": "adapters.files",
-    "merge": "merge",
-    "MergeReport": "merge",
+    "merge": "merging",
+    "MergeReport": "merging",
 }
 __all__ = [
     "AdapterConfig",
@@ -41,7 +41,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rwkv_miss' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"rwkv_miss.{_HOMES[name]}"), name)
-    # Bound here for good: importing the submodule `rwkv_miss.merge` has just bound the module to this name.
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"rwkv_miss.{_HOMES[name]}"), name)

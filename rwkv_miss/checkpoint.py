@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -72,7 +72,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    ):
         holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
         raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
     return loaded
@@ -97,6 +101,8 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Mode
     def shape(key: str) -> torch.Size:
         if key not in tensors:
             raise UserError(f"{path}: RWKV-{version} checkpoint without {key}; the file is incomplete")
+        if tensors[key].ndim != 2:
+            raise UserError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected two dimensions")
         return tensors[key].shape
 
     layers = {int(m.group(1)) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
@@ -105,6 +111,8 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Mode
         raise UserError(f"{path}: blocks.{missing}.* is missing between 0 and {max(layers)}")
     heads = shape("blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa")
     vocab_size, n_embd = shape("emb.weight")
+    if heads[0] * heads[1] != n_embd:
+        raise UserError(f"{path}: {heads[0]} heads of {heads[1]} (blocks.0.att.r_k) do not make up n_embd {n_embd}")
     low_rank = {}
     if version == 7:
         # Layer 0 has no use for v1 and may lack it; a model of one layer then has no such width at all.
@@ -134,7 +142,7 @@ def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
             "a Hugging Face layout (keys such as " + next(n for n in names if n.startswith(("model.", "rwkv."))) + ")",
             "use the .pth it was converted from, in BlinkDL's layout (emb.weight, blocks.0.att...)",
         )
-    if any(name.endswith((".disha", ".bone")) for name in names) or any("lora_A" in n for n in names):
+    if any(name.endswith((".disha", ".bone", ".miss_block")) for name in names) or any("lora_A" in n for n in names):
         raise refuse("an adapter, not a model", "give the base checkpoint here")
     if not any(name.startswith("blocks.0.att.") for name in names):
         found = ", ".join(sorted(names)[:3])
@@ -188,7 +196,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         kept = "; the file that was there is unchanged" if path.exists() else ""
         raise UserError(f"{path}: cannot be written: {reason}{kept}") from e
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or its folder is not
+            part.unlink()
 
 
 @dataclass(frozen=True)
@@ -247,7 +256,7 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
             tensor = compute(name)
             assert (tensor.shape, tensor.dtype) == (spec.shape, spec.dtype), name
             nbytes = tensor.numel() * tensor.element_size()
-            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != nbytes:
+            if not tensor.is_contiguous() or tensor.storage_offset():
                 tensor = tensor.clone(memory_format=torch.contiguous_format)
             writer.write_record(f"data/{i}", tensor.untyped_storage(), nbytes)
             sink.check()
@@ -256,8 +265,9 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
 
 
 class _Sink:
-    """A file whose writes never fail: the first error is kept for `check`. PyTorch's writer, told of a failed
-    write, ends the whole process in its destructor (torch 2.13, inline_container.cc)."""
+    """A file whose writes never fail, not even after it is closed: the first error is kept for `check`. PyTorch's
+    writer, which writes in its destructor too, ends the whole process where a write fails (torch 2.13,
+    inline_container.cc)."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.error = file, None
@@ -266,7 +276,7 @@ class _Sink:
         if self.error is None:
             try:
                 self.file.write(data)
-            except OSError as e:
+            except BaseException as e:  # also a Ctrl-C that comes here
                 self.error = e
         return len(data)
 

@@ -34,7 +34,9 @@ def run_train(config: TrainConfig) -> int:
     if result.best_val_loss is not None:
         base = f"from {result.base_val_loss:.4f} " if result.base_val_loss is not None else ""
         best = f"; validation loss {base}to {result.best_val_loss:.4f} (best, step {result.best_step})"
-    console.print(f"{result.steps} steps done{best}; adapter in {Path(config.out) / 'adapter'}", highlight=False)
+    console.print(
+        f"{result.steps} steps done{best}; adapter in {Path(config.out) / 'adapter'}", highlight=False, soft_wrap=True
+    )
     return 0
 
 
@@ -47,7 +49,7 @@ def run_merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> 
         out: The file to write, ending in .pth.
         dtype: Of every tensor written; the base's own when not given.
     """
-    from rwkv_miss.merge import merge
+    from rwkv_miss.merging import merge
 
     report = merge(base, adapter, out, dtype)
     table = Table("linears", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
@@ -64,6 +66,7 @@ def run_merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> 
         f"{report.dtype}; logits of the written file differ from base + adapter by {report.logits_error:.1e} of their "
         f"size; the adapter changes the base's by {report.logits_effect:.1e}",
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 

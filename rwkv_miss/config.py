@@ -7,6 +7,9 @@ from typing import Literal
 
 from rwkv_miss.errors import UserError
 
+BACKENDS = ("auto", "reference", "torch", "cpu")
+"""What can compute the recurrence; see `rwkv_miss.ops`."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -131,8 +134,6 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
-        from rwkv_miss.ops import BACKENDS
-
         found = self.adapter.problems()
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:

@@ -35,11 +35,13 @@ def generate(
     Raises:
         UserError: an argument out of its range, an empty prompt, or a prompt with tokens the model lacks.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or max_tokens < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:
         raise UserError(
             f"temperature {temperature} must be at least 0, top_p {top_p} above 0 and at most 1, max_tokens "
             f"{max_tokens} at least 1"
         )
+    if not prompts:
+        return []
     device = model.emb.weight.device
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):

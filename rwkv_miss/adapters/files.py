@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, extra: dict[str, A
     ours = {"rwkv_miss": rwkv_miss.__version__, "base_fingerprint": model.fingerprint, **(extra or {})}
     tensors = {f"{_PREFIX}{name}{_SUFFIX}": m.miss_block.detach().contiguous().cpu() for name, m in found.items()}
     folder = Path(folder)
-    for name, content in ((OURS, ours), (CONFIG, peft)):
-        with atomic_write(folder / name) as part:
+    # All three are written before the first is renamed: on a full disk the old adapter stays as it was.
+    with ExitStack() as renames:
+        for name, content in ((OURS, ours), (CONFIG, peft)):
+            part = renames.enter_context(atomic_write(folder / name))
             part.write_text(json.dumps(content, indent=2) + "\n")
-    with atomic_write(folder / WEIGHTS) as part:
+        part = renames.enter_context(atomic_write(folder / WEIGHTS))
         try:
             save_file(tensors, part, metadata={"format": "pt"})
         except SafetensorError as e:
@@ -82,6 +85,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     peft = _read_json(folder / CONFIG)
     if peft.get("peft_type") != "MISS":
         raise UserError(f"{folder / CONFIG}: peft_type is {peft.get('peft_type')!r}; only MISS adapters can be read")
+    if type(peft.get("r")) is not int:
+        raise UserError(f"{folder / CONFIG}: r is {peft.get('r')!r}; expected a whole number")
     if not isinstance(peft.get("init_weights", True), bool):
         raise UserError(
             f"{folder / CONFIG}: init_weights is {peft['init_weights']!r}, a variant of MiSS; only the standard form "

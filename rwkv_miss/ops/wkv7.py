@@ -8,12 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cpu.wkv7 import unusable, wkv7_cpu
 from rwkv_miss.ops.wkv7_reference import wkv7_reference
 from rwkv_miss.ops.wkv7_torch import wkv7_torch
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
 _FUNCTIONS = {"reference": wkv7_reference, "torch": wkv7_torch, "cpu": wkv7_cpu}
 _log = logging.getLogger("rwkv_miss")
 

@@ -43,10 +43,11 @@ class Reporter(L.Callback):
         self.base_val_loss = module.val_loss
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._row_time = time.monotonic()
+        step = trainer.global_step
+        self._first_step, self._train_time = step, time.monotonic()
+        self._row_time = self._train_time
         if not trainer.is_global_zero:
             return
-        step = trainer.global_step
         path = self.out / "metrics.csv"
         rows = []
         if path.exists():  # resumed: what came after the checkpoint is about to be done again
@@ -121,9 +122,10 @@ class Reporter(L.Callback):
             text = f"loss {figures['loss']:.4f}  {figures['tokens_per_s']:,.0f} tokens/s"
             self._bar.update(self._task, figures=text)
         else:
-            left = (self.total_steps - step) * seconds / max(step, 1)
+            a_step = (time.monotonic() - self._train_time) / (step - self._first_step)
             self.console.print(
                 f"step {step}/{self.total_steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
-                f"{figures['tokens_per_s']:,.0f} tokens/s  ETA {left:.0f} s",
+                f"{figures['tokens_per_s']:,.0f} tokens/s  ETA {(self.total_steps - step) * a_step:.0f} s",
                 highlight=False,
+                soft_wrap=True,
             )

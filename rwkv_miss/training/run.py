@@ -92,10 +92,11 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         f"{sum(p.numel() for p in model.parameters()) - trainable:,} parameters frozen in "
         f"{str(model.emb.weight.dtype).removeprefix('torch.')}, {trainable:,} trained",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(f"training: {report}", highlight=False)
+    console.print(f"training: {report}", highlight=False, soft_wrap=True)
     if val_report:
-        console.print(f"validation: {val_report}", highlight=False)
+        console.print(f"validation: {val_report}", highlight=False, soft_wrap=True)
     if resume and resume[1] >= total_steps:
         raise UserError(
             f"{out}: the run is done ({resume[1]} of {total_steps} steps); raise epochs or max_steps to go on"

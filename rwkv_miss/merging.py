@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from rwkv_miss.adapters.files import check_fits, load_adapter, read_adapter
 from rwkv_miss.adapters.miss import delta_weight
 from rwkv_miss.checkpoint import (
+    DTYPES,
     TensorSpec,
     atomic_write,
     fingerprint,
@@ -27,6 +29,8 @@ from rwkv_miss.model import load_model, model_class
 # base + adapter. The two round differently, more in the half precisions.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _VERIFY_TOKENS = 128
+# Elements that are added up at a time.
+_PIECE = 2**14
 
 
 @dataclass(frozen=True)
@@ -86,30 +90,44 @@ def merge(
     check_fits(adapter, linears, fingerprint(base), adapter_folder)
 
     specs = {name: TensorSpec(t.shape, cast_to or t.dtype) for name, t in base.items()}
-    layers: list[MergedLayer] = []
+    if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
+        raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
+    layers: dict[str, MergedLayer] = {}
+    # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
+    # the number of tensors (glibc).
+    nbytes = {name: s.shape.numel() * s.dtype.itemsize for name, s in specs.items()}
+    buffer = torch.empty(max(nbytes.values()), dtype=torch.uint8)
 
     def compute(name: str) -> Tensor:
+        out = buffer[: nbytes[name]].view(specs[name].dtype).view(specs[name].shape)
         module = name.removesuffix(".weight")
-        if module not in adapter.blocks:
-            return base[name].to(specs[name].dtype)
-        merged, layer = _merge_one(module, base[name], adapter.blocks[module], specs[name].dtype)
-        layers.append(layer)
-        return merged
+        if module in adapter.blocks:
+            layers[module] = _merge_one(module, base[name], adapter.blocks[module], out)
+        else:
+            out.copy_(base[name])
+        return out
 
     with atomic_write(out_path) as part:
         write_pth(part, specs, compute)
+        if wrong := [name for name, t in read_checkpoint(part).items() if not torch.equal(t, compute(name))]:
+            raise RunError(f"{out_path}: {wrong[0]} was read back with other values (a faulty disk?); nothing was written")
         error, effect = _verify(base_path, adapter_folder, part)
     written = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
-    return MergeReport(out_path, ", ".join(sorted(written)), layers, error, effect)
+    return MergeReport(out_path, ", ".join(sorted(written)), list(layers.values()), error, effect)
 
 
-def _merge_one(name: str, W: Tensor, D: Tensor, dtype: torch.dtype) -> tuple[Tensor, MergedLayer]:
-    delta = delta_weight(D.float(), W.shape[1])
-    exact = W.float() + delta
-    cast = exact.to(dtype)
-    norm = delta.norm().item()
-    loss = (cast.float() - exact).norm().item() / norm if norm else 0.0
-    return cast, MergedLayer(name, norm, loss)
+def _merge_one(name: str, W: Tensor, D: Tensor, out: Tensor) -> MergedLayer:
+    """Writes W + dW to `out`, some rows at a time."""
+    rows = max(1, _PIECE // W.shape[1])
+    delta_squares = lost_squares = 0.0
+    for W_rows, D_rows, out_rows in zip(W.split(rows), D.float().split(rows, dim=1), out.split(rows), strict=True):
+        delta = delta_weight(D_rows, W.shape[1])
+        exact = W_rows.float() + delta
+        out_rows.copy_(exact)
+        delta_squares += delta.square().sum().item()
+        lost_squares += (out_rows.float() - exact).square().sum().item()
+    loss = math.sqrt(lost_squares / delta_squares) if delta_squares else 0.0
+    return MergedLayer(name, math.sqrt(delta_squares), loss)
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""Answers a few questions with base + adapter, with the merged file, and with the merged file in the `rwkv`
+package where that is installed; exits with 1 where they are not the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from itertools import islice
+
+import jsonargparse
+
+from rwkv_miss import load_adapter, load_model
+from rwkv_miss.data.records import read_records
+from rwkv_miss.data.templates import prompt_text
+from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
+from rwkv_miss.generate import STOP, generate
+
+
+def rwkv_package(merged: str, tokenizer: Tokenizer, prompts: list[str], max_tokens: int) -> list[str]:
+    """Greedy answers by the `rwkv` package in fp32, its forward alone."""
+    os.environ["RWKV_V7_ON"] = "1"  # how the package is told to expect RWKV-7; read when it is imported
+    from rwkv.model import RWKV
+
+    model = RWKV(model=merged.removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+    answers = []
+    for prompt in prompts:
+        logits, state = model.forward(tokenizer.encode(prompt), None)
+        written: list[int] = []
+        while len(written) < max_tokens and (token := int(logits.argmax())) != END:
+            written.append(token)
+            if STOP in tokenizer.decode(written):
+                break
+            logits, state = model.forward([token], state)
+        answers.append(tokenizer.decode(written).split(STOP)[0])
+    return answers
+
+
+def compare(
+    base: str, adapter: str, merged: str, questions: str, tokenizer: str, count: int = 3, max_tokens: int = 256
+) -> int:
+    tok = load_tokenizer(tokenizer)
+    prompts = [prompt_text(record) for record in islice(read_records(questions), count)]
+    answers = {
+        "base + adapter": generate(load_adapter(load_model(base), adapter).eval(), tok, prompts, max_tokens),
+        "merged file": generate(load_model(merged).eval(), tok, prompts, max_tokens),
+    }
+    if importlib.util.find_spec("rwkv"):
+        answers["merged file in the rwkv package"] = rwkv_package(merged, tok, prompts, max_tokens)
+    else:
+        print("the rwkv package is not installed (pip install rwkv), so the merged file was not run in it")
+    for i, prompt in enumerate(prompts):
+        print(f"\n{prompt}")
+        for name, given in answers.items():
+            print(f"  {name:<32}{given[i].strip()}")
+    same = len({tuple(given) for given in answers.values()}) == 1
+    print("\nthe same answers from all" if same else "\nthe answers differ")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(jsonargparse.CLI(compare, as_positional=False))

@@ -1,0 +1,252 @@
+"""Adapter folders: to HF PEFT and back, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, save_adapter
+from rwkv_miss.adapters.files import read_adapter
+from rwkv_miss.adapters.inject import adapters
+from rwkv_miss.errors import UserError
+
+CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
+TOKENS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
+KEY = "base_model.model.blocks.0.att.key.miss_block"
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    rng = torch.Generator().manual_seed(5)
+    for layer in adapters(model).values():
+        layer.miss_block.data.normal_(0, 0.1, generator=rng)
+    return model.eval()
+
+
+@pytest.fixture
+def base(make_base) -> Path:
+    return make_base()
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    """A good adapter folder for `base`, r = 5, on att.key and ffn.value."""
+    model = inject(load_model(base), AdapterConfig(r=5, dropout=0.25, target_modules=["att.key", "ffn.value"]))
+    save_adapter(randomise(model), tmp_path / "adapter", extra={"tokenizer": "bytes"})
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, **changes) -> None:
+    content = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**content, **changes}))
+
+
+def edit_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def assert_refused(base: Path, folder: Path, *words: str) -> None:
+    """UserError that says all of `words`, and the model is as it was."""
+    model = load_model(base)
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    with pytest.raises(UserError) as error:
+        load_adapter(model, folder)
+    for word in words:
+        assert word in str(error.value)
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_saved_adapter_loads_as_it_was(base, folder):
+    saved = randomise(inject(load_model(base), AdapterConfig(r=5, target_modules=["att.key", "ffn.value"])))
+    model = load_adapter(load_model(base), folder).eval()
+    assert torch.equal(model(TOKENS)[0], saved(TOKENS)[0])
+    assert not torch.equal(model(TOKENS)[0], load_model(base)(TOKENS)[0])
+    assert model.adapter_config == AdapterConfig(r=5, dropout=0.25, target_modules=["att.key", "ffn.value"])
+    assert {layer.dropout for layer in adapters(model).values()} == {0.25}
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{n}.miss_block" for n in adapters(model)]
+
+
+def test_what_is_on_disk(folder):
+    assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG, WEIGHTS, OURS])
+    assert json.loads((folder / OURS).read_text())["tokenizer"] == "bytes"
+    tensors = load_file(folder / WEIGHTS)
+    assert {k: tuple(t.shape) for k, t in tensors.items()} == {
+        f"base_model.model.blocks.{i}.{name}.miss_block": (5, 32) for i in range(3) for name in ("att.key", "ffn.value")
+    }
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [None, ["att.key", "ffn.value"]])
+def test_hf_peft_reads_ours(base, tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    model = randomise(inject(load_model(base), AdapterConfig(r=5, target_modules=targets)))
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "adapter")
+    expected, _ = model(TOKENS)
+    assert (theirs(TOKENS)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    state = peft.get_peft_model_state_dict(theirs)
+    ours = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert state.keys() == ours.keys() and all(torch.equal(state[k], ours[k]) for k in ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [["att.key", "ffn.value"], r".*\.att\.(key|value)"])
+def test_ours_reads_hf_pefts(base, tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(load_model(base), peft.MissConfig(r=5, miss_dropout=0.1, target_modules=targets))
+    rng = torch.Generator().manual_seed(5)
+    for name, p in theirs.named_parameters():
+        if "miss_block" in name:
+            p.data.normal_(0, 0.1, generator=rng)
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = load_adapter(load_model(base), tmp_path / "adapter").eval()
+    state = peft.get_peft_model_state_dict(theirs)
+    assert {f"base_model.model.{n}.miss_block" for n in adapters(model)} == state.keys()
+    assert all(torch.equal(m.miss_block, state[f"base_model.model.{n}.miss_block"]) for n, m in adapters(model).items())
+    expected = theirs.eval()(TOKENS)[0]
+    assert (model(TOKENS)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert model.adapter_config.dropout == 0.1
+
+
+def test_another_base_is_refused(make_base, folder):
+    assert_refused(make_base("other.pth", seed=1), folder, "trained on another base", "fingerprint")
+
+
+def test_the_same_base_in_another_file_is_accepted(make_base, folder):
+    load_adapter(load_model(make_base("base.st")), folder)
+
+
+def test_one_changed_number_in_a_small_tensor_makes_another_base(base, folder, tmp_path):
+    weights = torch.load(base)
+    weights["blocks.2.att.x_k"][0, 0, 7] += 0.001
+    torch.save(weights, tmp_path / "other.pth")
+    assert_refused(tmp_path / "other.pth", folder, "trained on another base")
+
+
+def test_a_second_adapter_is_refused(base, folder):
+    model = load_adapter(load_model(base), folder)
+    with pytest.raises(UserError, match="adapter already"):
+        load_adapter(model, folder)
+
+
+def test_there_is_nothing_to_save(base, tmp_path):
+    with pytest.raises(UserError, match="no adapter"):
+        save_adapter(load_model(base), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_missing_block(base, folder):
+    edit_weights(folder, lambda t: t.pop(KEY))
+    assert_refused(base, folder, str(folder), "blocks.0.att.key", "has no block")
+
+
+def test_no_blocks_at_all(base, folder):
+    edit_weights(folder, lambda t: t.clear())
+    assert_refused(base, folder, str(folder), "has no block")
+
+
+@pytest.mark.parametrize("extra", ["blocks.0.att.gate", "blocks.7.att.key", "head", "blocks.0.ln1"])
+def test_a_block_that_nothing_would_use(base, folder, extra):
+    edit_weights(folder, lambda t: t.update({f"base_model.model.{extra}.miss_block": torch.ones(5, 32)}))
+    assert_refused(base, folder, str(folder), extra, "no linear of this base")
+
+
+@pytest.mark.parametrize("key", ["base_model.model.blocks.0.att.key.lora_A.weight", "blocks.0.att.key.miss_block"])
+def test_a_key_of_something_else(base, folder, key):
+    edit_weights(folder, lambda t: t.update({key: torch.ones(5, 32)}))
+    assert_refused(base, folder, str(folder / WEIGHTS), key)
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (5, 31), (5, 32, 1), (160,)])
+def test_a_block_of_the_wrong_shape(base, folder, shape):
+    edit_weights(folder, lambda t: t.update({KEY: torch.ones(shape)}))
+    assert_refused(base, folder, str(folder), "blocks.0.att.key", str(shape))
+
+
+def test_r_larger_than_the_input(base, folder):
+    edit_config(folder, r=33, target_modules=["att.key"])
+    edit_weights(folder, lambda t: (t.clear(), t.update({KEY: torch.ones(33, 32)})))
+    assert_refused(base, folder, "blocks.1.att.key", "has no block")
+    edit_config(folder, target_modules="blocks.0.att.key")
+    assert_refused(base, folder, "blocks.0.att.key", "(33, 32)", "r <= 32")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(base, folder, value):
+    edit_weights(folder, lambda t: t[KEY].__setitem__((2, 3), value))
+    assert_refused(base, folder, str(folder), "blocks.0.att.key", "not finite")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"init_weights": "bat"}, ["init_weights is 'bat'"]),
+        ({"init_weights": "mini"}, ["init_weights is 'mini'"]),
+        ({"peft_type": "LORA"}, ["peft_type is 'LORA'"]),
+        ({"peft_type": None}, ["peft_type is None"]),
+        ({"r": 6}, ["r = 6", "(5, 32)"]),
+        ({"r": None}, ["None"]),
+    ],
+)
+def test_a_config_of_another_adapter(base, folder, changes, words):
+    edit_config(folder, **changes)
+    assert_refused(base, folder, str(folder), *words)
+
+
+@pytest.mark.parametrize("name", [CONFIG, OURS])
+@pytest.mark.parametrize("content", [b'{"r": 5', b"[1, 2]", b"", b"\xff\xfe\x00"])
+def test_a_broken_json(base, folder, name, content):
+    (folder / name).write_bytes(content)
+    assert_refused(base, folder, str(folder / name))
+
+
+def test_no_rank_in_the_config(base, folder):
+    """Also where no block contradicts it."""
+    content = json.loads((folder / CONFIG).read_text())
+    del content["r"]
+    (folder / CONFIG).write_text(json.dumps(content))
+    assert_refused(base, folder, str(folder))
+    edit_weights(folder, lambda t: t.clear())
+    assert_refused(base, folder, str(folder))
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -4])
+def test_truncated_weights(base, folder, length):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:length])
+    assert_refused(base, folder, str(folder / WEIGHTS), "truncated")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file(base, folder, name):
+    (folder / name).unlink()
+    assert_refused(base, folder, str(folder / name), "no such file")
+
+
+def test_no_folder(base, folder):
+    assert_refused(base, folder / "nothing", "no such folder")
+    assert_refused(base, folder / CONFIG, "no such folder")
+
+
+@pytest.mark.parametrize(("r", "limit"), [(5, 4096), (8, 4096), (8, 20)])
+def test_a_full_disk_keeps_the_old_adapter(base, folder, full_disk, r, limit):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    model = inject(load_model(base), AdapterConfig(r=r))
+    with full_disk(limit), pytest.raises(UserError, match=str(folder)):
+        save_adapter(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    read_adapter(folder)
+
+
+def test_saving_over_an_old_adapter(base, folder):
+    save_adapter(inject(load_model(base), AdapterConfig(r=8)), folder)
+    assert read_adapter(folder).config.r == 8
+    assert sorted(p.name for p in folder.iterdir()) == sorted([CONFIG, WEIGHTS, OURS])

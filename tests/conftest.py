@@ -1,0 +1,140 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors: a second thread costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of real models and data, which is not shipped."""
+    folder = Path(__file__).parents[2] / "shared" / "reference"
+    if not folder.is_dir():
+        pytest.skip(f"no reference data in {folder}")
+    return folder
+
+
+@pytest.fixture
+def tiny_model(reference: Path) -> Path:
+    """A trained RWKV-7 of 834K parameters: 12 layers, n_embd 64, vocabulary of 256 bytes, fp32."""
+    return reference / "models" / "tiny-rwkv7-834K.pth"
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., dict[str, Tensor]]:
+    """`random_weights(n_layer=3, n_embd=32, head_size=16, vocab_size=64, dtype=torch.float32, layer0_v=False,
+    seed=0)`: an RWKV-7 state dict in which every tensor is random and every low-rank width another."""
+    return _random_weights
+
+
+@pytest.fixture
+def make_base(tmp_path: Path) -> Callable[..., Path]:
+    """`make_base(name="base.pth", **sizes)` writes `random_weights(**sizes)` to a .pth or .st file."""
+
+    def make(name: str = "base.pth", **sizes) -> Path:
+        path = tmp_path / name
+        weights = _random_weights(**sizes)
+        torch.save(weights, path) if path.suffix == ".pth" else save_file(weights, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rwkv_logits() -> Callable[[Path, list[int]], Tensor]:
+    """`rwkv_logits(path, ids)`: the `rwkv` package's logits (T, V) of a .pth, in fp32 on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:  # the package reads these once, when it is imported
+        patch.setenv("RWKV_V7_ON", "1")
+        patch.setenv("RWKV_JIT_ON", "0")
+        rwkv = pytest.importorskip("rwkv.model")
+
+    def logits(path: Path, ids: list[int]) -> Tensor:
+        model = rwkv.RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
+        return model.forward(ids, None, full_output=True)[0]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def full_disk() -> Callable[[int], AbstractContextManager]:
+    """`with full_disk(n):` no file may grow beyond n bytes (Python turns the signal for this into an OSError)."""
+
+    @contextmanager
+    def limit(n_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
+def _random_weights(
+    n_layer: int = 3,
+    n_embd: int = 32,
+    head_size: int = 16,
+    vocab_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    layer0_v: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    C, V, F = n_embd, vocab_size, 4 * n_embd
+    weights = {}
+
+    def normal(key: str, *shape: int, std: float = 1.0, mean: float = 0.0) -> None:
+        weights[key] = (mean + std * torch.randn(shape, generator=rng)).to(dtype)
+
+    def matrix(key: str, rows: int, cols: int) -> None:
+        normal(key, rows, cols, std=1 / math.sqrt(cols))
+
+    def norm(key: str) -> None:
+        normal(f"{key}.weight", C, std=0.2, mean=1.0)
+        normal(f"{key}.bias", C, std=0.2)
+
+    normal("emb.weight", V, C)
+    for i in range(n_layer):
+        block = f"blocks.{i}"
+        for name in ("ln0", "ln1", "ln2") if i == 0 else ("ln1", "ln2"):
+            norm(f"{block}.{name}")
+        for kind in "rwkvag":
+            normal(f"{block}.att.x_{kind}", 1, 1, C, std=0.3, mean=0.5)
+        for kind, rank in {"w": 5, "a": 6, "v": 3, "g": 9}.items():
+            if kind == "v" and i == 0 and not layer0_v:
+                continue
+            if kind != "g":
+                normal(f"{block}.att.{kind}0", 1, 1, C)
+            normal(f"{block}.att.{kind}1", C, rank, std=1 / math.sqrt(C))
+            normal(f"{block}.att.{kind}2", rank, C, std=1 / math.sqrt(rank))
+        normal(f"{block}.att.k_k", 1, 1, C, std=0.2, mean=0.8)
+        normal(f"{block}.att.k_a", 1, 1, C, std=0.2, mean=1.0)
+        normal(f"{block}.att.r_k", C // head_size, head_size, std=0.3)
+        for name in ("receptance", "key", "value", "output"):
+            matrix(f"{block}.att.{name}.weight", C, C)
+        norm(f"{block}.att.ln_x")
+        normal(f"{block}.ffn.x_k", 1, 1, C, std=0.3, mean=0.5)
+        matrix(f"{block}.ffn.key.weight", F, C)
+        matrix(f"{block}.ffn.value.weight", C, F)
+    norm("ln_out")
+    matrix("head.weight", V, C)
+    return weights

@@ -1,0 +1,336 @@
+"""Reading what is and what is not an RWKV checkpoint, and writing files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_miss import load_model
+from rwkv_miss.checkpoint import (
+    TensorSpec,
+    atomic_write,
+    fingerprint,
+    infer_config,
+    parse_dtype,
+    read_checkpoint,
+    write_pth,
+)
+from rwkv_miss.errors import UserError
+
+
+class RunsCode:
+    """Unpickled, this makes a folder: the proof that code ran."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def assert_refused(path: Path, *words: str) -> None:
+    """`load_model` raises a UserError that names the file and says all of `words`, once, on one line."""
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    message = str(error.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def save(path: Path, content) -> Path:
+    torch.save(content, path)
+    return path
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.st"])
+def test_no_such_file(tmp_path, name):
+    assert_refused(tmp_path / name, "no such file")
+
+
+@pytest.mark.parametrize("name", ["folder.pth", "folder.st"])
+def test_a_folder(tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert_refused(tmp_path / name, "is a folder")
+
+
+@pytest.mark.parametrize("name", ["base.pth", "base.st"])
+@pytest.mark.parametrize("share", [0, 1e-4, 0.01, 0.3, 0.999])
+def test_truncated(make_base, name, share):
+    path = make_base(name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("name", ["text.pth", "text.st"])
+@pytest.mark.parametrize("content", [b"hello, this is a text\n", b"\x80\x02", b"PK\x03\x04", bytes(1000)])
+def test_something_else(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path / name)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    path = tmp_path / "base.pth"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("notes.txt", "hello")
+    assert_refused(path, "cannot be read")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_pickle_that_runs_code(tmp_path, random_weights, new_format, inside):
+    marker = tmp_path / "ran"
+    path = tmp_path / "base.pth"
+    content = {**random_weights(), "extra": RunsCode(marker)} if inside else RunsCode(marker)
+    torch.save(content, path, _use_new_zipfile_serialization=new_format)
+    assert_refused(path, "run code", "nothing was executed")
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the file of this test would not have run anything"
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_both_formats_of_pytorch_are_read(tmp_path, random_weights, new_format):
+    path, weights = tmp_path / "base.pth", random_weights(dtype=torch.bfloat16)
+    torch.save(weights, path, _use_new_zipfile_serialization=new_format)
+    loaded = read_checkpoint(path)
+    assert list(loaded) == list(weights)
+    assert all(torch.equal(loaded[k], t) and loaded[k].dtype == t.dtype for k, t in weights.items())
+
+
+# Files that hold something else
+
+
+@pytest.mark.parametrize("content", [{}, [], torch.ones(3), {"lr": 0.1}, {"emb.weight": [1.0]}, {0: torch.ones(1)}])
+def test_not_a_state_dict(tmp_path, content):
+    assert_refused(save(tmp_path / "base.pth", content), "flat state dict")
+
+
+def test_a_nested_state_dict(tmp_path, random_weights):
+    path = save(tmp_path / "base.pth", {"state_dict": random_weights(), "step": 3})
+    assert_refused(path, "flat state dict", "state_dict, step")
+
+
+OTHERS = {
+    "v4": (["blocks.0.att.time_decay", "blocks.0.att.time_first"], ["RWKV-4"]),
+    "v5": (["blocks.0.att.time_decay", "blocks.0.att.time_faaaa", "blocks.0.att.ln_x.weight"], ["RWKV-5"]),
+    "hf": (["model.layers.0.attn.r_proj.weight", "model.embeddings.weight"], ["Hugging Face", ".pth"]),
+    "old hf": (["rwkv.blocks.0.attention.key.weight", "rwkv.embeddings.weight"], ["Hugging Face", ".pth"]),
+    "peft": (["base_model.model.blocks.0.att.key.miss_block"], ["an adapter, not a model"]),
+    "lora": (["base_model.model.blocks.0.att.key.lora_A.weight"], ["an adapter, not a model"]),
+    "disha": (["blocks.0.att.key.disha"], ["an adapter, not a model"]),
+    "llama": (["layers.0.wq.weight", "tok_embeddings.weight"], ["not an RWKV checkpoint", "layers.0.wq.weight"]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_architecture(tmp_path, kind):
+    keys, words = OTHERS[kind]
+    assert_refused(save(tmp_path / "base.pth", {k: torch.ones(2, 2) for k in keys}), *words)
+
+
+def test_rwkv_7a(tmp_path, random_weights):
+    weights = {**random_weights(), "blocks.0.ffn.s_emb.weight": torch.ones(64, 4)}
+    assert_refused(save(tmp_path / "base.pth", weights), "7a", "DeepEmbed")
+
+
+def test_rwkv_6_is_recognised_but_not_run(reference):
+    path = reference / "models" / "tiny-rwkv6-3m.pth"
+    config = infer_config(read_checkpoint(path), path)
+    assert (config.version, config.n_layer, config.n_embd, config.n_head, config.head_size) == (6, 12, 128, 16, 8)
+    assert_refused(path, "RWKV-6", "runs RWKV-7 only")
+
+
+# RWKV-7 files that are not whole
+
+
+def test_a_missing_layer(tmp_path, random_weights):
+    weights = {k: t for k, t in random_weights().items() if not k.startswith("blocks.1.")}
+    assert_refused(save(tmp_path / "base.pth", weights), "blocks.1.* is missing between 0 and 2")
+
+
+def test_any_missing_key(tmp_path, random_weights):
+    """Every single key, but those by which the architecture is recognised."""
+    whole = random_weights(n_layer=2, layer0_v=True)
+    for key in whole:
+        if key.startswith(("blocks.0.att.v", "blocks.0.att.k_k")):
+            continue
+        path = save(tmp_path / "base.pth", {k: t for k, t in whole.items() if k != key})
+        assert_refused(path, key)
+    del whole["blocks.0.att.k_k"]
+    assert_refused(save(tmp_path / "base.pth", whole), "RWKV-")
+
+
+@pytest.mark.parametrize("change", ["one more row", "one dimension less", "one dimension more"])
+def test_any_mismatched_shape(tmp_path, random_weights, change):
+    """Every single tensor. Where it is the one that the sizes are inferred from, another one is named."""
+    whole = random_weights(n_layer=2)
+    for key, tensor in whole.items():
+        other = {
+            "one more row": torch.cat([tensor, tensor[:1]]),
+            "one dimension less": tensor.flatten() if tensor.ndim > 1 else tensor[0],
+            "one dimension more": tensor.unsqueeze(0),
+        }[change]
+        assert_refused(save(tmp_path / "base.pth", {**whole, key: other}))
+
+
+def test_heads_that_do_not_make_up_the_width(tmp_path, random_weights):
+    weights = {k: torch.ones(2, 8) if k.endswith("r_k") else t for k, t in random_weights().items()}
+    assert_refused(save(tmp_path / "base.pth", weights), "r_k")
+
+
+def test_a_key_too_many(tmp_path, random_weights):
+    weights = {**random_weights(), "blocks.1.att.extra": torch.ones(2)}
+    assert_refused(save(tmp_path / "base.pth", weights), "blocks.1.att.extra is not a part of RWKV-7")
+
+
+def test_many_problems_are_counted(tmp_path, random_weights):
+    weights = {k: t for k, t in random_weights().items() if ".ln1." not in k and ".ln2." not in k}
+    assert_refused(save(tmp_path / "base.pth", weights), "(and 7 more)")
+
+
+def test_parse_dtype():
+    assert parse_dtype("bf16") is parse_dtype(torch.bfloat16) is torch.bfloat16
+    with pytest.raises(UserError, match=r"'bfloat16'.*bf16, fp16, fp32"):
+        parse_dtype("bfloat16")
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_of_the_content(random_weights):
+    weights = random_weights()
+    mark = fingerprint(weights)
+    assert mark == fingerprint(dict(reversed(weights.items())))
+    key = "blocks.1.att.w1"
+    changed = [
+        {**weights, key: weights[key].bfloat16().float()},
+        {**weights, key: weights[key].bfloat16()},
+        {**weights, key: weights[key].reshape(5, 32)},
+        {k: t for k, t in weights.items() if k != key},
+        {k.replace(key, key + "_"): t for k, t in weights.items()},
+    ]
+    marks = [fingerprint(c) for c in changed]
+    assert len({mark, *marks}) == 1 + len(changed)
+
+
+def test_a_fingerprint_of_a_large_tensor_sees_its_ends_and_its_middle():
+    large = torch.zeros(100_000)
+    marks = {fingerprint({"w": large})}
+    for i in (0, 99_999, *range(0, 100_000, 6_650)):
+        changed = large.clone()
+        changed[i : i + 257] = 1
+        marks.add(fingerprint({"w": changed}))
+    assert len(marks) > 10
+    transposed = torch.arange(6.0).view(2, 3).T
+    assert fingerprint({"w": transposed}) == fingerprint({"w": transposed.contiguous()})
+
+
+# Writing
+
+
+def tensors_to_write() -> dict[str, torch.Tensor]:
+    shared = torch.arange(24.0).view(4, 6)
+    return {
+        "plain": torch.randn(3, 5),
+        "bf16": torch.randn(2, 1, 7).bfloat16(),
+        "fp16": torch.randn(9).half(),
+        "transposed": shared.T,
+        "a row of a larger storage": shared[1],
+        "every second column": shared[:, ::2],
+        "its first rows": shared[:2],
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "expanded": torch.ones(1, 3).expand(2, 3),
+    }
+
+
+def test_write_pth_writes_what_torch_save_writes(tmp_path):
+    tensors = tensors_to_write()
+    path, other = tmp_path / "ours.pth", tmp_path / "torch.pth"
+    asked = []
+    write_pth(
+        path, {k: TensorSpec(t.shape, t.dtype) for k, t in tensors.items()}, lambda k: asked.append(k) or tensors[k]
+    )
+    assert asked == list(tensors)
+    torch.save({k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}, other)
+    expected = torch.load(other)
+    for mmap in (False, True):
+        loaded = torch.load(path, weights_only=True, mmap=mmap)
+        assert list(loaded) == list(expected) and type(loaded) is dict
+        for k, t in loaded.items():
+            assert torch.equal(t, expected[k]) and t.dtype == expected[k].dtype and t.stride() == expected[k].stride()
+            assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    with zipfile.ZipFile(path) as z, zipfile.ZipFile(other) as z_other:
+        assert z.testzip() is None
+        # Under the name of the file, as in PyTorch's own: its records; and data aligned as for mmap.
+        names = {n.split("/", 1)[1] for n in z.namelist()}
+        assert {n for n in names if n.startswith("data")} == {
+            n.split("/", 1)[1] for n in z_other.namelist() if n.split("/", 1)[1].startswith("data")
+        }
+    assert path.stat().st_size < other.stat().st_size + 2000
+
+
+def test_write_pth_raises_what_compute_raises(tmp_path):
+    """Also where the tensor is not what its spec says. In a process of its own: PyTorch's writer ends the process
+    where it is left with a file that is closed."""
+    code = f"""
+import torch
+from pathlib import Path
+from rwkv_miss.checkpoint import TensorSpec, write_pth
+
+def compute(name):
+    if name == "b" and isinstance(what, type):
+        raise what("no")
+    return what if name == "b" else torch.ones(1000)
+
+specs = {{name: TensorSpec(torch.Size([1000]), torch.float32) for name in "abc"}}
+for what in (KeyboardInterrupt, MemoryError, OSError, torch.ones(999), torch.ones(1000).half()):
+    try:
+        write_pth(Path({str(tmp_path / "x.pth")!r}), specs, compute)
+    except what if isinstance(what, type) else AssertionError:
+        print("raised")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "raised\n" * 5), result.stderr
+
+
+def test_atomic_write(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    for content in ("first", "second"):
+        with atomic_write(path) as part:
+            part.write_text(content)
+            assert part.parent == path.parent  # a rename within one file system
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == content
+        assert os.listdir(path.parent) == ["file.json"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failed_atomic_write_leaves_what_was_there(tmp_path, error, existed):
+    path = tmp_path / "file.json"
+    if existed:
+        path.write_text(json.dumps("old"))
+    with pytest.raises(UserError if error is OSError else error), atomic_write(path) as part:
+        part.write_text("half")
+        raise error(28, "No space left on device")
+    assert os.listdir(tmp_path) == (["file.json"] if existed else [])
+    assert not existed or path.read_text() == '"old"'
+
+
+def test_atomic_write_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "file" / "x.json"):
+        pass

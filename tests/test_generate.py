@@ -1,0 +1,191 @@
+"""Generation and evaluation: a batch is its members one by one, and both are the model's own full forward."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rwkv_miss import load_model
+from rwkv_miss.data.records import Record
+from rwkv_miss.data.templates import prompt_text, render
+from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.errors import UserError
+from rwkv_miss.evaluate import Answer, answers, mean_loss, perplexity
+from rwkv_miss.generate import STOP, _choose, generate
+
+BYTES = load_tokenizer("bytes")
+PROMPTS = ["a", "The cat sat on", "\n\n", "in the beginning", "zz"]
+
+
+class Scripted(torch.nn.Module):
+    """Says the given texts, one a row, whatever it reads: each step's logits favour the text's next byte."""
+
+    def __init__(self, *texts: bytes) -> None:
+        super().__init__()
+        self.emb = torch.nn.Embedding(256, 1)
+        self.config = type("Config", (), {"vocab_size": 256})
+        self.texts = texts
+
+    def forward(self, tokens, state=None, seq_start=None):
+        step = 0 if state is None else state + 1
+        logits = torch.zeros(*tokens.shape, 256)
+        for row, text in enumerate(self.texts):
+            logits[row, -1, text[step] if step < len(text) else ord("~")] = 1
+        return logits, step
+
+
+def full_forward_greedy(model, prompt: str, n_tokens: int) -> str:
+    """The whole text is run again for each token."""
+    ids = list(prompt.encode())
+    for _ in range(n_tokens):
+        ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    return BYTES.decode(ids[len(prompt.encode()) :])
+
+
+@pytest.fixture
+def model(make_base):
+    return load_model(make_base(vocab_size=256), torch.float64)
+
+
+@torch.no_grad()
+def test_greedy_is_the_argmax_of_the_full_forward(tiny_model):
+    model = load_model(tiny_model)
+    for prompt in PROMPTS[:2]:
+        (text,) = generate(model, BYTES, [prompt], max_tokens=24)
+        assert text == full_forward_greedy(model, prompt, 24)
+
+
+def test_a_batch_is_its_prompts_one_by_one(model):
+    together = generate(model, BYTES, PROMPTS, max_tokens=20)
+    assert together == [generate(model, BYTES, [p], max_tokens=20)[0] for p in PROMPTS]
+    assert len(set(together)) == len(PROMPTS)
+
+
+def test_max_tokens_and_no_prompts(model):
+    assert len(generate(Scripted(b"abcdef"), BYTES, ["q"], max_tokens=3)[0]) == 3
+    assert generate(model, BYTES, [], max_tokens=3) == []
+
+
+def test_the_end_of_a_document_stops_one_row_alone():
+    texts = generate(Scripted(b"ab\0cd", b"uvwxyz", b"\0abc"), BYTES, ["q", "longer", "r"], max_tokens=6)
+    assert texts == ["ab", "uvwxyz", ""]
+
+
+def test_the_next_turn_stops():
+    assert STOP == "\n\nUser:"
+    said = Scripted(b"yes\n\nUser: more", b"\n\nUser:~~~~~~", "é\n\nUse\n\nUser:".encode(), b"\n\nUser ~~~~~")
+    assert generate(said, BYTES, ["q"] * 4, max_tokens=14) == ["yes", "", "é\n\nUse", "\n\nUser ~~~~~~~"]
+
+
+def test_the_model_is_not_run_after_every_row_has_stopped():
+    steps = []
+    said = Scripted(b"ab\0", b"\0", b"a" + STOP.encode())
+    said.register_forward_hook(lambda *_: steps.append(1))
+    generate(said, BYTES, ["q", "r", "s"], max_tokens=100)
+    assert len(steps) == 8  # for each of the 8 bytes of the last
+
+
+def test_sampling_is_seeded(model):
+    def sample(seed: int) -> list[str]:
+        return generate(model, BYTES, PROMPTS, max_tokens=12, temperature=1.0, top_p=0.9, seed=seed)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_a_nucleus_of_one_is_greedy(model):
+    greedy = generate(model, BYTES, PROMPTS, max_tokens=12)
+    assert generate(model, BYTES, PROMPTS, max_tokens=12, temperature=1.0, top_p=1e-6) == greedy
+    assert generate(model, BYTES, PROMPTS, max_tokens=12, temperature=1e-4) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.85, 1.0])
+def test_the_distribution_that_is_sampled(temperature, top_p):
+    """Within the nucleus only, in the proportion of softmax(logits / temperature), by a chi-square bound."""
+    logits = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])
+    p = torch.softmax(logits.double() / temperature, 0).tolist()
+    nucleus, mass = [], 0.0
+    for i in sorted(range(5), key=lambda i: -p[i]):
+        if mass >= top_p:
+            break
+        nucleus.append(i)
+        mass += p[i]
+    n = 20_000
+    chosen = _choose(logits.expand(n, 5), temperature, top_p, torch.Generator().manual_seed(0))
+    counts = torch.bincount(chosen, minlength=5).tolist()
+    assert {i for i in range(5) if counts[i]} <= set(nucleus)
+    chi2 = sum((counts[i] - n * p[i] / mass) ** 2 / (n * p[i] / mass) for i in nucleus)
+    assert chi2 < 25  # at most 4 degrees of freedom: p < 1e-4
+
+
+def test_a_prompt_beyond_the_vocabulary(make_base):
+    model = load_model(make_base(vocab_size=64))
+    with pytest.raises(UserError, match=r"'ok~' has token 126, beyond the model's vocabulary of 64"):
+        generate(model, BYTES, ["!", "ok~"], max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "word"),
+    [
+        ("", {}, "prompt is empty"),
+        ("a", {"temperature": -0.1}, "temperature -0.1"),
+        ("a", {"temperature": math.nan}, "temperature nan"),
+        ("a", {"top_p": 0.0}, "top_p 0.0"),
+        ("a", {"top_p": 1.1}, "top_p 1.1"),
+        ("a", {"max_tokens": 0}, "max_tokens 0"),
+    ],
+)
+def test_wrong_arguments(model, prompt, arguments, word):
+    with pytest.raises(UserError, match=word):
+        generate(model, BYTES, [prompt], **arguments)
+
+
+# Evaluation
+
+
+def record(question: str, answer: str) -> Record:
+    return Record("here", (("user", question), ("assistant", answer)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_mean_loss_is_that_of_each_record_alone(model, batch_size):
+    records = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (("text", "abc"),))]
+    total, count = 0.0, 0
+    for r in records:
+        ids, carries_loss = [], []
+        for text, is_answer in render(r):
+            ids += list(text.encode())
+            carries_loss += [is_answer] * len(text.encode())
+        ids, carries_loss = [*ids, 0], [*carries_loss, True]
+        log_p = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+        for i in range(1, len(ids)):
+            if carries_loss[i]:
+                total -= log_p[i - 1, ids[i]].item()
+                count += 1
+    loss, n_tokens = mean_loss(model, BYTES, records, ctx_len=64, batch_size=batch_size)
+    assert n_tokens == count
+    assert loss == pytest.approx(total / count, rel=1e-6)
+    assert perplexity(loss) == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_perplexity_of_a_huge_loss():
+    assert perplexity(0.0) == 1 and perplexity(1e6) == math.inf and math.isnan(perplexity(math.nan))
+
+
+def test_answers_keep_the_order_of_the_records(model):
+    records = [record("a question " * n, "x") for n in (3, 1, 4, 2)]
+    given = answers(model, BYTES, records, max_tokens=5, batch_size=3)
+    assert [a.prompt for a in given] == [prompt_text(r) for r in records]
+    for a in given:
+        assert a.given == generate(model, BYTES, [a.prompt], max_tokens=5)[0].strip()
+
+
+def test_a_right_answer_is_an_equal_one():
+    said = Scripted(b" 42\n\n\0", b" 41\0")
+    given = answers(said, BYTES, [record("a", "42"), record("b", "42")], max_tokens=9, batch_size=2)
+    assert given == [Answer("User: a\n\nAssistant:", "42", "42"), Answer("User: b\n\nAssistant:", "42", "41")]
+    assert [a.is_right for a in given] == [True, False]

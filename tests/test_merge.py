@@ -1,0 +1,340 @@
+"""Merging: the merged file is base + adapter, in every runtime, or it is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
+from rwkv_miss.adapters.inject import adapters
+from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.errors import RunError, UserError
+
+# The function's module: its name in the package is the function's.
+MODULE = sys.modules[merge.__module__]
+WEIGHTS = "adapter_model.safetensors"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def make_adapter(base: Path, folder: Path, r: int = 5, targets: list[str] | None = None, std: float = 0.05) -> Path:
+    model = inject(load_model(base), AdapterConfig(r=r, target_modules=targets))
+    rng = torch.Generator().manual_seed(3)
+    for layer in adapters(model).values():
+        layer.miss_block.data.normal_(0, std, generator=rng)
+    save_adapter(model, folder)
+    return folder
+
+
+def expected_weights(base: Path, folder: Path, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """W + dW in float64, entry (o, c) of dW being D[c mod r, o], cast once."""
+    expected = {}
+    blocks = load_file(folder / WEIGHTS)
+    for name, W in read_checkpoint(base).items():
+        D = blocks.get(f"base_model.model.{name.removesuffix('.weight')}.miss_block")
+        exact = W.double()
+        if D is not None:
+            exact = exact + D.double()[torch.arange(W.shape[1]) % D.shape[0]].T
+        expected[name] = exact.to(dtype or W.dtype)
+    return expected
+
+
+def assert_same(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    """The same keys in the same order, shapes, dtypes and bits; a file that PyTorch maps, with right checksums."""
+    with zipfile.ZipFile(path) as z:
+        assert z.testzip() is None
+    merged = torch.load(path, weights_only=True, mmap=True)
+    assert list(merged) == list(expected)
+    for name, tensor in merged.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+        assert tensor.is_contiguous()
+
+
+@pytest.fixture
+def base(make_base) -> Path:
+    return make_base()
+
+
+@pytest.fixture
+def folder(base, tmp_path) -> Path:
+    return make_adapter(base, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("stored", [BF16, FP16, FP32])
+@pytest.mark.parametrize("wanted", [None, "bf16", "fp16", "fp32", torch.float32])
+def test_every_weight_is_the_exact_sum_cast_once(make_base, tmp_path, stored, wanted):
+    base = make_base(dtype=stored)
+    folder = make_adapter(base, tmp_path / "adapter", r=7)
+    report = merge(base, folder, tmp_path / "out.pth", wanted)
+    dtype = {"bf16": BF16, "fp16": FP16, "fp32": FP32}.get(wanted, wanted)
+    assert_same(tmp_path / "out.pth", expected_weights(base, folder, dtype))
+    assert report.dtype == str(dtype or stored).removeprefix("torch.")
+    assert report.out == tmp_path / "out.pth"
+    assert 0 <= report.logits_error < report.logits_effect
+
+
+def test_some_targets(base, tmp_path):
+    folder = make_adapter(base, tmp_path / "adapter", targets=["att.output", "blocks.1.ffn.key"])
+    report = merge(base, folder, tmp_path / "out.pth")
+    assert_same(tmp_path / "out.pth", expected_weights(base, folder, None))
+    changed = {f"blocks.{i}.att.output" for i in range(3)} | {"blocks.1.ffn.key"}
+    assert {layer.name for layer in report.layers} == changed
+    before, after = read_checkpoint(base), read_checkpoint(tmp_path / "out.pth")
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {f"{n}.weight" for n in changed}
+
+
+def test_a_safetensors_base_and_layer_0_v_are_kept(make_base, tmp_path):
+    base = make_base("base.st", layer0_v=True)
+    folder = make_adapter(base, tmp_path / "adapter")
+    merge(base, folder, tmp_path / "out.pth")
+    expected = expected_weights(base, folder, None)
+    assert {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"} < expected.keys()
+    assert_same(tmp_path / "out.pth", expected)
+
+
+def test_dtypes_are_kept_one_by_one(tmp_path, random_weights):
+    base = tmp_path / "base.pth"
+    weights = {n: t.half() if "ffn" in n else t.bfloat16() if "emb" in n else t for n, t in random_weights().items()}
+    torch.save(weights, base)
+    folder = make_adapter(base, tmp_path / "adapter")
+    report = merge(base, folder, tmp_path / "out.pth")
+    assert_same(tmp_path / "out.pth", expected_weights(base, folder, None))
+    assert report.dtype == "bfloat16, float16, float32"
+
+
+def test_zeros_change_nothing(base, tmp_path):
+    save_adapter(inject(load_model(base), AdapterConfig(r=5)), tmp_path / "adapter")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out.pth")
+    assert_same(tmp_path / "out.pth", read_checkpoint(base))
+    assert {(layer.delta_norm, layer.cast_loss) for layer in report.layers} == {(0.0, 0.0)}
+    assert report.logits_effect == 0
+
+
+@torch.no_grad()
+def test_the_merged_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits):
+    folder = make_adapter(tiny_model, tmp_path / "adapter", r=12, std=0.02)
+    merge(tiny_model, folder, tmp_path / "out.pth")
+    tokens = torch.randint(256, (200,), generator=torch.Generator().manual_seed(0))
+    adapted, _ = load_adapter(load_model(tiny_model), folder)(tokens.unsqueeze(0))
+    theirs = rwkv_logits(tmp_path / "out.pth", tokens.tolist())
+    assert (theirs - adapted[0]).abs().max() < 1e-4
+    assert (theirs - rwkv_logits(tiny_model, tokens.tolist())).abs().max() > 0.1
+
+
+def test_the_report(make_base, tmp_path):
+    base = make_base(dtype=BF16)
+    folder = make_adapter(base, tmp_path / "adapter", std=0.001)
+    report = merge(base, folder, tmp_path / "out.pth")
+    exact, cast = expected_weights(base, folder, torch.float64), read_checkpoint(tmp_path / "out.pth")
+    before = read_checkpoint(base)
+    assert len(report.layers) == 18
+    for layer in report.layers:
+        key = f"{layer.name}.weight"
+        norm = (exact[key] - before[key].double()).norm().item()
+        loss = (cast[key].double() - exact[key]).norm().item() / norm
+        assert layer.delta_norm == pytest.approx(norm, rel=1e-5)
+        assert layer.cast_loss == pytest.approx(loss, rel=1e-4)
+        assert 0.1 < layer.cast_loss < 1  # a small dW is not far above the step of bf16
+
+    tokens = torch.randint(64, (1, 300), generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        model = load_model(base)
+        plain = model(tokens)[0].double()
+        adapted = load_adapter(model, folder)(tokens)[0].double()
+        merged = load_model(tmp_path / "out.pth")(tokens)[0].double()
+    scale = adapted.square().mean().sqrt()
+    for value, a, b in ((report.logits_error, merged, adapted), (report.logits_effect, adapted, plain)):
+        assert value == pytest.approx(((a - b).square().mean().sqrt() / scale).item(), rel=0.5)
+
+
+# Refused, or failed: nothing is written, and what was there stays
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_refused(tmp_path: Path, base: Path, folder: Path, out: Path, *words: str, error=UserError) -> None:
+    before = listing(tmp_path)
+    with pytest.raises(error) as raised:
+        merge(base, folder, out)
+    for word in words:
+        assert word in str(raised.value)
+    assert listing(tmp_path) == before
+
+
+@pytest.fixture(params=[False, True], ids=["new", "over an old file"])
+def out(request, tmp_path) -> Path:
+    path = tmp_path / "out.pth"
+    if request.param:
+        path.write_bytes(b"the old file")
+    return path
+
+
+def test_another_base(make_base, folder, tmp_path, out):
+    assert_refused(tmp_path, make_base("other.pth", seed=1), folder, out, "another base")
+
+
+def test_a_key_that_nothing_would_use(base, folder, tmp_path, out):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "base_model.model.blocks.3.att.key.miss_block": torch.ones(5, 32)}, folder / WEIGHTS)
+    assert_refused(tmp_path, base, folder, out, "blocks.3.att.key", "no linear of this base")
+
+
+def test_a_missing_key(base, folder, tmp_path, out):
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["base_model.model.blocks.2.ffn.value.miss_block"]
+    save_file(tensors, folder / WEIGHTS)
+    assert_refused(tmp_path, base, folder, out, "blocks.2.ffn.value", "has no block")
+
+
+def test_a_base_that_is_no_model(folder, tmp_path, out):
+    assert_refused(tmp_path, folder / WEIGHTS, folder, out, "not a")
+    assert_refused(tmp_path, tmp_path / "none.pth", folder, out, "no such file")
+    torch.save({"w": torch.ones(1)}, tmp_path / "other.pth")
+    assert_refused(tmp_path, tmp_path / "other.pth", folder, out, "not an RWKV checkpoint")
+
+
+def test_a_base_that_does_not_fit_together(tmp_path, random_weights, out):
+    base = tmp_path / "base.pth"
+    torch.save(random_weights(), base)
+    folder = make_adapter(base, tmp_path / "adapter")
+    content = json.loads((folder / "rwkv_miss.json").read_text())
+    del content["base_fingerprint"]
+    (folder / "rwkv_miss.json").write_text(json.dumps(content))
+    torch.save({n: t for n, t in random_weights().items() if n != "ln_out.bias"}, base)
+    assert_refused(tmp_path, base, folder, out, "ln_out.bias is missing")
+
+
+def test_no_adapter(base, tmp_path, out):
+    assert_refused(tmp_path, base, tmp_path / "none", out, "no such folder")
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_out_is_the_base(base, folder, tmp_path, link):
+    out = base
+    if link:
+        out = tmp_path / "link.pth"
+        link(base, out)
+    assert_refused(tmp_path, base, folder, out, "is the base itself")
+
+
+def test_out_names(base, folder, tmp_path):
+    (tmp_path / "folder.pth").mkdir()
+    assert_refused(tmp_path, base, folder, tmp_path / "folder.pth", "is a folder")
+    for name in ("out", "out.safetensors", "out.pth.tmp"):
+        assert_refused(tmp_path, base, folder, tmp_path / name, ".pth")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", torch.float64, torch.int8])
+def test_dtypes_that_no_checkpoint_has(base, folder, tmp_path, dtype):
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="dtype"):
+        merge(base, folder, tmp_path / "out.pth", dtype)
+    assert listing(tmp_path) == before
+
+
+def test_a_wrong_sum_is_found(base, folder, tmp_path, out, monkeypatch):
+    right = MODULE.delta_weight
+
+    def wrong(D: torch.Tensor, n_in: int) -> torch.Tensor:
+        return right(D, n_in).roll(1, 1)
+
+    monkeypatch.setattr(MODULE, "delta_weight", wrong)
+    assert_refused(tmp_path, base, folder, out, "differ", "nothing was written", error=RunError)
+
+
+@pytest.mark.parametrize("stored", [FP32, BF16])
+@pytest.mark.parametrize("std", [0.05, 0.01])
+def test_a_delta_that_was_left_out_is_found(make_base, tmp_path, monkeypatch, stored, std):
+    """Also where the adapter changes the logits by little."""
+    base = make_base(dtype=stored)
+    folder = make_adapter(base, tmp_path / "adapter", std=std)
+    monkeypatch.setattr(MODULE, "delta_weight", lambda D, n_in: torch.zeros(D.shape[1], n_in))
+    assert_refused(tmp_path, base, folder, tmp_path / "out.pth", "nothing was written", error=RunError)
+
+
+def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
+    """The bytes of one weight are changed between writing and renaming."""
+    write = MODULE.write_pth
+
+    def corrupting(path: Path, specs, compute) -> None:
+        write(path, specs, compute)
+        data = bytearray(path.read_bytes())
+        wanted = compute("blocks.1.ffn.key.weight").numpy().tobytes()
+        at = data.index(wanted)
+        data[at : at + 4096] = bytes(4096)
+        path.write_bytes(data)
+
+    monkeypatch.setattr(MODULE, "write_pth", corrupting)
+    assert_refused(tmp_path, base, folder, out, "nothing was written", error=RunError)
+
+
+def test_a_full_disk(base, folder, tmp_path, out):
+    """Full at once, in the middle, and at the very end. In a process of its own: PyTorch's writer can end the
+    process where a write fails."""
+    before = listing(tmp_path)
+    code = f"""
+import resource
+from rwkv_miss import merge
+from rwkv_miss.errors import UserError
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+for limit in (0, {base.stat().st_size // 2}, {base.stat().st_size - 4000}):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        merge({str(base)!r}, {str(folder)!r}, {str(out)!r})
+    except UserError as e:
+        print(e)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"{out}: cannot be written") for line in lines)
+    assert listing(tmp_path) == before
+
+
+def test_memory(make_base, tmp_path):
+    """Merging 200 MB of bf16 holds one tensor at a time: what anonymous memory (RssAnon) grows by while writing, in
+    a fresh process, without the verification, which loads the model. The largest tensor has 8 MB, the adapter 7 MB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("RssAnon is read from /proc, which Linux alone has")
+    base = make_base(n_layer=8, n_embd=1024, head_size=64, vocab_size=4096, dtype=BF16)
+    folder = make_adapter(base, tmp_path / "adapter", r=16)
+    code = f"""
+import sys, threading, time
+from pathlib import Path
+import torch
+from rwkv_miss import merge
+
+torch.set_num_threads(1)
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+def watch():
+    global most
+    while not done:
+        most = max(most, anonymous())
+        time.sleep(0.001)
+
+sys.modules[merge.__module__]._verify = lambda *paths: (0.0, 0.0)
+before = most = anonymous()
+done = False
+thread = threading.Thread(target=watch)
+thread.start()
+merge({str(base)!r}, {str(folder)!r}, {str(tmp_path / "out.pth")!r})
+done = True
+thread.join()
+print(most - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert base.stat().st_size > 190 * 2**20
+    assert float(result.stdout) < 60, f"{float(result.stdout):.0f} MB"

@@ -1,0 +1,151 @@
+"""What importing the package costs, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rwkv_miss
+
+PACKAGE = Path(rwkv_miss.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+# The parts of the package from the lowest to the highest: each may import those below it, and itself.
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"checkpoint", "ops"},
+    {"model"},
+    {"adapters"},
+    {"training", "merging", "generate", "evaluate", "bench"},
+    {"cli"},
+    {"__main__"},
+]
+# Beside them: what the data's part may import, and who may import it.
+DATA_MAY_IMPORT = {"errors", "config", "data"}
+MAY_IMPORT_DATA = {"data", "training", "generate", "evaluate", "cli"}
+
+
+def imported_by(path: Path) -> set[str]:
+    """Full names of everything that a file imports, inside functions too, but not for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = [ast.Pass()]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part(module: str) -> str:
+    """`rwkv_miss.ops.wkv7` -> `ops`; the package itself, which only knows names -> ``."""
+    return module.split(".")[1] if module.count(".") else ""
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "torch", "lightning", "deepspeed", "numpy", "transformers", "peft", "safetensors", "tokenizers"
+    assert run(f"import sys, rwkv_miss; print(*set(sys.modules) & set({heavy}))") == ""
+
+
+def test_importing_every_module_compiles_nothing(tmp_path):
+    """No compiler can be found, the cache is empty, and stays so."""
+    names = [n for n in MODULES if not n.endswith("__main__")]
+    run(
+        f"import importlib, os\nos.environ.update(XDG_CACHE_HOME={str(tmp_path)!r}, CXX='/none', PATH='/none')\n"
+        f"for name in {names}: importlib.import_module(name)"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_public_names():
+    assert sorted(rwkv_miss.__all__) == rwkv_miss.__all__
+    for name in rwkv_miss.__all__:
+        value = getattr(rwkv_miss, name)
+        assert value.__name__ == name and value.__module__.startswith("rwkv_miss.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = rwkv_miss.nothing
+
+
+def test_merge_is_the_function_whatever_was_imported_before():
+    """A submodule of that name would be bound in its place as soon as anything imports it."""
+    before = [
+        "pass",
+        "rwkv_miss.MergeReport",
+        "importlib.import_module(sys.modules[rwkv_miss.merge.__module__].__name__)",
+        "import rwkv_miss.cli, rwkv_miss.evaluate; rwkv_miss.load_model",
+    ]
+    code = f"""
+import importlib, sys, torch
+for before in {before}:
+    for name in [n for n in sys.modules if n.split(".")[0] == "rwkv_miss"]:
+        del sys.modules[name]
+    import rwkv_miss
+    exec(before)
+    print(type(rwkv_miss.merge).__name__)
+"""
+    assert run(code).split() == ["function"] * len(before)
+
+
+def test_the_layers_name_every_part():
+    assert {part(m) for m in MODULES} - {"", "data"} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_direction_of_imports(module):
+    own = part(module)
+    found = {name for name in imported_by(MODULES[module]) if name.startswith("rwkv_miss.") and part(name) != own}
+    # `from rwkv_miss import __version__` and the public names are the package's own; data is beside the layers.
+    parts = {part(name) for name in found} - {"__version__", *rwkv_miss.__all__} | {
+        part(f"rwkv_miss.{rwkv_miss._HOMES[part(name)]}") for name in found if part(name) in rwkv_miss._HOMES
+    }
+    if own == "data":
+        assert parts <= DATA_MAY_IMPORT
+        return
+    if own == "":
+        assert not found
+        return
+    height = next(i for i, layer in enumerate(LAYERS) if own in layer)
+    below = set().union(*LAYERS[:height])
+    allowed = below | ({"data"} if own in MAY_IMPORT_DATA else set()) | ({"generate"} if own == "evaluate" else set())
+    assert parts <= allowed, f"{module} imports {sorted(parts - allowed)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_lightning_and_deepspeed_stay_in_training(module):
+    roots = {name.split(".")[0] for name in imported_by(MODULES[module])}
+    if part(module) != "training":
+        assert not roots & {"lightning", "pytorch_lightning"}
+    if module != "rwkv_miss.training.strategies":
+        assert "deepspeed" not in roots
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_environment_decides_nothing(module):
+    """But for the launcher's variables in training, and where the compiler and its cache are."""
+    if part(module) == "training" or module == "rwkv_miss.ops.cpu.build":
+        return
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        assert name not in ("environ", "getenv", "environb"), f"line {node.lineno}"
+
+
+def test_the_version_is_the_distributions():
+    assert importlib.metadata.version("rwkv-miss") == rwkv_miss.__version__
