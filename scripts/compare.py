@@ -22,7 +22,7 @@ def rwkv_package(merged: str, tokenizer: Tokenizer, prompts: list[str], max_toke
     os.environ["RWKV_V7_ON"] = "1"  # how the package is told to expect RWKV-7; read when it is imported
     from rwkv.model import RWKV
 
-    model = RWKV(model=merged.removesuffix(".pth"), strategy="cpu fp32", verbose=False)
+    model = RWKV(model=merged.removesuffix(".pth"), strategy="cpu fp32")
     answers = []
     for prompt in prompts:
         logits, state = model.forward(tokenizer.encode(prompt), None)
@@ -40,10 +40,11 @@ def compare(
     base: str, adapter: str, merged: str, questions: str, tokenizer: str, count: int = 3, max_tokens: int = 256
 ) -> int:
     tok = load_tokenizer(tokenizer)
+    # All in fp32, as the package's CPU strategy runs: what differs is the files alone.
     prompts = [prompt_text(record) for record in islice(read_records(questions), count)]
     answers = {
-        "base + adapter": generate(load_adapter(load_model(base), adapter).eval(), tok, prompts, max_tokens),
-        "merged file": generate(load_model(merged).eval(), tok, prompts, max_tokens),
+        "base + adapter": generate(load_adapter(load_model(base, "fp32"), adapter).eval(), tok, prompts, max_tokens),
+        "merged file": generate(load_model(merged, "fp32").eval(), tok, prompts, max_tokens),
     }
     if importlib.util.find_spec("rwkv"):
         answers["merged file in the rwkv package"] = rwkv_package(merged, tok, prompts, max_tokens)

@@ -8,11 +8,17 @@ else
     PYTHON=$ROOT/.venv/bin/python
     [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
 fi
-WANTED="$ROOT${EXTRA:+[$EXTRA]}"
-STAMP=$("$PYTHON" -c 'import sys; print(sys.prefix)')/.rwkv_miss${EXTRA:+-$EXTRA}
-# Installed once, and again when the list of dependencies has changed.
-if ! cmp -s "$ROOT/pyproject.toml" "$STAMP"; then
-    echo "installing rwkv_miss into $(dirname -- "$STAMP") (once; this can take some minutes)" >&2
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$WANTED" >&2
-    cp "$ROOT/pyproject.toml" "$STAMP"
+PREFIX=$("$PYTHON" -c 'import sys; print(sys.prefix)')
+
+# Installed once, and again when the list of dependencies has changed: a copy of it is left in the environment.
+installed() {
+    for list in "$PREFIX/.rwkv_miss${EXTRA:+-$EXTRA}"*; do
+        ! cmp -s "$ROOT/pyproject.toml" "$list" || return 0
+    done
+    return 1
+}
+if ! installed; then
+    echo "installing rwkv_miss into $PREFIX (once; this can take some minutes)" >&2
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${EXTRA:+[$EXTRA]}" >&2
+    cp "$ROOT/pyproject.toml" "$PREFIX/.rwkv_miss${EXTRA:+-$EXTRA}"
 fi
