@@ -110,7 +110,7 @@ def merge(
     with atomic_write(out_path) as part:
         write_pth(part, specs, compute)
         if wrong := [name for name, t in read_checkpoint(part).items() if not torch.equal(t, compute(name))]:
-            raise RunError(f"{out_path}: {wrong[0]} was read back with other values (a faulty disk?); nothing was written")
+            raise RunError(f"{out_path}: {wrong[0]} was read back changed (a faulty disk?); nothing was written")
         error, effect = _verify(base_path, adapter_folder, part)
     written = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(written)), list(layers.values()), error, effect)
