@@ -1,0 +1,333 @@
+// Runs CUDA kernels on the CPU: g++ -include simt.h -x c++ kernel.cu. A block's threads are fibers, run one after the
+// other in random order from a seed; __syncthreads, __syncwarp and shuffles switch between them. Reported, with the
+// launch's end: barriers that not all threads reach, shuffles that not all lanes of a warp reach, races on shared
+// memory, reads of shared memory that was never written, accesses out of bounds or not aligned.
+//
+// A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between
+// them, nor a __syncwarp within a warp. Shuffles order nothing: CUDA promises no memory order for them.
+//
+// Kernels declare shared arrays by SHARED, take pointers into them as Shared<T>, and access them, and global memory,
+// by READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses; harness.py makes lines of them.
+#pragma once
+#include <dlfcn.h>
+#include <execinfo.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __global__ __attribute__((noinline))
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+constexpr int WARP = 32, MAX_ARGUMENTS = 24;
+constexpr size_t STACK = 128 * 1024;
+
+enum State { READY, AT_BLOCK, AT_WARP, DONE };
+const char* const STATES[] = {"is ready", "waits at __syncthreads", "waits for its warp", "has returned"};
+
+struct Thread {
+    State state;
+    bool begun;
+    int line;               // of the barrier it waits at
+    const char* operation;  // and its name
+    unsigned order;         // __syncwarps passed
+    unsigned shuffles;
+    jmp_buf where;
+    ucontext_t start;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+};
+static std::vector<Thread> threads;
+static std::vector<uint64_t> slots;  // [warp][parity][lane]: a value on its way through a shuffle
+static jmp_buf scheduler, failure;
+static int current, count;
+static unsigned barriers;  // __syncthreads passed, over all blocks
+static std::mt19937_64 order;
+static char report[4096];
+static std::vector<std::pair<uintptr_t, uintptr_t>> global;  // the bytes that the kernel may touch: [begin, end)
+static uint64_t arguments[MAX_ARGUMENTS];
+static void* kernel;
+
+[[noreturn]] __attribute__((noinline, format(printf, 1, 2))) static void fail(const char* format, ...) {
+    int n = snprintf(report, sizeof report, "block (%u, %u, %u) thread %d: ", blockIdx.x, blockIdx.y, blockIdx.z,
+                     current);
+    va_list list;
+    va_start(list, format);
+    n += vsnprintf(report + n, sizeof report - n, format, list);
+    va_end(list);
+    void* frames[16];
+    Dl_info info;
+    const int depth = backtrace(frames, 16);
+    for (int i = 1; i < depth; i++) {
+        if (!dladdr(frames[i], &info) || n > int(sizeof report) - 32) continue;
+        const long at = static_cast<char*>(frames[i]) - static_cast<char*>(info.dli_fbase);
+        n += snprintf(report + n, sizeof report - n, "%s%lx", i == 1 ? " @" : " ", at - 1);  // inside the call
+    }
+    _longjmp(failure, 1);
+}
+
+static void wait(State state, const char* operation, int line) {
+    Thread& me = threads[current];
+    me.state = state;
+    me.operation = operation;
+    me.line = line;
+    if (!_setjmp(me.where)) _longjmp(scheduler, 1);
+}
+
+static int warp_begin(int thread) { return thread / WARP * WARP; }
+static int warp_end(int thread) { return warp_begin(thread) + WARP < count ? warp_begin(thread) + WARP : count; }
+static void check_mask(unsigned mask, const char* operation, int line) {
+    const int lanes = warp_end(current) - warp_begin(current);
+    const unsigned all = lanes == WARP ? ~0u : (1u << lanes) - 1;
+    if (mask != all) fail("%s at line %d has mask %x; the warp's lanes are %x", operation, line, mask, all);
+}
+
+template <class T>
+T exchange(const char* operation, int line, unsigned mask, T value, int source) {
+    static_assert(sizeof(T) <= 8);
+    check_mask(mask, operation, line);
+    uint64_t* slot = &slots[current / WARP * 2 * WARP + (threads[current].shuffles++ & 1) * WARP];
+    memcpy(slot + current % WARP, &value, sizeof(T));
+    wait(AT_WARP, operation, line);
+    if (warp_begin(current) + source >= warp_end(current))
+        fail("%s at line %d reads lane %d, which is none", operation, line, source);
+    memcpy(&value, slot + source, sizeof(T));
+    return value;
+}
+
+// Who touched an element of shared memory last.
+struct Shadow {
+    int writer = -1, reader = -1;  // a thread of the warp that read
+    unsigned write_barrier = 0, write_order = 0, read_barrier = 0, read_order = 0, lanes = 0;
+    bool many_warps = false, written = false;
+};
+
+struct Memory {
+    const char* name;
+    std::vector<Shadow> shadow;
+    explicit Memory(const char* name, size_t n) : name(name), shadow(n) { all().push_back(this); }
+    static std::vector<Memory*>& all() {
+        static std::vector<Memory*> list;
+        return list;
+    }
+
+    void touch(int64_t first, int n, bool write) {
+        if (first < 0 || first + n > int64_t(shadow.size()))
+            fail("out of bounds: %s[%ld], %d elements, of %zu", name, long(first), n, shadow.size());
+        for (int64_t i = first; i < first + n; i++) {
+            Shadow& x = shadow[i];
+            const int warp = current / WARP;
+            const unsigned now = threads[current].order, me = 1u << current % WARP;
+            if (!write && !x.written) fail("never written: %s[%ld] is read", name, long(i));
+            if (x.writer >= 0 && x.writer != current && x.write_barrier == barriers &&
+                (x.writer / WARP != warp || x.write_order == now))
+                fail("race: %s[%ld] is %s, thread %d wrote it", name, long(i), write ? "written" : "read", x.writer);
+            const bool read = x.reader >= 0 && x.read_barrier == barriers;
+            const bool same_warp = read && x.reader / WARP == warp;
+            if (write) {
+                if (read && (x.many_warps || !same_warp || (x.read_order == now && (x.lanes & ~me))))
+                    fail("race: %s[%ld] is written, thread %d read it", name, long(i), x.reader);
+                x.writer = current, x.write_barrier = barriers, x.write_order = now, x.written = true;
+            } else {
+                x.many_warps = read && (x.many_warps || !same_warp);
+                x.lanes = same_warp && x.read_order == now ? x.lanes | me : me;
+                x.reader = current, x.read_barrier = barriers, x.read_order = now;
+            }
+        }
+    }
+};
+
+template <class T>
+struct Array : Memory {
+    alignas(16) std::unique_ptr<T[]> data;
+    Array(const char* name, size_t n) : Memory(name, n), data(new T[n]) {}
+};
+
+template <class T>
+struct Shared {
+    Array<T>* array;
+    int64_t at;
+    Shared operator+(int64_t n) const { return {array, at + n}; }
+};
+
+// The V at p, once the access is found to be good.
+template <class V, class T>
+V& access(Shared<T> p, bool write) {
+    p.array->touch(p.at, sizeof(V) / sizeof(T), write);
+    if (p.at * sizeof(T) % alignof(V))
+        fail("not aligned: %s[%ld], %zu bytes", p.array->name, long(p.at), sizeof(V));
+    return *reinterpret_cast<V*>(&p.array->data[p.at]);
+}
+template <class V, class T>
+V& access(T* p, bool) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
+    bool inside = false;
+    for (const auto& range : global) inside |= range.first <= begin && begin + sizeof(V) <= range.second;
+    if (!inside) fail("out of bounds: %zu bytes of global memory at %p", sizeof(V), (const void*)p);
+    if (begin % alignof(V)) fail("not aligned: %zu bytes of global memory at %p", sizeof(V), (const void*)p);
+    return *reinterpret_cast<V*>(const_cast<std::remove_const_t<T>*>(p));
+}
+
+static void thread_main() {
+    typedef uint64_t U;
+    const U* a = arguments;  // all arguments are pointers or 8-byte integers: more than the kernel takes do no harm
+    reinterpret_cast<void (*)(U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U)>(kernel)(
+        a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
+        a[17], a[18], a[19], a[20], a[21], a[22], a[23]);
+    threads[current].state = DONE;
+    _longjmp(scheduler, 1);
+}
+
+// Lets every lane that waits for its warp go on once all of the warp wait at the same place.
+static void release_warps() {
+    for (int first = 0; first < count; first += WARP) {
+        const int end = warp_end(first);
+        bool together = true;
+        for (int i = first; i < end; i++)
+            together &= threads[i].state == AT_WARP && threads[i].line == threads[first].line &&
+                        threads[i].operation == threads[first].operation;
+        for (int i = first; together && i < end; i++) threads[i].state = READY;
+    }
+}
+
+// With no thread left that can run: lets all go on from a __syncthreads, or says who waits for whom.
+static bool release_block() {
+    int done = 0;
+    for (int i = 0; i < count; i++) done += threads[i].state == DONE;
+    if (done == count) return false;
+    const Thread& first = threads[0];
+    for (current = 0; current < count; current++) {
+        const Thread& x = threads[current];
+        if (x.state != AT_BLOCK || x.state != first.state || x.line != first.line)
+            fail("divergent: it %s (line %d), thread 0 %s (line %d)", STATES[x.state], x.line, STATES[first.state],
+                 first.line);
+    }
+    barriers++;
+    for (int i = 0; i < count; i++) threads[i].state = READY;
+    return true;
+}
+
+static void run_block() {
+    for (Memory* memory : Memory::all()) memory->shadow.assign(memory->shadow.size(), Shadow());
+    barriers++;
+    std::vector<int> turn(count);
+    for (int i = 0; i < count; i++) {
+        Thread& x = threads[i];
+        x.state = READY, x.begun = false, x.line = 0, x.operation = "", x.order = 0, x.shuffles = 0;
+        getcontext(&x.start);
+        x.start.uc_stack.ss_sp = x.stack.get();
+        x.start.uc_stack.ss_size = STACK;
+        makecontext(&x.start, thread_main, 0);
+        turn[i] = i;
+    }
+    while (true) {
+        static volatile size_t i;  // lives through the jumps
+        static volatile bool ready;
+        ready = false;
+        std::shuffle(turn.begin(), turn.end(), order);
+        for (i = 0; i < turn.size(); i = i + 1) {
+            Thread& x = threads[turn[i]];
+            if (x.state != READY) continue;
+            ready = true;
+            if (order() % 4 == 0) continue;  // some threads lag behind
+            current = turn[i];
+            threadIdx = {unsigned(current), 0, 0};
+            if (_setjmp(scheduler)) continue;
+            if (x.begun) _longjmp(x.where, 1);
+            x.begun = true;
+            setcontext(&x.start);
+        }
+        release_warps();
+        if (ready) continue;
+        for (int k = 0; k < count; k++) ready = ready || threads[k].state == READY;
+        if (!ready && !release_block()) return;
+    }
+}
+
+}  // namespace simt
+
+template <class T>
+using Shared = simt::Shared<T>;
+#define SHARED(type, name, count)                       \
+    static simt::Array<type> name##_array(#name, count); \
+    const Shared<type> name { &name##_array, 0 }
+#define READ_AS(V, p) (simt::access<const V>(p, false))
+#define WRITE_AS(V, p) (simt::access<V>(p, true))
+
+static inline void __syncthreads(int line = __builtin_LINE()) { simt::wait(simt::AT_BLOCK, "__syncthreads", line); }
+static inline void __syncwarp(unsigned mask, int line = __builtin_LINE()) {
+    simt::check_mask(mask, "__syncwarp", line);
+    simt::wait(simt::AT_WARP, "__syncwarp", line);
+    simt::threads[simt::current].order++;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
+    return simt::exchange("__shfl_xor_sync", line, mask, value, simt::current % simt::WARP ^ lanes);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
+    const int lane = simt::current % simt::WARP, source = lane + lanes < simt::WARP ? lane + lanes : lane;
+    return simt::exchange("__shfl_down_sync", line, mask, value, source);
+}
+static inline void __trap() { simt::fail("__trap"); }
+#define __expf(x) std::exp(static_cast<float>(x))  // glibc has a function of that name
+static inline float __fdividef(float x, float y) { return x / y; }
+static inline float __uint_as_float(unsigned x) {
+    float f;
+    memcpy(&f, &x, 4);
+    return f;
+}
+static inline unsigned __float_as_uint(float f) {
+    unsigned x;
+    memcpy(&x, &f, 4);
+    return x;
+}
+
+#ifdef SIMT_COVERAGE
+extern "C" void __gcov_dump(void);
+extern "C" void simt_write_coverage() { __gcov_dump(); }
+#endif
+
+// Runs the kernel over the grid. ranges: n_ranges pairs (address, bytes) of global memory it may touch. Null, or what
+// was wrong; then the kernel was left where it was.
+extern "C" const char* simt_launch(void* kernel, const unsigned* grid, const unsigned* block, const uint64_t* arguments,
+                                   int n_arguments, const uint64_t* ranges, int n_ranges, uint64_t seed) {
+    if (n_arguments > simt::MAX_ARGUMENTS) return "too many arguments";
+    simt::kernel = kernel;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {block[0], block[1], block[2]};
+    if (blockDim.y != 1 || blockDim.z != 1) return "blocks of more than one dimension are not emulated";
+    simt::count = blockDim.x;
+    while (int(simt::threads.size()) < simt::count) simt::threads.emplace_back();
+    simt::slots.resize((simt::count + simt::WARP - 1) / simt::WARP * 2 * simt::WARP);
+    memcpy(simt::arguments, arguments, n_arguments * sizeof(uint64_t));
+    simt::global.clear();
+    for (int i = 0; i < n_ranges; i++) simt::global.emplace_back(ranges[2 * i], ranges[2 * i] + ranges[2 * i + 1]);
+    simt::order.seed(seed);
+    if (_setjmp(simt::failure)) return simt::report;
+    for (unsigned z = 0; z < grid[2]; z++)
+        for (unsigned y = 0; y < grid[1]; y++)
+            for (unsigned x = 0; x < grid[0]; x++) {
+                blockIdx = {x, y, z};
+                simt::run_block();
+            }
+    return nullptr;
+}

@@ -1,0 +1,113 @@
+"""The emulator finds what it says it finds, and nothing in kernels that are right; common.cuh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.simt.harness import HERE, SimtError, build, guarded, guarded_copy, launch
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(HERE / "faults.cu", tmp_path_factory.mktemp("simt"))
+
+
+@pytest.mark.parametrize("threads", [7, 32, 100, 128])
+def test_right_kernel(library, threads):
+    x = guarded_copy(torch.randn(3, threads))
+    for seed in range(3):
+        out = guarded((3, threads), torch.float32)
+        launch(library, "turn_round", (3, 1), threads, [x, out], seed)
+        assert torch.equal(out, x.flip(1))
+
+
+FAULTS = {
+    "read_after_write": "race: tile",
+    "write_after_read": "race: tile",
+    "write_write": "race: tile",
+    "read_by_two_warps": "race: tile",
+    "write_after_read_in_warp": r"race: tile\[0\] is written, thread 0 read it",
+    "barrier_of_some": "divergent",
+    "two_barriers": "divergent",
+    "shuffle_of_some": "divergent",
+    "shuffle_mask": "has mask 1; the warp's lanes are ffffffff",
+    "never_written": "never written: tile",
+    "shared_overrun": r"out of bounds: tile\[64\]",
+    "global_overrun": "out of bounds: 4 bytes of global memory",
+    "global_underrun": "out of bounds: 4 bytes of global memory",
+    "global_overrun_unchecked": "memory beside a tensor",
+    "not_aligned": "not aligned: 16 bytes of global memory",
+    "shared_not_aligned": r"not aligned: tile\[2\], 16 bytes",
+    "trap": "thread 7: __trap",
+}
+
+
+@pytest.mark.parametrize(("kernel", "message"), FAULTS.items())
+def test_fault_is_reported_in_every_order(library, kernel, message):
+    for seed in range(5):
+        with pytest.raises(SimtError, match=message):
+            launch(library, kernel, (1, 1), 64, [guarded((64,), torch.float32)], seed)
+
+
+def test_report_names_the_line(library):
+    lines = (HERE / "faults.cu").read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if "// the race" in line)
+    for seed in range(5):  # whichever comes first: the write or the read
+        with pytest.raises(SimtError, match=rf"faults\.cu:({number}|{number - 1})\b"):
+            launch(library, "read_after_write", (1, 1), 64, [guarded((64,), torch.float32)], seed)
+
+
+def test_shuffle_from_a_lane_that_does_not_exist(library):
+    with pytest.raises(SimtError, match="which is none"):
+        launch(library, "shuffle_from_nobody", (1, 1), 16, [guarded((16,), torch.float32)], 0)
+
+
+def test_syncwarp_orders_a_warp_and_no_more(library):
+    for seed in range(5):
+        out = guarded((64,), torch.float32)
+        launch(library, "within_warp", (1, 1), 64, [out, 1, 3], seed)
+        assert torch.equal(out, (torch.arange(64) ^ 3).float())
+        for synchronise, distance in ((0, 3), (1, 32)):
+            with pytest.raises(SimtError, match="race: tile"):
+                launch(library, "within_warp", (1, 1), 64, [out, synchronise, distance], seed)
+
+
+@pytest.mark.parametrize("down", [0, 1])
+def test_shuffles(library, down):
+    out = guarded((64,), torch.float32)
+    launch(library, "shuffles", (1, 1), 64, [out, down], 1)
+    lane = torch.arange(64) % 32
+    source = torch.where(lane + 5 < 32, lane + 5, lane) if down else lane ^ 5
+    assert torch.equal(out, (torch.arange(64) - lane + source).float())
+
+
+@pytest.mark.parametrize("threads", [16, 64, 88])
+def test_lane_sums(library, threads):
+    out = guarded((threads, 6), torch.float32)
+    launch(library, "lane_sums", (1, 1), threads, [out], 1)
+    sums = torch.arange(threads * 8.0).view(-1, 8, 8).sum(1)  # group of lanes, q
+    lane = torch.arange(8)
+    out = out.view(-1, 8, 6)
+    assert torch.equal(out[..., 0], sums[:, lane])
+    assert torch.equal(out[..., 1], sums[:, lane // 2])
+    assert torch.equal(out[..., 2:], sums[:, None, :4].expand(-1, 8, 4))
+
+
+def test_from_bf16_every_value(library):
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    x = guarded_copy(bits.view(torch.bfloat16))
+    out = guarded((1 << 16,), torch.float32)
+    launch(library, "from_bf16", (1, 1), 32, [x, out, 1 << 16], 0)
+    assert torch.equal(out.view(torch.int32), bits.int() << 16)
+
+
+def test_to_bf16_around_every_rounding_boundary(library):
+    high = torch.arange(1 << 16, dtype=torch.int64)[:, None] << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    x = (high + low).to(torch.int32).view(torch.float32).flatten()
+    out = guarded((x.numel(),), torch.bfloat16)
+    launch(library, "to_bf16", (1, 1), 32, [guarded_copy(x), out, x.numel()], 0)
+    nan = x.isnan()
+    assert torch.equal(out[~nan].view(torch.int16), x[~nan].bfloat16().view(torch.int16))
+    assert out[nan].isnan().all()
