@@ -109,17 +109,20 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Mode
     if layers != set(range(len(layers))):
         missing = min(set(range(max(layers))) - layers)
         raise UserError(f"{path}: blocks.{missing}.* is missing between 0 and {max(layers)}")
-    heads = shape("blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa")
+    heads_key = "blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"
+    heads = shape(heads_key)
     vocab_size, n_embd = shape("emb.weight")
     if heads[0] * heads[1] != n_embd:
-        raise UserError(f"{path}: {heads[0]} heads of {heads[1]} (blocks.0.att.r_k) do not make up n_embd {n_embd}")
-    low_rank = {}
-    if version == 7:
-        # Layer 0 has no use for v1 and may lack it; a model of one layer then has no such width at all.
-        v_layer = 1 if len(layers) > 1 else 0
+        raise UserError(f"{path}: {heads[0]} heads of {heads[1]} ({heads_key}) do not make up n_embd {n_embd}")
+    if version == 6:
+        low_rank = {
+            "maa": int(shape("blocks.0.att.time_maa_w1")[1]) // 5,
+            "decay": int(shape("blocks.0.att.time_decay_w1")[1]),
+        }
+    else:
         low_rank = {name: int(shape(f"blocks.0.att.{name}1")[1]) for name in ("w", "a", "g")}
-        if len(layers) > 1:
-            low_rank["v"] = int(shape(f"blocks.{v_layer}.att.v1")[1])
+        if len(layers) > 1:  # layer 0 has no use for v1 and may lack it
+            low_rank["v"] = int(shape("blocks.1.att.v1")[1])
     return ModelConfig(
         version=version,
         n_layer=len(layers),
@@ -154,7 +157,7 @@ def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
     if "blocks.0.att.time_maa_x" in names:
         return 6
     old = 5 if "blocks.0.att.ln_x.weight" in names else 4
-    raise refuse(f"an RWKV-{old} checkpoint", "RWKV-7 is supported; fine-tune from a newer base")
+    raise refuse(f"an RWKV-{old} checkpoint", "RWKV-6 and RWKV-7 are supported; fine-tune from a newer base")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

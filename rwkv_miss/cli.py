@@ -213,6 +213,25 @@ def run_info(file: str) -> int:
     return 0
 
 
+def run_doctor(json: bool = False) -> int:
+    """What this machine can run, and why not the rest; status 1 where the recurrence has no compiled kernel.
+
+    Args:
+        json: Print one JSON object instead of text.
+    """
+    from rwkv_miss.doctor import diagnose
+
+    diagnosis = diagnose()
+    if json:
+        facts = {"chosen": diagnosis.chosen, "is_native": diagnosis.is_native, "found": dict(diagnosis.found)}
+        print(_json_line(facts))
+    else:
+        for name, text in diagnosis.found:
+            print(f"{name:<16} {text}")
+        print(f"{'auto takes':<16} {diagnosis.chosen}")
+    return 0 if diagnosis.is_native else 1
+
+
 def run_bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 1) -> int:
     """Time our kernels and the tokenizer beside the programs they are measured against.
 
@@ -232,6 +251,7 @@ _COMMANDS = {
     "eval": run_evaluate,
     "generate": run_generate,
     "info": run_info,
+    "doctor": run_doctor,
     "bench": run_bench,
 }
 
@@ -261,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> jsonargparse.Namespace:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="rwkv-miss", description="Fine-tune RWKV-7 with MiSS.", exit_on_error=False, version=_version()
+        prog="rwkv-miss", description="Fine-tune RWKV-6 and RWKV-7 with MiSS.", exit_on_error=False, version=_version()
     )
     commands = parser.add_subcommands()
     for name, function in _COMMANDS.items():

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rwkv_miss.errors import UserError
 
-BACKENDS = ("auto", "reference", "torch", "cpu")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 
 
@@ -23,7 +23,8 @@ class ModelConfig:
     dim_ffn: int
     vocab_size: int
     low_rank: dict[str, int] = field(default_factory=dict)
-    """Widths of RWKV-7's own low-rank matrices: w (decay), a (in-context rate), v (value residual), g (gate)."""
+    """Widths of the model's own low-rank matrices. RWKV-7: w (decay), a (in-context rate), v (value residual), g
+    (gate). RWKV-6: maa (token shift), decay."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ class AdapterConfig:
 
 @dataclass
 class TrainConfig:
-    """Fine-tune an RWKV-7 checkpoint with MiSS."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint with MiSS."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
@@ -120,7 +121,7 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cpu (C++), torch, or reference (slow, for checks)."""
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), cpu (C++), torch, or reference (slow, for checks)."""
     seed: int = 42
     """Seeds the order of the data, the validation split and dropout."""
     log_every: int = 10

@@ -23,7 +23,7 @@ from rwkv_miss.checkpoint import (
     write_pth,
 )
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.model import load_model, model_class
+from rwkv_miss.model import MODELS, load_model
 
 # Largest difference of logits, root mean square relative to that of the logits, between the merged file and
 # base + adapter. The two round differently, more in the half precisions.
@@ -80,7 +80,7 @@ def merge(
         raise UserError(f"{out_path}: is the base itself; give another name for the merged model")
     cast_to = None if dtype is None else parse_dtype(dtype)
     base = read_checkpoint(base_path)
-    names = model_class(infer_config(base, base_path), base_path).linears
+    names = MODELS[infer_config(base, base_path).version].linears
     linears = {
         key.removesuffix(".weight"): t.shape
         for key, t in base.items()

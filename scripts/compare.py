@@ -17,9 +17,10 @@ from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
 from rwkv_miss.generate import STOP, generate
 
 
-def rwkv_package(merged: str, tokenizer: Tokenizer, prompts: list[str], max_tokens: int) -> list[str]:
+def rwkv_package(merged: str, version: int, tokenizer: Tokenizer, prompts: list[str], max_tokens: int) -> list[str]:
     """Greedy answers by the `rwkv` package in fp32, its forward alone."""
-    os.environ["RWKV_V7_ON"] = "1"  # how the package is told to expect RWKV-7; read when it is imported
+    if version == 7:
+        os.environ["RWKV_V7_ON"] = "1"  # how the package is told to expect RWKV-7; read when it is imported
     from rwkv.model import RWKV
 
     model = RWKV(model=merged.removesuffix(".pth"), strategy="cpu fp32")
@@ -42,12 +43,14 @@ def compare(
     tok = load_tokenizer(tokenizer)
     # All in fp32, as the package's CPU strategy runs: what differs is the files alone.
     prompts = [prompt_text(record) for record in islice(read_records(questions), count)]
+    merged_model = load_model(merged, "fp32").eval()
+    version = merged_model.config.version
     answers = {
         "base + adapter": generate(load_adapter(load_model(base, "fp32"), adapter).eval(), tok, prompts, max_tokens),
-        "merged file": generate(load_model(merged, "fp32").eval(), tok, prompts, max_tokens),
+        "merged file": generate(merged_model, tok, prompts, max_tokens),
     }
     if importlib.util.find_spec("rwkv"):
-        answers["merged file in the rwkv package"] = rwkv_package(merged, tok, prompts, max_tokens)
+        answers["merged file in the rwkv package"] = rwkv_package(merged, version, tok, prompts, max_tokens)
     else:
         print("the rwkv package is not installed (pip install rwkv), so the merged file was not run in it")
     for i, prompt in enumerate(prompts):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fine-tunes an RWKV-7 with MiSS. Alone it runs the demo: see README.md.
+# Fine-tunes an RWKV-6 or RWKV-7 with MiSS. Alone it runs the demo: see README.md.
 #   sh scripts/run_miss.sh
 #   sh scripts/run_miss.sh --base rwkv7.pth --data my.jsonl [any option of `rwkv-miss train`]
 set -eu

@@ -145,11 +145,11 @@ def test_rwkv_7a(tmp_path, random_weights):
     assert_refused(save(tmp_path / "base.pth", weights), "7a", "DeepEmbed")
 
 
-def test_rwkv_6_is_recognised_but_not_run(reference):
+def test_rwkv_6(reference):
     path = reference / "models" / "tiny-rwkv6-3m.pth"
     config = infer_config(read_checkpoint(path), path)
     assert (config.version, config.n_layer, config.n_embd, config.n_head, config.head_size) == (6, 12, 128, 16, 8)
-    assert_refused(path, "RWKV-6", "runs RWKV-7 only")
+    assert (config.dim_ffn, config.vocab_size, config.low_rank) == (448, 256, {"maa": 32, "decay": 64})
 
 
 # RWKV-7 files that are not whole

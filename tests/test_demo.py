@@ -70,6 +70,12 @@ def test_scripts_refuse_what_they_do_not_understand(sh, script, arguments, messa
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_gpu_check_runs_to_its_end(sh):
+    done = sh("gpu_check.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sm_120" in done.stdout and ("skipped" in done.stdout or "training step, 0.1B" in done.stdout)
+
+
 def test_the_data_is_what_make_data_makes(tmp_path):
     subprocess.run([sys.executable, str(DEMO / "make_data.py"), "--out", str(tmp_path)], check=True, timeout=120)
     for name in ("train.jsonl", "heldout.jsonl"):

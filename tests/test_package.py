@@ -24,7 +24,7 @@ LAYERS = [
     {"checkpoint", "ops"},
     {"model"},
     {"adapters"},
-    {"training", "merging", "generate", "evaluate", "bench"},
+    {"training", "merging", "generate", "evaluate", "bench", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,23 +5,17 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import nn
 
 from rwkv_miss.checkpoint import fingerprint, infer_config, parse_dtype, read_checkpoint
-from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.model.rwkv import RWKV
+from rwkv_miss.model.rwkv6 import RWKV6
 from rwkv_miss.model.rwkv7 import RWKV7
 
-__all__ = ["RWKV7", "load_model", "model_class"]
+__all__ = ["MODELS", "RWKV6", "RWKV7", "load_model"]
 
-_MODELS = {7: RWKV7}
-
-
-def model_class(config: ModelConfig, path: str | os.PathLike) -> type[RWKV7]:
-    """The model that runs a checkpoint of this version; UserError where there is none yet."""
-    if config.version not in _MODELS:
-        raise UserError(f"{path}: an RWKV-{config.version} checkpoint; this version runs RWKV-7 only")
-    return _MODELS[config.version]
+MODELS: dict[int, type[RWKV]] = {6: RWKV6, 7: RWKV7}
+"""The model of each version that a checkpoint may be of."""
 
 
 def load_model(
@@ -29,7 +23,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
-) -> nn.Module:
+) -> RWKV:
     """The model in a .pth or .st checkpoint, everything inferred from it.
 
     Args:
@@ -41,16 +35,17 @@ def load_model(
         The model; `.config` has its sizes, `.fingerprint` says which base it is.
 
     Raises:
-        UserError: the file cannot be read, is no RWKV-7, or its tensors do not fit together.
+        UserError: the file cannot be read, is no RWKV-6 or RWKV-7, or its tensors do not fit together.
     """
     tensors = read_checkpoint(path)
     config = infer_config(tensors, path)
-    build = model_class(config, path)
+    build = MODELS[config.version]
     with torch.device("meta"):
         model = build(config, wkv_backend)
     mark = fingerprint(tensors)
     weights = {k: t for k, t in tensors.items() if k not in build.unused}
-    _check_shapes({k: p.shape for k, p in model.named_parameters()}, {k: t.shape for k, t in weights.items()}, path)
+    wanted = {k: p.shape for k, p in model.named_parameters()}
+    _check_shapes(config.version, wanted, {k: t.shape for k, t in weights.items()}, path)
     dtypes = {t.dtype for t in weights.values()}
     if dtype is None and dtypes != {torch.bfloat16}:
         dtype = torch.float32
@@ -63,9 +58,11 @@ def load_model(
     return model.to(device)
 
 
-def _check_shapes(wanted: dict[str, torch.Size], found: dict[str, torch.Size], path: str | os.PathLike) -> None:
+def _check_shapes(
+    version: int, wanted: dict[str, torch.Size], found: dict[str, torch.Size], path: str | os.PathLike
+) -> None:
     problems = [f"{k} is missing" for k in wanted if k not in found]
-    problems += [f"{k} is not a part of RWKV-7" for k in found if k not in wanted]
+    problems += [f"{k} is not a part of RWKV-{version}" for k in found if k not in wanted]
     problems += [
         f"{k} has shape {tuple(found[k])}, expected {tuple(wanted[k])}"
         for k in wanted

@@ -9,25 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.state import State
+from rwkv_miss.model.rwkv import RWKV, matrix, token_shift, vector
 from rwkv_miss.ops import wkv7
-
-
-def token_shift(x: Tensor, last: Tensor, seq_start: Tensor | None) -> Tensor:
-    """x_{t-1} for every t: `last` (B, C) before the first token, zero where a document starts. (B, T, C)."""
-    shifted = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
-    return shifted if seq_start is None else shifted.masked_fill(seq_start.unsqueeze(-1), 0)
-
-
-def _vector(n: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(1, 1, n))
-
-
-def _matrix(rows: int, cols: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, cols))
 
 
 class TimeMix(nn.Module):
@@ -35,15 +20,15 @@ class TimeMix(nn.Module):
         super().__init__()
         C, rank = config.n_embd, config.low_rank
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
-        self.x_r, self.x_w, self.x_k = _vector(C), _vector(C), _vector(C)
-        self.x_v, self.x_a, self.x_g = _vector(C), _vector(C), _vector(C)
-        self.w0, self.w1, self.w2 = _vector(C), _matrix(C, rank["w"]), _matrix(rank["w"], C)
-        self.a0, self.a1, self.a2 = _vector(C), _matrix(C, rank["a"]), _matrix(rank["a"], C)
+        self.x_r, self.x_w, self.x_k = vector(C), vector(C), vector(C)
+        self.x_v, self.x_a, self.x_g = vector(C), vector(C), vector(C)
+        self.w0, self.w1, self.w2 = vector(C), matrix(C, rank["w"]), matrix(rank["w"], C)
+        self.a0, self.a1, self.a2 = vector(C), matrix(C, rank["a"]), matrix(rank["a"], C)
         if layer > 0:
-            self.v0, self.v1, self.v2 = _vector(C), _matrix(C, rank["v"]), _matrix(rank["v"], C)
-        self.g1, self.g2 = _matrix(C, rank["g"]), _matrix(rank["g"], C)
-        self.k_k, self.k_a = _vector(C), _vector(C)
-        self.r_k = _matrix(config.n_head, config.head_size)
+            self.v0, self.v1, self.v2 = vector(C), matrix(C, rank["v"]), matrix(rank["v"], C)
+        self.g1, self.g2 = matrix(C, rank["g"]), matrix(rank["g"], C)
+        self.k_k, self.k_a = vector(C), vector(C)
+        self.r_k = matrix(config.n_head, config.head_size)
         self.receptance = nn.Linear(C, C, bias=False)
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
@@ -89,7 +74,7 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.x_k = _vector(config.n_embd)
+        self.x_k = vector(config.n_embd)
         self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
         self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
 
@@ -99,86 +84,8 @@ class ChannelMix(nn.Module):
         return self.value(k), x[:, -1]
 
 
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config)
-
-    def forward(
-        self,
-        x: Tensor,
-        v_first: Tensor | None,
-        att_last: Tensor,
-        wkv_state: Tensor,
-        ffn_last: Tensor,
-        seq_start: Tensor | None,
-        wkv_backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        if self.att.layer == 0:
-            x = self.ln0(x)
-        out, att_last, wkv_state, v_first = self.att(self.ln1(x), att_last, wkv_state, v_first, seq_start, wkv_backend)
-        x = x + out
-        out, ffn_last = self.ffn(self.ln2(x), ffn_last, seq_start)
-        return x + out, v_first, att_last, wkv_state, ffn_last
-
-
-class RWKV7(nn.Module):
-    """RWKV-7 language model. `config` says its sizes; its state dict has the checkpoint's keys.
-
-    wkv_backend: which kernel computes the recurrence (see `rwkv_miss.ops.BACKENDS`).
-    gradient_checkpointing: keep only each block's inputs for the backward pass and compute the rest again.
-    """
-
+class RWKV7(RWKV):
+    time_mix, channel_mix = TimeMix, ChannelMix
     linears = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
     # Layer 0 mixes no v_first: a checkpoint may hold these all the same, and nothing uses them.
     unused = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
-
-    def __init__(self, config: ModelConfig, wkv_backend: str = "auto", gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.wkv_backend = wkv_backend
-        self.gradient_checkpointing = gradient_checkpointing
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-
-    def forward(
-        self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Logits of every position, and the state after the last.
-
-        Args:
-            tokens: int64 (B, T), T >= 1.
-            state: what an earlier piece of the same sequences returned; None is the empty state.
-            seq_start: bool (B, T), true where a document begins: there the state and the shift start afresh.
-
-        Returns:
-            logits (B, T, V) in the model's dtype; the state (its gradient flows back through this call).
-        """
-        hidden, state = self.hidden(tokens, state, seq_start)
-        return self.head(hidden), state
-
-    def hidden(
-        self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """As `forward`, but what the head is applied to: (B, T, C)."""
-        if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens must be (B, T) with T >= 1, found {tuple(tokens.shape)}")
-        x = self.emb(tokens)
-        if state is None:
-            state = State.zeros(self.config, tokens.shape[0], x.dtype, x.device)
-        v_first, after = None, []
-        for i, block in enumerate(self.blocks):
-            inputs = (x, v_first, *state.layer(i), seq_start, self.wkv_backend)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, v_first, *new = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x, v_first, *new = block(*inputs)
-            after.append(new)
-        return self.ln_out(x), State(*(torch.stack(parts) for parts in zip(*after, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from functools import cache
 
 import torch
@@ -10,11 +11,17 @@ from torch import Tensor
 
 from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
-from rwkv_miss.ops.cpu.wkv7 import unusable, wkv7_cpu
+from rwkv_miss.ops.cpu import wkv7 as on_cpu
+from rwkv_miss.ops.cuda import wkv7 as on_cuda
 from rwkv_miss.ops.wkv7_reference import wkv7_reference
 from rwkv_miss.ops.wkv7_torch import wkv7_torch
 
-_FUNCTIONS = {"reference": wkv7_reference, "torch": wkv7_torch, "cpu": wkv7_cpu}
+_FUNCTIONS = {
+    "reference": wkv7_reference,
+    "torch": wkv7_torch,
+    "cpu": on_cpu.wkv7_cpu,
+    "cuda": on_cuda.wkv7_cuda,
+}
 _log = logging.getLogger("rwkv_miss")
 
 
@@ -38,8 +45,8 @@ def wkv7(
             be 0. In RWKV-7, a = -kk and b = kk * in-context rate.
         state: (B, H, N_value, N_key), float32 (float64 with float64 inputs); None is zeros.
         seq_start: bool (B, T), True where a document begins: the state starts afresh there. None: nowhere.
-        backend: one of `BACKENDS`. "auto" takes "cpu" for CPU tensors where it works and "torch" otherwise, and
-            logs once which.
+        backend: one of `BACKENDS`. "auto" takes "cuda" for CUDA tensors and "cpu" for others where that works, and
+            "torch" otherwise, and logs once which. "cuda" takes head sizes N of 8, 16, 24, 32, 64, 96 and 128.
 
     Returns:
         y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable
@@ -51,10 +58,11 @@ def wkv7(
     if backend not in BACKENDS:
         raise UserError(f"wkv7: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     _check(r, z, k, v, a, b, state, seq_start)
+    kind = v.device, v.dtype, operator.index(v.shape[-1])  # index: a constant under torch.compile(dynamic=True)
     if backend == "auto":
-        backend = _choose(v.device.type, v.dtype)
-    elif backend == "cpu" and (reason := unusable(v.device.type, v.dtype)):
-        raise UserError(f"wkv7: backend 'cpu' cannot be used: {reason}; use backend 'torch' or 'auto'")
+        backend = _choose(*kind)
+    elif reason := _unusable(backend, *kind):
+        raise UserError(f"wkv7: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
     if state is None:
         batch, _, n_head, n = v.shape
         state = v.new_zeros((batch, n_head, n, n), dtype=_state_dtype(v))
@@ -87,16 +95,26 @@ def _check(r, z, k, v, a, b, state, seq_start) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _choose(device_type: str, dtype: torch.dtype) -> str:
-    reason = unusable(device_type, dtype)
-    backend = "torch" if reason else "cpu"
-    _announce(backend, reason)
+def _unusable(backend: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    if backend == "cpu":
+        return on_cpu.unusable(device.type, dtype)
+    if backend == "cuda":
+        return on_cuda.unusable(device, dtype, n)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _choose(device: torch.device, dtype: torch.dtype, n: int) -> str:
+    native = "cuda" if device.type == "cuda" else "cpu"
+    reason = _unusable(native, device, dtype, n)
+    backend = "torch" if reason else native
+    _announce(backend, native, reason)
     return backend
 
 
 @cache
-def _announce(backend: str, reason: str | None) -> None:
+def _announce(backend: str, native: str, reason: str | None) -> None:
     if reason:
-        _log.warning("wkv7: using backend %r; not 'cpu': %s", backend, reason)
+        _log.warning("wkv7: using backend %r; not %r: %s", backend, native, reason)
     else:
         _log.info("wkv7: using backend %r", backend)

@@ -21,7 +21,7 @@ from rwkv_miss.data.documents import Document, encode_record, split_validation
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.model import load_model
 from rwkv_miss.training import strategies
 from rwkv_miss.training.data_module import PackedData
@@ -59,7 +59,7 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
 
     Raises:
         UserError: something in the settings, the base, the data or the output folder is wrong.
-        RunError: the loss was not finite.
+        RunError: the loss was not finite, or the GPU's memory too small.
         Stopped: a signal ended the run, after a checkpoint.
     """
     check(config)
@@ -109,7 +109,16 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     reporter = Reporter(out, config.log_every, total_steps, console)
     trainer = _trainer(config, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None)
     module = LitRWKV(model, config, total_steps)
-    trainer.fit(module, PackedData(rows, val_rows, config), ckpt_path=resume[0] if resume else None, weights_only=False)
+    try:
+        trainer.fit(
+            module, PackedData(rows, val_rows, config), ckpt_path=resume[0] if resume else None, weights_only=False
+        )
+    except torch.OutOfMemoryError as e:
+        raise RunError(
+            f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower batch_size "
+            f"({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
+            "--gradient_checkpointing true"
+        ) from None
     return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
 
 

@@ -67,6 +67,14 @@ def test_instruction_sets_are_different_files():
     assert len(files) == 3
 
 
+def test_a_changed_header_makes_another_library(tiny, tmp_path):
+    header, cache = tiny.with_name("number.h"), tmp_path / "cache"
+    tiny.write_text('#include "number.h"\n' + TINY.replace("42", "NUMBER"))
+    for number in (42, 43):
+        header.write_text(f"#define NUMBER {number}\n")
+        assert build.load_library(tiny, cache=cache).answer() == number
+
+
 def test_processes_that_compile_at_once_share_one_library(tiny, tmp_path):
     cache = tmp_path / "cache"
     processes = [load_in_another_process(tiny, cache) for _ in range(3)]

@@ -307,4 +307,4 @@ def test_wrong_arguments_are_named_with_what_was_found(name, change, found):
 
 
 def test_every_backend_is_tested_here():
-    assert set(BACKENDS) == {"auto", "reference", *FAST}
+    assert set(BACKENDS) == {"auto", "reference", "cuda", *FAST}  # cuda: tests/ops/cuda

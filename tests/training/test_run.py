@@ -129,6 +129,24 @@ def test_a_loss_that_is_not_finite_names_the_module(make_config, tmp_path):
     assert not (Path(config.out) / "adapter").exists()
 
 
+def test_a_full_gpu_says_which_step_and_what_to_lower(make_config, monkeypatch):
+    from rwkv_miss.training import lit_module
+
+    loss_sum, calls = lit_module.loss_sum, []
+
+    def third_fails(model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return loss_sum(model, batch)
+
+    monkeypatch.setattr(lit_module, "loss_sum", third_fails)
+    with pytest.raises(
+        RunError, match=r"^step 3: .*2 GiB.*batch_size \(8;.*ctx_len \(64\).*gradient_checkpointing true$"
+    ):
+        quiet_train(make_config())
+
+
 def test_a_folder_with_a_run_is_refused_and_stays_as_it_is(make_config):
     config = make_config(max_steps=1)
     quiet_train(config)
@@ -174,6 +192,17 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(make_config):
     assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 2
     quiet_train(replace(config, max_steps=3, resume="auto"))
     assert tree(Path(config.out) / "checkpoints") == {"step-00000003"}
+
+
+def test_rows_of_steps_that_are_done_again_leave_metrics_csv(make_config):
+    """As after a crash between a checkpoint and the next: the rows in between are about to be written again."""
+    config = make_config(max_steps=2)
+    quiet_train(config)
+    metrics = Path(config.out) / "metrics.csv"
+    kept = metrics.read_text()
+    metrics.write_text(kept + "3,0,999,9.9,,0.1,1,1.0\n")
+    quiet_train(replace(config, max_steps=3, resume="auto"))
+    assert metrics.read_text().startswith(kept) and losses(config.out)[2] != 9.9 and len(losses(config.out)) == 3
 
 
 def test_every_wrong_setting_is_named_at_once(make_config):

@@ -46,7 +46,8 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     """
     capability = capability or torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *INSTRUCTION_SETS.get(capability, ())]
-    parts = [source.read_text(), *flags, _compiler_version(), platform.machine()]
+    headers = sorted(source.parent.glob("*.h"))
+    parts = [*(path.read_text() for path in (source, *headers)), *flags, _compiler_version(), platform.machine()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache or cache_folder()
     library = cache / f"{source.stem}-{digest}.so"

@@ -7,106 +7,17 @@
 // and takes u of the next step in the pass that writes this step. The backward keeps it as [value][key], where
 // five of its seven sums are of that kind. The states are not kept: the forward leaves one every `chunk` steps
 // (`saved`) and u, and the backward makes the states of a chunk again, a few value rows at a time.
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
+#include "common.h"
 
 namespace {
-
-typedef float Vec __attribute__((vector_size(4 * W)));
-typedef float Quad __attribute__((vector_size(16)));
 
 constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors per pass of the forward, so that sums stay in registers
 constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors per pass of the backward, likewise
 constexpr int64_t ROWS = 16;                    // value rows whose states of a chunk the backward holds at a time
 constexpr float DECAY_SCALE = 0.6065306597126334f;
 
-struct Sizes {
-    int64_t batch, steps, heads, n, chunk;
-    int64_t lanes() const { return (n + W - 1) / W * W; }
-    int64_t chunks() const { return (steps + chunk - 1) / chunk; }
-    // Where the row of step t of head bh begins.
-    int64_t row(int64_t bh, int64_t t) const { return ((bh / heads * steps + t) * heads + bh % heads) * n; }
-};
-
-struct Free {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-typedef std::unique_ptr<float[], Free> Buffer;
-Buffer zeros(int64_t count) {
-    float* p = static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64)));
-    std::memset(p, 0, count * sizeof(float));
-    return Buffer(p);
-}
-
-Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-// The sum of the W floats at p, 4 at a time: a loop over lanes compiles to one addition after the other.
-float sum(const float* p) {
-    Quad x = {};
-    for (int i = 0; i < W; i += 4) x += *reinterpret_cast<const Quad*>(p + i);
-    return (x[0] + x[2]) + (x[1] + x[3]);
-}
-
-struct bf16 {
-    uint16_t bits;
-};
-float to_float(float x) { return x; }
-float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-void from_float(float x, float& out) { out = x; }
-void from_float(float x, bf16& out) {  // to nearest, ties to even; a NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = uint16_t(x == x ? rounded : 0x7fc0);
-}
-template <class T>
-void read_row(const T* from, float* to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) to[i] = to_float(from[i]);
-}
-template <class T>
-void write_row(const float* from, T* to, int64_t n) {
-    for (int64_t i = 0; i < n; i++) from_float(from[i], to[i]);
-}
-
-// exp to about 1 ulp without a branch, so that loops over it vectorise: 2^e times a Taylor series on
-// |f| <= ln(2) / 2.
-inline float exp_lanes(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
-    float e = shifted - 12582912.0f;
-    float f = (x - e * 0.693359375f) + e * 2.12194440e-4f;  // ln(2) in two parts
-    float p = 1.0f / 5040;
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
-    p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    bits = (bits - 0x4B400000 + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
-}
 inline float sigmoid(float z) { return 1.0f / (1.0f + exp_lanes(-z)); }
 
 template <class T>

@@ -1,0 +1,75 @@
+"""What this machine can run, what `auto` takes here, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_miss.ops.cpu import wkv7 as on_cpu
+from rwkv_miss.ops.cpu.build import cache_folder
+from rwkv_miss.ops.cuda import wkv7 as on_cuda
+
+_LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "rwkv")
+# The head size of every RWKV-7 that BlinkDL has released.
+_HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`found`: what was looked at and what it is, in order. `chosen`: the backend that `auto` takes here.
+    `is_native`: whether that is compiled code, as it should be, and not the slower PyTorch path."""
+
+    found: list[tuple[str, str]]
+    chosen: str
+    is_native: bool
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the devices and tries every backend, compiling what it needs."""
+    found = [
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("torch", f"{torch.__version__}, built for {_built_for()}"),
+        ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+    ]
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    for i, gpu in enumerate(gpus):
+        found.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+    if not gpus:
+        found.append(("GPU", "torch finds none"))
+    found += [(name, _version(name)) for name in _LIBRARIES]
+    folder = cache_folder()
+    found.append(("compiled code", f"{folder} ({_writable(folder)})"))
+
+    reasons = {
+        "cuda": on_cuda.unusable(torch.device("cuda", 0), torch.bfloat16, _HEAD_SIZE) if gpus else "there is no GPU",
+        "cpu": on_cpu.unusable("cpu", torch.bfloat16),
+        "torch": None,
+    }
+    found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
+    native = "cuda" if gpus else "cpu"
+    chosen = "torch" if reasons[native] else native
+    return Diagnosis(found, chosen, chosen == native)
+
+
+def _built_for() -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "the CPU alone"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _writable(folder: Path) -> str:
+    while not folder.exists():
+        folder = folder.parent
+    return "can be written" if folder.is_dir() and os.access(folder, os.W_OK) else "cannot be written"

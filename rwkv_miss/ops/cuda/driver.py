@@ -1,0 +1,143 @@
+"""Loads compiled kernels and launches them by CUDA's driver API, on the device and stream that torch uses.
+
+https://docs.nvidia.com/cuda/cuda-driver-api/
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from rwkv_miss.ops.cuda.nvrtc import CUDA_12, INSTALL, version
+
+# On Linux (release notes of the CUDA toolkit 13.0).
+_CUDA_13_DRIVER = "580.65"
+_ADVICE = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is full: use a smaller batch or context, or end other programs on it",
+    "CUDA_ERROR_NO_BINARY_FOR_GPU": "the driver is older than NVRTC: update it",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "the driver is older than NVRTC: update it",
+    "CUDA_ERROR_INVALID_IMAGE": "the compiled kernel is damaged: delete the *.cubin files of the cache folder",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel before this one failed: CUDA_LAUNCH_BLOCKING=1 shows which",
+    "CUDA_ERROR_LAUNCH_FAILED": "a kernel before this one failed: CUDA_LAUNCH_BLOCKING=1 shows which",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver's library and its kernel module differ: reboot",
+}
+
+
+class DriverError(RuntimeError):
+    """A call of the driver failed; the message has its name, the error and, where known, what to do."""
+
+
+def refused(device: torch.device) -> str | None:
+    """Why the driver cannot be given tensors of that device, or None if it can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    if torch.version.hip:  # calls its devices cuda
+        return "this torch is built for AMD's ROCm"
+    return None
+
+
+def location(device: torch.device) -> tuple[int, int]:
+    """The device's index, and the handle of torch's current stream on it."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+@cache
+def capability(index: int) -> tuple[int, int]:
+    """The compute capability of a device.
+
+    Raises:
+        DriverError: the driver cannot be used, or is older than NVRTC; the message says which is needed.
+    """
+    device = _device(index)
+    (number,) = _call("cuDriverGetVersion")
+    has, needs = (number // 1000, number % 1000 // 10), version()
+    if has[0] < needs[0]:  # within a major version, drivers load what any toolkit compiled for their GPUs
+        raise DriverError(
+            f"the driver is for CUDA {has[0]}.{has[1]}, NVRTC is of CUDA {needs[0]}.{needs[1]}: update the driver"
+            f" (CUDA 13: {_CUDA_13_DRIVER} or later), or {CUDA_12}"
+        )
+    attributes = _driver().CUdevice_attribute
+    names = ("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR", "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
+    major, minor = (_call("cuDeviceGetAttribute", getattr(attributes, name), device)[0] for name in names)
+    return major, minor
+
+
+def load(image: bytes, names: tuple[str, ...], index: int) -> dict[str, object]:
+    """The kernels of a compiled source, on a device, by their names; loaded for as long as the process lives."""
+    with _current(index):
+        (module,) = _call("cuModuleLoadData", image)
+        return {name: _call("cuModuleGetFunction", module, name.encode())[0] for name in names}
+
+
+def launch(
+    function: object,
+    device: torch.device,
+    grid: tuple[int, int],
+    block: int,
+    arguments: list[torch.Tensor | int | None],
+) -> None:
+    """Puts a kernel on torch's current stream of the device; returns before it has run.
+
+    Args:
+        function: one of `load`, for the same device.
+        arguments: in the kernel's order. A tensor is passed as a pointer, None as a null pointer, an int as a 64-bit
+            integer: every parameter of our kernels has 8 bytes.
+
+    Raises:
+        DriverError: the launch failed, or a kernel that was launched before.
+    """
+    index, stream = location(device)
+    values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments]
+    buffer = (ctypes.c_int64 * len(values))(*values)
+    size = ctypes.c_size_t(ctypes.sizeof(buffer))
+    # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END: all parameters in one buffer, copied by the call.
+    extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
+    with _current(index):
+        _call("cuLaunchKernel", function, *grid, 1, block, 1, 1, 0, stream, 0, ctypes.addressof(extra))
+
+
+def _call(name: str, *arguments) -> tuple:
+    driver = _driver()
+    try:
+        error, *values = getattr(driver, name)(*arguments)
+    except RuntimeError as found:  # of cuda-bindings: no driver, or one without this function
+        raise DriverError(f"{name}: {found}") from None
+    if error != driver.CUresult.CUDA_SUCCESS:
+        advice = _ADVICE.get(error.name)
+        raise DriverError(f"{name}: {error.name}{f'; {advice}' if advice else ''}")
+    return tuple(values)
+
+
+def _driver() -> ModuleType:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise DriverError(f"cuda-bindings is not installed ({error}); {INSTALL}") from None
+    return driver
+
+
+def _device(index: int) -> object:
+    _call("cuInit", 0)
+    return _call("cuDeviceGet", index)[0]
+
+
+@cache
+def _context(index: int) -> object:
+    """The device's primary context, which is torch's too; kept for as long as the process lives."""
+    return _call("cuDevicePrimaryCtxRetain", _device(index))[0]
+
+
+@contextmanager
+def _current(index: int) -> Iterator[None]:
+    """Makes the device's context that of this thread: autograd's threads have none, or another device's. What was
+    current before is so again afterwards, as torch relies on it."""
+    _call("cuCtxPushCurrent", _context(index))
+    try:
+        yield
+    finally:
+        _call("cuCtxPopCurrent")

@@ -1,0 +1,116 @@
+// A libcuda.so.1 of the few functions that rwkv_miss calls, with two devices and no GPU. It keeps contexts, modules and
+// functions apart as the driver does, and asks the test (stub_connect) for the code of a module and to run a launch.
+#include <dlfcn.h>
+#include <string.h>
+
+#include <string>
+#include <vector>
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+constexpr int DEVICES = 2;
+
+struct Context {
+    int device;
+};
+struct Module {
+    Context* context;
+    void* library;  // the emulated kernels
+};
+struct Function {
+    Module* module;
+    std::string name;
+    void* code;
+};
+
+static Context contexts[DEVICES] = {{0}, {1}};
+static int capabilities[DEVICES][2] = {{9, 0}, {7, 5}};
+static int version = 13000;
+static thread_local std::vector<Context*> current;
+
+typedef void* Load(int device, const void* image);
+typedef int Launch(int device, const Function* function, const char* name, void* code, void* library, const unsigned* sizes,
+                   void* stream, const void* parameters, size_t n_bytes);
+static Load* on_load;
+static Launch* on_launch;
+
+extern "C" {
+
+void stub_connect(Load* load, Launch* launch) {
+    on_load = load;
+    on_launch = launch;
+}
+void stub_set_driver_version(int x) { version = x; }
+int stub_contexts_left_current() { return int(current.size()); }
+
+int cuInit(unsigned) { return SUCCESS; }
+int cuDriverGetVersion(int* x) {
+    *x = version;
+    return SUCCESS;
+}
+int cuDeviceGet(int* device, int index) {
+    if (index < 0 || index >= DEVICES) return INVALID_DEVICE;
+    *device = index;
+    return SUCCESS;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    if (attribute != 75 && attribute != 76) return INVALID_VALUE;  // compute capability, major and minor
+    *value = capabilities[device][attribute - 75];
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(Context** context, int device) {
+    *context = &contexts[device];
+    return SUCCESS;
+}
+int cuCtxPushCurrent(Context* context) {
+    current.push_back(context);
+    return SUCCESS;
+}
+int cuCtxPopCurrent(Context** context) {
+    if (current.empty()) return INVALID_CONTEXT;
+    if (context) *context = current.back();
+    current.pop_back();
+    return SUCCESS;
+}
+int cuModuleLoadData(Module** module, const void* image) {
+    if (current.empty()) return INVALID_CONTEXT;
+    void* library = on_load(current.back()->device, image);
+    if (!library) return INVALID_IMAGE;
+    *module = new Module{current.back(), library};
+    return SUCCESS;
+}
+int cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    if (current.empty() || module->context != current.back()) return INVALID_CONTEXT;
+    void* code = dlsym(module->library, name);
+    if (!code) return NOT_FOUND;
+    *function = new Function{module, name, code};
+    return SUCCESS;
+}
+int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
+    if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
+    // The one form in which rwkv_miss passes parameters: a buffer and its size.
+    if (parameters || !extra || extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4]) return INVALID_VALUE;
+    const unsigned sizes[7] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared};
+    return on_launch(current.back()->device, function, function->name.c_str(), function->code, function->module->library,
+                     sizes, stream, extra[1], *static_cast<size_t*>(extra[3]));
+}
+
+// cuda-bindings asks for every function of the driver by name; for those not here it raises when they are called.
+int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long, int* status) {
+    static const struct {
+        const char* name;
+        void* function;
+    } TABLE[] = {
+#define ENTRY(x) {#x, (void*)x}
+        ENTRY(cuInit),           ENTRY(cuDriverGetVersion),       ENTRY(cuDeviceGet),
+        ENTRY(cuCtxPushCurrent), ENTRY(cuDeviceGetAttribute),     ENTRY(cuDevicePrimaryCtxRetain),
+        ENTRY(cuCtxPopCurrent),  ENTRY(cuModuleLoadData),         ENTRY(cuModuleGetFunction),
+        ENTRY(cuLaunchKernel),   ENTRY(cuGetProcAddress_v2),
+    };
+    *function = nullptr;
+    for (const auto& entry : TABLE)
+        if (!strcmp(entry.name, name)) *function = entry.function;
+    if (status) *status = *function ? 0 : 1;
+    return *function ? SUCCESS : NOT_FOUND;
+}
+}
