@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
+from rwkv_miss.ops.arguments import announce, check, state_dtype
 from rwkv_miss.ops.cpu.wkv6 import unusable, wkv6_cpu
 from rwkv_miss.ops.wkv6_reference import wkv6_reference
 from rwkv_miss.ops.wkv6_torch import wkv6_torch
 
 _FUNCTIONS = {"reference": wkv6_reference, "torch": wkv6_torch, "cpu": wkv6_cpu}
-_log = logging.getLogger("rwkv_miss")
 
 
 def wkv6(
@@ -50,41 +47,16 @@ def wkv6(
     """
     if backend not in BACKENDS:
         raise UserError(f"wkv6: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    _check(r, k, v, w, u, state, seq_start)
+    check("wkv6", v, {"r": r, "k": k, "w": w}, u, state, seq_start)
     if backend == "auto":
         backend = _choose(v.device.type, v.dtype)
     elif reason := _unusable(backend, v.device.type, v.dtype):
         raise UserError(f"wkv6: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
     if state is None:
         batch, _, n_head, n = v.shape
-        state = v.new_zeros((batch, n_head, n, n), dtype=_state_dtype(v))
+        state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
     y, last = _FUNCTIONS[backend](r, k, v, w, u, state, seq_start)
     return y, last.clone() if last is state else last
-
-
-def _state_dtype(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def _check(r, k, v, w, u, state, seq_start) -> None:
-    if v.dim() != 4 or v.shape[-1] == 0:
-        raise UserError(f"wkv6: v has shape {tuple(v.shape)}; expected (B, T, H, N) with N at least 1")
-    if v.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UserError(f"wkv6: v is {v.dtype}; expected float32, bfloat16 or float64")
-    batch, n_steps, n_head, n = v.shape
-    shape = (batch, n_steps, n_head, n)
-    expected = {name: (x, shape, v.dtype) for name, x in {"r": r, "k": k, "w": w}.items()}
-    expected["u"] = (u, (n_head, n), v.dtype)
-    if state is not None:
-        expected["state"] = (state, (batch, n_head, n, n), _state_dtype(v))
-    if seq_start is not None:
-        expected["seq_start"] = (seq_start, (batch, n_steps), torch.bool)
-    for name, (x, shape, dtype) in expected.items():
-        if tuple(x.shape) != shape or x.dtype != dtype or x.device != v.device:
-            raise UserError(
-                f"wkv6: {name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected {shape} {dtype} on {v.device},"
-                f" to go with v {tuple(v.shape)} {v.dtype}"
-            )
 
 
 @torch.compiler.assume_constant_result
@@ -98,15 +70,8 @@ def _unusable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _choose(device_type: str, dtype: torch.dtype) -> str:
-    reason = _unusable("cpu", device_type, dtype)
-    backend = "torch" if reason else "cpu"
-    _announce(backend, reason)
+    native = "cuda" if device_type == "cuda" else "cpu"
+    reason = _unusable(native, device_type, dtype)
+    backend = "torch" if reason else native
+    announce("wkv6", backend, native, reason)
     return backend
-
-
-@cache
-def _announce(backend: str, reason: str | None) -> None:
-    if reason:
-        _log.warning("wkv6: using backend %r; not 'cpu': %s", backend, reason)
-    else:
-        _log.info("wkv6: using backend %r", backend)

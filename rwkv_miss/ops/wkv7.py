@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import operator
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
+from rwkv_miss.ops.arguments import announce, check, state_dtype
 from rwkv_miss.ops.cpu import wkv7 as on_cpu
 from rwkv_miss.ops.cuda import wkv7 as on_cuda
 from rwkv_miss.ops.wkv7_reference import wkv7_reference
@@ -22,7 +21,6 @@ _FUNCTIONS = {
     "cpu": on_cpu.wkv7_cpu,
     "cuda": on_cuda.wkv7_cuda,
 }
-_log = logging.getLogger("rwkv_miss")
 
 
 def wkv7(
@@ -57,7 +55,7 @@ def wkv7(
     """
     if backend not in BACKENDS:
         raise UserError(f"wkv7: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
-    _check(r, z, k, v, a, b, state, seq_start)
+    check("wkv7", v, {"r": r, "z": z, "k": k, "a": a, "b": b}, None, state, seq_start)
     kind = v.device, v.dtype, operator.index(v.shape[-1])  # index: a constant under torch.compile(dynamic=True)
     if backend == "auto":
         backend = _choose(*kind)
@@ -65,33 +63,9 @@ def wkv7(
         raise UserError(f"wkv7: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
     if state is None:
         batch, _, n_head, n = v.shape
-        state = v.new_zeros((batch, n_head, n, n), dtype=_state_dtype(v))
+        state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
     y, last = _FUNCTIONS[backend](r, z, k, v, a, b, state, seq_start)
     return y, last.clone() if last is state else last
-
-
-def _state_dtype(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def _check(r, z, k, v, a, b, state, seq_start) -> None:
-    if v.dim() != 4 or v.shape[-1] == 0:
-        raise UserError(f"wkv7: v has shape {tuple(v.shape)}; expected (B, T, H, N) with N at least 1")
-    if v.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise UserError(f"wkv7: v is {v.dtype}; expected float32, bfloat16 or float64")
-    batch, n_steps, n_head, n = v.shape
-    shape = (batch, n_steps, n_head, n)
-    expected = {name: (x, shape, v.dtype) for name, x in {"r": r, "z": z, "k": k, "a": a, "b": b}.items()}
-    if state is not None:
-        expected["state"] = (state, (batch, n_head, n, n), _state_dtype(v))
-    if seq_start is not None:
-        expected["seq_start"] = (seq_start, (batch, n_steps), torch.bool)
-    for name, (x, shape, dtype) in expected.items():
-        if tuple(x.shape) != shape or x.dtype != dtype or x.device != v.device:
-            raise UserError(
-                f"wkv7: {name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected {shape} {dtype} on {v.device},"
-                f" to go with v {tuple(v.shape)} {v.dtype}"
-            )
 
 
 @torch.compiler.assume_constant_result
@@ -108,13 +82,5 @@ def _choose(device: torch.device, dtype: torch.dtype, n: int) -> str:
     native = "cuda" if device.type == "cuda" else "cpu"
     reason = _unusable(native, device, dtype, n)
     backend = "torch" if reason else native
-    _announce(backend, native, reason)
+    announce("wkv7", backend, native, reason)
     return backend
-
-
-@cache
-def _announce(backend: str, native: str, reason: str | None) -> None:
-    if reason:
-        _log.warning("wkv7: using backend %r; not %r: %s", backend, native, reason)
-    else:
-        _log.info("wkv7: using backend %r", backend)

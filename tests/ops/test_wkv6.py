@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 
 import numpy as np
@@ -15,6 +14,7 @@ from wkv7_cases import TOLERANCE, make_weights, odd_starts, run
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import BACKENDS, wkv6
+from rwkv_miss.ops.arguments import announce
 from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cpu import wkv6 as cpu_wkv6
 from rwkv_miss.ops.wkv6_reference import wkv6_reference
@@ -323,7 +323,7 @@ def test_a_backend_that_cannot_be_used_says_why():
 
 @pytest.fixture
 def unannounced():
-    caches = (cpu_wkv6._library_or_reason, importlib.import_module("rwkv_miss.ops.wkv6")._announce)
+    caches = (cpu_wkv6._library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()
     yield

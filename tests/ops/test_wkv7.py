@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 
 import numpy as np
@@ -13,6 +12,7 @@ from wkv7_cases import assert_close, assert_matches_reference, make_inputs, make
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import BACKENDS, wkv7
+from rwkv_miss.ops.arguments import announce
 from rwkv_miss.ops.cpu import wkv7 as cpu_wkv7
 
 FAST = ("torch", "cpu")
@@ -255,7 +255,7 @@ def test_a_backend_that_cannot_be_used_says_why():
 @pytest.fixture
 def no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    caches = (cpu_wkv7._library_or_reason, importlib.import_module("rwkv_miss.ops.wkv7")._announce)
+    caches = (cpu_wkv7._library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -276,7 +276,7 @@ def test_without_a_compiler_auto_takes_torch_and_says_so_once(no_compiler, caplo
 
 
 def test_with_a_compiler_auto_takes_cpu(caplog):
-    importlib.import_module("rwkv_miss.ops.wkv7")._announce.cache_clear()
+    announce.cache_clear()
     inputs, state = make_inputs(20, 8)
     with caplog.at_level(logging.INFO, logger="rwkv_miss"):
         y, _ = wkv7(*inputs, state)

@@ -18,6 +18,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import wkv7
+from rwkv_miss.ops.arguments import announce
 from rwkv_miss.ops.cuda import driver, nvrtc
 from rwkv_miss.ops.cuda import wkv7 as cuda_wkv7
 from tests.ops.cuda.stub import connect, read_manifest
@@ -62,7 +63,7 @@ def gpu(session, library, monkeypatch):
 @pytest.fixture
 def forgetful():
     """What is kept for the life of the process is forgotten, before and after."""
-    kept = (cuda_wkv7._kernels_or_reason, driver.capability, OP._announce)
+    kept = (cuda_wkv7._kernels_or_reason, driver.capability, announce)
     for function in kept:
         function.cache_clear()
     yield
