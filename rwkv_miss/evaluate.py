@@ -44,7 +44,7 @@ def mean_loss(
     total = 0.0
     for batch in stream:
         on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        total += loss_sum(model, on_device).item()
+        total += loss_sum(model, on_device)[0].item()
     return total / report.loss_tokens, report.loss_tokens
 
 

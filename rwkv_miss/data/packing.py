@@ -28,7 +28,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions."""
+    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions;
+    `truncated` and `carried` the conversations longer than ctx_len."""
 
     records: int
     rows: int
@@ -37,29 +38,33 @@ class PackReport:
     loss_tokens: int
     fill: float
     truncated: int
+    carried: int
     dropped: int
 
     def __str__(self) -> str:
         return (
             f"{self.records:,} records in {self.rows:,} rows of {self.ctx_len}: {self.tokens:,} tokens, "
             f"{self.loss_tokens:,} with loss, {self.fill:.1%} filled; "
-            f"{self.truncated:,} truncated, {self.dropped:,} dropped"
+            f"{self.truncated:,} truncated, {self.carried:,} carried on, {self.dropped:,} dropped"
         )
 
 
-def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[Rows, PackReport]:
-    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors."""
-    fitted, truncated, dropped = split_long(documents, ctx_len)
-    rows = pack(fitted, ctx_len) if packing else pad(fitted, ctx_len)
-    tokens = sum(len(document.ids) - 1 for document in fitted)
+def make_rows(documents: list[Document], ctx_len: int, packing: bool, carry: bool = False) -> tuple[Rows, PackReport]:
+    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors. Rows
+    that are not packed are no wider than the longest document."""
+    fitted, too_long, dropped = split_long(documents, ctx_len, carry)
+    lengths = [len(document.ids) - 1 for document in fitted]
+    rows = pack(fitted, ctx_len) if packing else pad(fitted, max(lengths))
+    tokens = sum(lengths)
     return rows, PackReport(
         records=len(documents),
         rows=len(rows.tokens),
-        ctx_len=ctx_len,
+        ctx_len=rows.tokens.shape[1],
         tokens=tokens,
         loss_tokens=int(np.count_nonzero(rows.targets != NO_LOSS)),
         fill=tokens / rows.tokens.size,
-        truncated=truncated,
+        truncated=0 if carry else too_long,
+        carried=too_long if carry else 0,
         dropped=dropped,
     )
 

@@ -33,5 +33,9 @@ class State:
         )
         return cls(shift, wkv, shift.clone())
 
+    def detach(self) -> State:
+        """The same state; no gradient flows back through it."""
+        return State(self.att_shift.detach(), self.wkv.detach(), self.ffn_shift.detach())
+
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.att_shift[i], self.wkv[i], self.ffn_shift[i]
