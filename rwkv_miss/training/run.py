@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -195,9 +195,10 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
             "--overwrite true to replace it"
         )
     if (out / "config.yaml").is_file():
-        before = yaml.safe_load((out / "config.yaml").read_text())
+        # A setting that the run did not have yet was at its default.
+        before = {f.name: f.default for f in fields(config)} | yaml.safe_load((out / "config.yaml").read_text())
         now = _as_yaml(config)
-        if changed := [f"{k} was {before.get(k)}, is {now[k]}" for k in _SAME if before.get(k) != now[k]]:
+        if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
     return last_checkpoint(out / "checkpoints")
 

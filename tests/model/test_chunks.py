@@ -3,6 +3,7 @@ for the backward pass meanwhile."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +35,8 @@ def adapted(version: int, dtype: torch.dtype = torch.float64, backend: str = "to
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             randomise(weight, float(name.endswith("weight")), 0.2)  # norms
+        elif name.endswith(("time_decay", "w0")):
+            randomise(weight, -3.0, 1.0)  # a step keeps 0.95 of the state or so, as in a trained model
         elif 1 in weight.shape[:2]:
             randomise(weight, 0.5, 0.3)  # vectors
         else:
@@ -84,20 +87,33 @@ def outcome(model: RWKV, loss: Tensor, before: State, after: State) -> dict[str,
     }
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """In norm, of each tensor's own."""
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Relative, in norm. The loss, and all else together, to `tolerance`; each tensor to ten times that.
+
+    In fp32 single gradients are worse, here as in a whole row, whose own are up to 1e-5 from float64: of the
+    receptance's the group norm after the recurrence leaves a small difference of large sums.
+    """
     assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert x.norm() > 0, f"{name}: zeros show nothing"
-        error = ((found[name] - x).norm() / x.norm()).item()
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+    errors = {name: (found[name] - x).norm().item() for name, x in expected.items()}
+    norms = {name: x.norm().item() for name, x in expected.items()}
+    for name in expected:
+        assert norms[name] > 0, f"{name}: zeros show nothing"
+        allowed = tolerance if name == "loss" else 10 * tolerance
+        assert errors[name] <= allowed * norms[name], f"{name}: relative error {errors[name] / norms[name]:.1e}"
+    error = math.hypot(*errors.values()) / math.hypot(*norms.values())
+    assert error <= tolerance, f"relative error {error:.1e}"
 
 
-BACKENDS = [("torch", torch.float64, 1e-12), ("torch", torch.float32, 3e-6), ("cpu", torch.float32, 3e-6)]
+BACKENDS = [
+    ("torch", torch.float64, 1e-12),
+    ("torch", torch.float32, 2e-6),
+    ("cpu", torch.float32, 1e-6),
+    ("reference", torch.float32, 1e-6),
+]
 
 
 @pytest.mark.parametrize("chunk_len", [1, 5, 16, 36])
-@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS[:3])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_chunks_are_the_whole(version, backend, dtype, tolerance, chunk_len):
     model, batch = adapted(version, dtype, backend), packed_batch()
@@ -109,6 +125,36 @@ def test_chunks_are_the_whole(version, backend, dtype, tolerance, chunk_len):
         return outcome(model, loss, before, after)
 
     assert_close(run(chunk_len), run(None), tolerance)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_document_in_a_packed_row_is_the_document_alone(version, backend, dtype, tolerance):
+    """The loss of each document, and its gradients in the adapters and in the input of its tokens; the other
+    documents' inputs have none."""
+    model, batch = adapted(version, dtype, backend), packed_batch()
+    inputs: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    model.emb.register_forward_hook(keep)
+
+    def run(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        loss, _ = loss_sum(model, batch)
+        weights = trained(model)
+        *gradients, of_input = torch.autograd.grad(loss, [*weights.values(), inputs[-1]])
+        return {"loss": loss.detach()} | dict(zip(weights, gradients, strict=True)), of_input
+
+    for row, start, stop in ((0, 0, 30), (1, 0, 9), (1, 9, 23), (1, 23, T)):
+        of_document = torch.zeros(2, T, dtype=torch.bool)
+        of_document[row, start:stop] = True
+        packed, of_inputs = run(batch | {"targets": batch["targets"].where(of_document, -100)})
+        assert not of_inputs[~of_document].any()
+        alone, of_input = run({name: x[row : row + 1, start:stop] for name, x in batch.items()})
+        found = packed | {"input": of_inputs[of_document]}
+        assert_close(found, alone | {"input": of_input[0]}, tolerance)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -124,7 +170,7 @@ def test_chunks_of_a_fresh_state_and_of_padding(version):
             zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)
         )
 
-    assert_close(run(5), run(None), 1e-12)
+    assert_close(run(5), run(None))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -153,10 +199,10 @@ def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
         state = after.detach()
         assert not any(x.requires_grad for x in vars(state).values())
     assert total == pytest.approx(whole.item(), rel=1e-12)
-    assert_close(found, expected, 1e-12)
+    assert_close(found, expected)
     for name in exact:
-        # The last layer's channel mix reaches no later column but through the shift, so its share is the smallest.
-        assert (found[name] - exact[name]).norm() > 1e-4 * exact[name].norm(), name
+        if not name.startswith("blocks.2."):  # of the last layer some reach no later column
+            assert (found[name] - exact[name]).norm() > 1e-4 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -182,10 +228,10 @@ def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
         return loss, kept, after
 
     expected = run(plain)
-    assert_close(run(chunked), expected, 1e-12)
+    assert_close(run(chunked), expected)
     model.gradient_checkpointing = True
-    assert_close(run(plain), expected, 1e-12)
-    assert_close(run(chunked), expected, 1e-12)
+    assert_close(run(plain), expected)
+    assert_close(run(chunked), expected)
     torch.manual_seed(4)
     other = outcome(model, *chunked())
     assert (other["loss"] - expected["loss"]).abs() > 1e-3
@@ -194,7 +240,7 @@ def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_gradient_checkpointing_carries_v_first_and_the_states(version):
     """Equal to the bit, from a state, in packed rows; and much less is held."""
-    model, batch = adapted(version, torch.float32, "cpu"), packed_batch(length=T)
+    model, batch = adapted(version, torch.float32, "cpu"), packed_batch(length=128)
     found, peaks = [], []
 
     def run() -> None:
@@ -231,18 +277,17 @@ def step(model: RWKV, length: int, chunk_len: int | None = None, bptt_chunks: in
 def test_memory_is_flat_where_gradients_are_cut(version, checkpointing):
     model = adapted(version, torch.float32, "cpu")
     model.gradient_checkpointing = checkpointing
-    short, long = (peak_bytes(step(model, length, chunk_len=16, bptt_chunks=2)) for length in (64, 1024))
-    tokens = 3 * 8 * (1024 - 64)  # the batch itself is not counted; what is made of it may be
-    assert short <= long <= short + tokens
+    short, long = (peak_bytes(step(model, length, chunk_len=8, bptt_chunks=2)) for length in (32, 160))
+    assert short == long
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exact_chunks_hold_states_and_not_activations(version):
     model = adapted(version, torch.float32, "cpu")
     state = sum(x.nbytes for x in vars(State.zeros(model.config, 1, torch.float32, "cpu")).values())
-    whole = [peak_bytes(step(model, length)) for length in (256, 1024)]
-    exact = [peak_bytes(step(model, length, chunk_len=32)) for length in (256, 1024)]
-    more = (1024 - 256) // 32
+    whole = [peak_bytes(step(model, length)) for length in (64, 256)]
+    exact = [peak_bytes(step(model, length, chunk_len=16)) for length in (64, 256)]
+    more = (256 - 64) // 16
     assert whole[1] > 3.5 * whole[0]
     # Of each chunk: the state, its layers before they are stacked, and as views of them.
     assert exact[1] - exact[0] <= more * 3 * state
