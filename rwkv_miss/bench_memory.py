@@ -44,9 +44,7 @@ def bench_memory(threads: int) -> list[dict]:
     return rows
 
 
-def step_bytes(
-    threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int
-) -> int:
+def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int) -> int:
     """Bytes that this process takes at most in a step of `length` tokens, beyond what it had."""
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()

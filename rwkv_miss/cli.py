@@ -232,11 +232,11 @@ def run_doctor(json: bool = False) -> int:
     return 0 if diagnosis.is_native else 1
 
 
-def run_bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 1) -> int:
-    """Time our kernels and the tokenizer beside the programs they are measured against.
+def run_bench(what: Literal["all", "wkv7", "tokenizer", "memory"] = "all", threads: int = 1) -> int:
+    """Time our kernels and the tokenizer beside the programs they are measured against; measure a step's memory.
 
     Args:
-        what: Which benchmark.
+        what: Which benchmark. memory: of a training step as its row grows, some minutes and not part of all.
         threads: CPU threads that every program gets.
     """
     from rwkv_miss import bench

@@ -24,6 +24,7 @@ LAYERS = [
     {"checkpoint", "ops"},
     {"model"},
     {"adapters"},
+    {"bench_memory"},
     {"training", "merging", "generate", "evaluate", "bench", "doctor"},
     {"cli"},
     {"__main__"},
