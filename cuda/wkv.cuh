@@ -23,6 +23,13 @@ constexpr int KEPT = N <= 64 ? N : 32;  // kept by the block: shared memory stay
 constexpr int THREADS = KEPT / KEEP * LANES;
 static_assert(N == 8 || N == 16 || N == 24 || (N % 32 == 0 && N <= 128), "HEAD_SIZE: 8, 16, 24, 32, 64, 96 or 128");
 
+// How many blocks an SM has room for if a thread takes so many registers; with this in __launch_bounds__ it takes
+// about as many at most.
+__device__ constexpr int blocks_of(int registers) {
+    const int blocks = 65536 / (registers * ((THREADS + 31) / 32 * 32));
+    return blocks < 16 ? blocks : 16;
+}
+
 __device__ __forceinline__ void check_launch() {
     if (blockDim.x != THREADS || gridDim.y != N / KEPT) __trap();
 }

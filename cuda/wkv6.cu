@@ -16,9 +16,11 @@
 // For the others S and G are only needed in products with the chunk's v and dy. Per chunk and key, with S0 the state
 // before the chunk (saved) and G1 the gradient of the state after it,
 //     p[t] = G1 v_t;  q[t] = S0 dy_t;  e = G1 S0;  A[s][t] = v_s . dy_t, the same for all keys
-// and the recurrences of S and G, multiplied by the dy and v of other steps, become those of numbers: see `along`.
+// and the recurrences of S and G, multiplied by the dy and v of other steps, become those of numbers.
 // A decay may be 0: nothing is divided by one, and nothing is the difference of two sums (docs/kernels.md).
 #include "wkv.cuh"
+
+constexpr int SCAN_BLOCKS = blocks_of(N <= 64 ? 80 : 168), KEYS_BLOCKS = blocks_of(N <= 64 ? 168 : 255);
 
 struct Exp {
     __device__ float operator()(float w) const { return expf(w); }
@@ -97,7 +99,7 @@ __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __re
     store_columns(s, state_out + head.index * N * N, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, SCAN_BLOCKS)
     wkv6_forward(const io* __restrict__ r, const io* __restrict__ k, const io* __restrict__ v,
                  const io* __restrict__ w, const io* __restrict__ u, const float* __restrict__ state_in,
                  const unsigned char* __restrict__ seq_start, io* __restrict__ y, float* __restrict__ state_out,
@@ -105,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     scan<false>(r, k, v, w, u, state_in, seq_start, y, state_out, saved_states, steps, heads);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, SCAN_BLOCKS)
     wkv6_backward_values(const io* __restrict__ r, const io* __restrict__ k, const io* __restrict__ w,
                          const io* __restrict__ u, const unsigned char* __restrict__ seq_start,
                          const io* __restrict__ dy, const float* __restrict__ grad_state, io* __restrict__ dv,
@@ -136,7 +138,7 @@ __device__ __forceinline__ void multiply_steps(Shared<float> products, Shared<fl
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
     wkv6_backward_keys(const io* __restrict__ r, const io* __restrict__ k, const io* __restrict__ v,
                        const io* __restrict__ w, const io* __restrict__ u,
                        const unsigned char* __restrict__ seq_start, const float* __restrict__ saved_states,
@@ -206,13 +208,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
 
-        // Through the chunk's steps, step[0] to step[15], forwards (backwards), with S before step[i] (G after it):
-        //     x[t] = S dy_step[t] (G v_step[t]);  end = G1 S (G S0)
-        // x[i] is what dr (dk) needs. dd = G S: from S to that of the step where G is G1 (from G to that where S is
-        // S0) end is multiplied by decays, and x enters; so the later half of the steps either way costs least.
+        // S through the chunk forwards, in products with dy. Before step i
+        //     x[t] = S dy_t for t >= i, and x[i] is that of dr;  end = G1 S
+        // dd = G S comes from end: back from G1 to G by G_before S = d (G S) + r (S dy), a step behind i at a time.
+        // The other half of the threads takes G backwards, with r, S, G1, v in the place of k, G, S0, dy, and counts
+        // the steps from the end. The dd of a step is cheap for the direction that has more than half behind it.
         {
             const Shared<float> dots = back ? ps : qs, others = back ? qs : ps;
-            const unsigned clears = back ? __brev(starts) >> (31 - CHUNK) : starts;  // before step[i]
+            const unsigned clears = back ? __brev(starts) >> (31 - CHUNK) : starts;  // bit i: before step i
             const long long next = back ? -head.stride : head.stride;
             long long out = from_kept + key + (back ? (CHUNK - 1) * head.stride : 0);
             float x[CHUNK], d[CHUNK], leaving[CHUNK], end = READ_AS(float, ends + key), decay = 1.0f;

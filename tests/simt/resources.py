@@ -144,7 +144,7 @@ static shared memory per block, and per architecture registers per thread and, i
 def parse(table: str) -> tuple[str, dict[tuple[str, ...], list[str]]]:
     """The version of NVRTC in what `text` wrote, and its rows by kernel, head size and type."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    return re.search(r"by NVRTC (\S+);", table)[1], {tuple(row[:3]): row[3:] for row in cells}
+    return re.search(r"by NVRTC (\S+);", table)[1], {tuple(row[:3]): row[3:] for row in cells[2:]}
 
 
 if __name__ == "__main__":
