@@ -61,9 +61,9 @@ class TrainConfig:
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
     data: str
-    """Training data: .jsonl (text, messages, or question and answer) or .txt."""
+    """Training data: .jsonl (text, messages, or question and answer), .txt, or a binidx (PREFIX of .bin and .idx)."""
     tokenizer: str
-    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    """world, bytes, or the path of a Hugging Face tokenizer.json; with a binidx, the one that made its ids."""
     out: str
     """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwkv_miss.data.mapped import MappedRows
 from rwkv_miss.data.packing import NO_LOSS, Rows
 from rwkv_miss.errors import UserError
 
@@ -33,7 +34,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | MappedRows,
         *,
         batch_size: int,
         accumulate: int,
@@ -43,9 +44,9 @@ class BatchStream:
         shuffle: bool,
         trim: bool,
     ) -> None:
-        assert min(batch_size, accumulate, len(rows.tokens)) >= 1 and 0 <= rank < world_size
+        assert min(batch_size, accumulate, len(rows)) >= 1 and 0 <= rank < world_size
         self._rows = rows
-        self._loss_tokens = np.count_nonzero(rows.targets != NO_LOSS, axis=1)
+        self._loss_tokens = rows.loss_tokens
         self._accumulate = accumulate
         self._rank = rank
         self._world_size = world_size
@@ -59,14 +60,14 @@ class BatchStream:
 
     def __len__(self) -> int:
         """Micro-batches an epoch: the same for every rank."""
-        return -(-len(self._rows.tokens) // self._step_rows) * self._accumulate
+        return -(-len(self._rows) // self._step_rows) * self._accumulate
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: nothing of this runs before the first batch is asked for, so an unused iterator is harmless.
         if self._begun or self._batch == len(self):
             self._epoch, self._batch = self._epoch + 1, 0
         self._begun = True
-        order = np.arange(len(self._rows.tokens))
+        order = np.arange(len(self._rows))
         if self._shuffle:
             np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
         while self._batch < len(self):
@@ -93,9 +94,8 @@ class BatchStream:
         share = turn * self._world_size + self._rank
         mine = step_rows[len(step_rows) * share // shares : len(step_rows) * (share + 1) // shares]
 
-        tokens, targets, seq_start = (
-            array[mine] for array in (self._rows.tokens, self._rows.targets, self._rows.seq_start)
-        )
+        rows = self._rows.take(mine)
+        tokens, targets, seq_start = rows.tokens, rows.targets, rows.seq_start
         if len(mine) == 0:
             width = tokens.shape[1]
             tokens = np.zeros((1, width), dtype=np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 
@@ -24,6 +25,18 @@ class Rows:
     tokens: np.ndarray
     targets: np.ndarray
     seq_start: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Targets in each row, int64 (R,)."""
+        return np.count_nonzero(self.targets != NO_LOSS, axis=1)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these numbers."""
+        return Rows(self.tokens[rows], self.targets[rows], self.seq_start[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,7 @@ class PackReport:
         )
 
 
+@singledispatch
 def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[Rows, PackReport]:
     """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors."""
     fitted, truncated, dropped = split_long(documents, ctx_len)
@@ -54,10 +68,10 @@ def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[R
     tokens = sum(len(document.ids) - 1 for document in fitted)
     return rows, PackReport(
         records=len(documents),
-        rows=len(rows.tokens),
+        rows=len(rows),
         ctx_len=ctx_len,
         tokens=tokens,
-        loss_tokens=int(np.count_nonzero(rows.targets != NO_LOSS)),
+        loss_tokens=int(rows.loss_tokens.sum()),
         fill=tokens / rows.tokens.size,
         truncated=truncated,
         dropped=dropped,
@@ -72,6 +86,11 @@ def pad(documents: list[Document], ctx_len: int) -> Rows:
 def pack(documents: list[Document], ctx_len: int) -> Rows:
     """Documents of 2 to ctx_len + 1 tokens packed into few rows, each whole in one row. Deterministic."""
     lengths = np.array([len(document.ids) - 1 for document in documents])
+    return _lay_out(documents, pack_lengths(lengths, ctx_len), ctx_len)
+
+
+def pack_lengths(lengths: np.ndarray, ctx_len: int) -> list[list[int]]:
+    """Which documents share a row, each row a list of their numbers: `lengths` (documents,) from 1 to ctx_len."""
     # Plain best fit is now and then the better of the two where most documents are longer than half a row.
     packed = min((_pack_lengths(lengths, ctx_len, candidates) for candidates in (64, 1)), key=len)
     by_length = np.argsort(lengths, kind="stable")
@@ -83,7 +102,7 @@ def pack(documents: list[Document], ctx_len: int) -> Rows:
             member.append(int(by_length[first[length]]))
             first[length] += 1
         members.append(member)
-    return _lay_out(documents, members, ctx_len)
+    return members
 
 
 def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[list[int]]:

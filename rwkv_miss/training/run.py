@@ -17,7 +17,9 @@ import rwkv_miss
 from rwkv_miss.adapters.inject import inject
 from rwkv_miss.checkpoint import atomic_write
 from rwkv_miss.config import TrainConfig, check
+from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.documents import Document, encode_record, split_validation
+from rwkv_miss.data.mapped import MappedDocuments, open_documents
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -85,7 +87,7 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     val_rows, val_report = make_rows(held_out, config.ctx_len, config.packing) if held_out else (None, None)
 
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    total_steps = config.max_steps or config.epochs * -(-len(rows.tokens) // rows_a_step)
+    total_steps = config.max_steps or config.epochs * -(-len(rows) // rows_a_step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
@@ -122,16 +124,13 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
 
 
-def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document]:
-    """The file's records as token ids and loss masks."""
+def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document] | MappedDocuments:
+    """The file's records as token ids and loss masks; a binidx has them already."""
     tokenizer = load_tokenizer(config.tokenizer)
-    records = read_records(
-        path,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        text_field=config.text_field,
-        separator=config.separator,
-    )
+    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
+    if prefix := binidx_prefix(path):
+        return open_documents(prefix, vocab_size, **options)
+    records = read_records(path, **options)
     return [encode_record(record, tokenizer, vocab_size) for record in records]
 
 

@@ -1,0 +1,183 @@
+"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: a corpus takes memory for
+where its documents and pieces begin, not for its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_miss.data.binidx import BinIdx, read_binidx
+from rwkv_miss.data.documents import Document, choose_held_out, count_held_out, split_validation
+from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_lengths
+from rwkv_miss.data.tokenizers import END
+from rwkv_miss.errors import UserError
+
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedDocuments(Sequence[Document]):
+    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], int64 (documents,) each. They are as
+    they stand: none is given an `END` that it lacks, and one of fewer than 2 tokens has nothing to learn."""
+
+    file: BinIdx
+    vocab_size: int
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int | slice | np.ndarray) -> Document | MappedDocuments:
+        """A document for a number; for a slice or a bool array (documents,) those that it selects."""
+        if isinstance(i, (slice, np.ndarray)):
+            return MappedDocuments(self.file, self.vocab_size, self.starts[i], self.stops[i])
+        ids = self.tokens(self.starts[i], self.stops[i])
+        return Document(ids, np.arange(len(ids)) > 0)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """file.tokens[start:stop] as int32; UserError where one is not in the vocabulary."""
+        ids = self.file.tokens[start:stop]
+        _check_ids(self.file, self.vocab_size, ids, lambda i: start + i)
+        return ids.astype(np.int32)
+
+
+def open_documents(
+    prefix: str | Path,
+    vocab_size: int,
+    *,
+    text_field: str = "text",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    separator: str | None = None,
+) -> MappedDocuments:
+    """The documents of PREFIX.bin and PREFIX.idx for a model of `vocab_size` ids.
+
+    The first, the last and some random tokens are looked at here, all the others when they are used: whichever
+    is not in the vocabulary raises UserError, which names its document. So do the options of `read_records`, as
+    there are no fields here.
+    """
+    if text_field != "text" or prompt_field is not None or answer_field is not None or separator is not None:
+        raise UserError(
+            f"{prefix}: a binidx has no fields; leave out text_field, prompt_field, answer_field and separator"
+        )
+    file = read_binidx(prefix)
+    n = len(file.tokens)
+    places = np.unique(
+        np.concatenate(
+            [
+                np.arange(min(n, _SAMPLE)),
+                np.arange(max(n - _SAMPLE, 0), n),
+                np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE),
+            ]
+        )
+    )
+    _check_ids(file, vocab_size, file.tokens[places], places.__getitem__)
+    return MappedDocuments(file, vocab_size, file.offsets[:-1], file.offsets[1:])
+
+
+def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, position) -> None:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise UserError(
+            f"{file.prefix}.bin: document {file.document_at(position(i))} (of 0 to {len(file) - 1}): token {ids[i]} is "
+            f"not in the model's vocabulary of {vocab_size} ids; make the pair with the model's tokenizer"
+        )
+
+
+@split_validation.register
+def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDocuments, MappedDocuments]:
+    if fraction == 0:
+        return documents, documents[:0]
+    if len(documents) > 1:
+        held_out = count_held_out(fraction, len(documents), "documents")
+        chosen = choose_held_out(held_out, len(documents), seed)
+        return documents[~chosen], documents[chosen]
+    targets = int(documents.stops[0] - documents.starts[0]) - 1
+    at = documents.stops - 1 - count_held_out(fraction, targets, "tokens")
+    file, vocab_size = documents.file, documents.vocab_size
+    return (
+        MappedDocuments(file, vocab_size, documents.starts, at + 1),
+        MappedDocuments(file, vocab_size, at, documents.stops),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedRows:
+    """Rows, as `Rows` has them, of pieces of documents. Row i holds the pieces members[bounds[i]:bounds[i + 1]];
+    piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]] and, one further, the targets.
+
+    An `END` inside a document begins a new one, so the state is reset there too.
+    """
+
+    documents: MappedDocuments
+    ctx_len: int
+    starts: np.ndarray
+    lengths: np.ndarray
+    members: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Targets in each row, int64 (R,)."""
+        return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
+        shape = len(rows), self.ctx_len
+        tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
+        seq_start = np.zeros(shape, bool)
+        for i, row in enumerate(rows):
+            at = 0
+            for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
+                first, stop = self.starts[piece], at + self.lengths[piece]
+                ids = self.documents.tokens(first, first + self.lengths[piece] + 1)
+                tokens[i, at:stop], targets[i, at:stop] = ids[:-1], ids[1:]
+                seq_start[i, at:stop] = ids[:-1] == END
+                seq_start[i, at] = True
+                at = stop
+            if at < self.ctx_len:
+                seq_start[i, at] = True
+        return Rows(tokens, targets, seq_start)
+
+
+@make_rows.register
+def _(documents: MappedDocuments, ctx_len: int, packing: bool) -> tuple[MappedRows, PackReport]:
+    targets = documents.stops - documents.starts - 1
+    learned = targets > 0
+    if not learned.any():
+        raise UserError(f"{documents.file.prefix}.bin: no document has two tokens, so there is nothing to learn")
+    targets, begins = targets[learned], documents.starts[learned]
+    # Longer documents in pieces of ctx_len targets that share one token, the last with the rest.
+    pieces = -(-targets // ctx_len)
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+    starts = np.repeat(begins, pieces) + number * ctx_len
+    lengths = np.minimum(np.repeat(targets, pieces) - number * ctx_len, ctx_len)
+
+    # A whole row each comes first, as it would from packing; only the others need to be packed.
+    alone = lengths == ctx_len if packing else np.ones(len(lengths), bool)
+    rest = np.flatnonzero(~alone)
+    packed = pack_lengths(lengths[rest], ctx_len) if len(rest) else []
+    members = [np.flatnonzero(alone), rest[np.fromiter(chain.from_iterable(packed), np.int64)]]
+    held = np.concatenate([np.ones(len(members[0]), np.int64), np.fromiter(map(len, packed), np.int64)])
+    rows = MappedRows(
+        documents, ctx_len, starts, lengths, np.concatenate(members), np.concatenate([[0], np.cumsum(held)])
+    )
+    tokens = int(lengths.sum())
+    return rows, PackReport(
+        records=len(documents),
+        rows=len(rows),
+        ctx_len=ctx_len,
+        tokens=tokens,
+        loss_tokens=tokens,
+        fill=tokens / (len(rows) * ctx_len),
+        truncated=0,
+        dropped=int(np.count_nonzero(~learned)),
+    )
