@@ -302,8 +302,8 @@ def run_binidx(
     print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
     if with_prompts:
         print(
-            f"{with_prompts:,} of them have prompts, which a binidx cannot tell from answers: training on it learns "
-            "them too. Train on the file itself to learn the answers alone"
+            f"documents with prompts: {with_prompts:,}; a binidx does not say which of a document is answer, so training "
+            f"on it learns the prompts too. Train on {data} itself to learn the answers alone"
         )
     return 0
 
