@@ -302,7 +302,7 @@ def run_binidx(
     print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
     if with_prompts:
         print(
-            f"documents with prompts: {with_prompts:,}; a binidx does not say which of a document is answer, so training "
+            f"documents with prompts: {with_prompts:,}; a binidx does not mark the answers, so training "
             f"on it learns the prompts too. Train on {data} itself to learn the answers alone"
         )
     return 0
