@@ -16,6 +16,7 @@ from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_le
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
+# Tokens that are looked at from the beginning, from the end, and from anywhere.
 _SAMPLE = 4096
 
 
@@ -42,7 +43,7 @@ class MappedDocuments(Sequence[Document]):
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """file.tokens[start:stop] as int32; UserError where one is not in the vocabulary."""
         ids = self.file.tokens[start:stop]
-        _check_ids(self.file, self.vocab_size, ids, lambda i: start + i)
+        _check_ids(self.file, self.vocab_size, ids, range(start, stop))
         return ids.astype(np.int32)
 
 
@@ -67,24 +68,18 @@ def open_documents(
         )
     file = read_binidx(prefix)
     n = len(file.tokens)
-    places = np.unique(
-        np.concatenate(
-            [
-                np.arange(min(n, _SAMPLE)),
-                np.arange(max(n - _SAMPLE, 0), n),
-                np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE),
-            ]
-        )
-    )
-    _check_ids(file, vocab_size, file.tokens[places], places.__getitem__)
+    anywhere = np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE)
+    places = np.unique(np.r_[0 : min(n, _SAMPLE), max(n - _SAMPLE, 0) : n, anywhere])
+    _check_ids(file, vocab_size, file.tokens[places], places)
     return MappedDocuments(file, vocab_size, file.offsets[:-1], file.offsets[1:])
 
 
-def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, position) -> None:
+def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarray | range) -> None:
+    """UserError unless all `ids`, which are those of `places` in the file, are below vocab_size."""
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(
-            f"{file.prefix}.bin: document {file.document_at(position(i))} (of 0 to {len(file) - 1}): token {ids[i]} is "
+            f"{file.prefix}.bin: document {file.document_at(places[i])} (of 0 to {len(file) - 1}): token {ids[i]} is "
             f"not in the model's vocabulary of {vocab_size} ids; make the pair with the model's tokenizer"
         )
 

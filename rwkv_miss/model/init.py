@@ -119,7 +119,8 @@ def _low_rank(version: int, n_embd: int) -> dict[str, int]:
 
 
 def init_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """The weights of an untrained model, fp32, with the keys and shapes of a checkpoint.
+    """The weights of an untrained model, fp32, with the keys and shapes of a checkpoint. (Of RWKV-7 without the first
+    layer's v0, v1 and v2, which BlinkDL's files have and nothing uses.)
 
     Args:
         config: `low_rank` needs every width of the version (v of RWKV-7 only with more than one layer).

@@ -64,6 +64,23 @@ def test_the_bytes_are_those_of_the_format(tmp_path, code, letter, name):
     assert {p.name for p in tmp_path.iterdir()} == {"hand.bin", "hand.idx", "ours.bin", "ours.idx"}
 
 
+@pytest.mark.parametrize("name", ["uint8", "int32", "int64"])
+def test_deepspeed_s_copy_of_megatron_s_code(tmp_path, name):
+    """It writes what we write and reads it. (For uint16 it has a code of its own, which Megatron does not know.)"""
+    theirs = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
+    dtype = np.dtype(name)
+    builder = theirs.MMapIndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype.type)
+    for document in DOCUMENTS:
+        builder.add_item_numpy(np.array(document, dtype))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    write_binidx(tmp_path / "ours", DOCUMENTS, dtype)
+    for suffix in ("idx", "bin"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+    read = theirs.MMapIndexedDataset(str(tmp_path / "ours"), skip_warmup=True)
+    assert [read[i].tolist() for i in range(len(read))] == DOCUMENTS
+
+
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=20).filter(any))
 def test_what_was_written_is_read(tmp_path_factory, documents):
