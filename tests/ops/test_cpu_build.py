@@ -1,4 +1,4 @@
-"""Compiling and caching the C++ kernels, and the kernels of every instruction set."""
+"""Compiling and caching the C++ kernels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from wkv7_cases import TOLERANCE, assert_close, make_inputs, make_weights, odd_starts, run
 
-from rwkv_miss.ops.cpu import build, wkv7
-from rwkv_miss.ops.wkv7_reference import wkv7_reference
+from rwkv_miss.ops import wkv7
+from rwkv_miss.ops.cpu import build
+from rwkv_miss.ops.cpu.kernels import source
+from tests.ops.cases import WKV7
 
 TINY = 'extern "C" int answer() { return 42; }\n'
-SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 
 @pytest.fixture
@@ -43,27 +42,10 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, stderr
 
 
-@pytest.mark.parametrize("capability", list(build.INSTRUCTION_SETS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n", [5, 24, 64])
-def test_every_instruction_set(capability, dtype, n):
-    here = torch.backends.cpu.get_cpu_capability()
-    if SUPPORTED[capability] > SUPPORTED.get(here, 0):
-        pytest.skip(f"this processor has {here}, not {capability}")
-    library = build.load_library(wkv7.SOURCE, capability)
-    inputs, state = make_inputs(45, n, dtype)
-    start = odd_starts(45)
-    weights = make_weights(inputs, state)
-    y, last, *saved = wkv7.forward(library, inputs, state, start, save=True)
-    mine = [y, last, *wkv7.backward(library, inputs, start, saved, *weights)]
-    exact = run(wkv7_reference, [x.double() for x in inputs], state.double(), start, weights)
-    assert_close(mine, exact, TOLERANCE[dtype])
-
-
 def test_instruction_sets_are_different_files():
     files = set()
     for capability in build.INSTRUCTION_SETS:
-        files.add(build.load_library(wkv7.SOURCE, capability)._name)
+        files.add(build.load_library(source("wkv7"), capability)._name)
     assert len(files) == 3
 
 
@@ -166,8 +148,8 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
 def test_one_openmp_library_is_loaded():
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")
-    inputs, state = make_inputs(4, 8)
-    wkv7.forward(build.load_library(wkv7.SOURCE), inputs, state, None, save=False)
+    inputs, state = WKV7.make_inputs(4, 8)
+    wkv7(*inputs, state, backend="cpu")
     maps = Path("/proc/self/maps").read_text().split()
     runtimes = {x for x in maps if "/" in x and any(name in x for name in ("libgomp", "libiomp", "libomp"))}
     assert len(runtimes) == 1, runtimes
