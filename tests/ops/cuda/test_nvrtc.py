@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_miss.ops.cuda import nvrtc, wkv7
+from rwkv_miss.ops.cuda import kernels, nvrtc
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -49,14 +49,14 @@ def compilations(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("n", "dtype", "architecture"),
     [(64, BF16, x) for x in ARCHITECTURES]
-    + [(n, dtype, 90) for n, dtype in itertools.product(wkv7.HEAD_SIZES, (FP32, BF16)) if (n, dtype) != (64, BF16)],
+    + [(n, dtype, 90) for n, dtype in itertools.product(kernels.HEAD_SIZES, (FP32, BF16)) if (n, dtype) != (64, BF16)],
 )
-def test_every_kernel_compiles_to_a_cubin(n, dtype, architecture, tmp_path):
+def test_every_kernel_compiles_to_a_cubin(wkv, n, dtype, architecture, tmp_path):
     capability = divmod(architecture, 10)
-    image = nvrtc.compile_source(wkv7.SOURCE, wkv7.options(dtype, n), capability, tmp_path)
+    image = nvrtc.compile_source(kernels.source(wkv.name), kernels.options(dtype, n), capability, tmp_path)
     assert image.startswith(b"\x7fELF")
     assert elf_architecture(image) == architecture
-    for kernel in wkv7.KERNELS:
+    for kernel in kernels.ARGUMENTS[wkv.name]:
         assert f".text.{kernel}\0".encode() in image
 
 
@@ -175,8 +175,9 @@ def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
 import sys
 sys.path.insert(0, {str(installed)!r})
 import torch
-from rwkv_miss.ops.cuda import nvrtc, wkv7
+from rwkv_miss.ops.cuda import kernels, nvrtc
 from pathlib import Path
-assert wkv7.SOURCE == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", wkv7.SOURCE
-nvrtc.compile_source(wkv7.SOURCE, wkv7.options(torch.bfloat16, 64), (9, 0), Path({str(tmp_path)!r}))"""
+source = kernels.source("wkv7")
+assert source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", source
+nvrtc.compile_source(source, kernels.options(torch.bfloat16, 64), (9, 0), Path({str(tmp_path)!r}))"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
