@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -18,6 +19,7 @@ from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cpu.kernels import source
 from tests.ops.cases import WKV7
 
+CANNOT_WRITE = "tiny.cpp is compiled again in every process: cannot write to the cache ({})"
 TINY = 'extern "C" int answer() { return 42; }\n'
 
 
@@ -29,17 +31,23 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def load_in_another_process(source: Path, cache: Path, then: str = "") -> subprocess.Popen:
+    """It prints a line if it compiles."""
     code = f"""
 from pathlib import Path
+from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cpu.build import load_library
+real = build._compile
+build._compile = lambda *x: (print("compiled"), real(*x))[1]
 assert load_library(Path({str(source)!r}), cache=Path({str(cache)!r})).answer() == 42
 {then}"""
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, stderr = process.communicate(timeout=120)
+def finish(process: subprocess.Popen) -> str:
+    """What it printed."""
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
+    return stdout
 
 
 def test_instruction_sets_are_different_files():
@@ -57,11 +65,10 @@ def test_a_changed_header_makes_another_library(tiny, tmp_path):
         assert build.load_library(tiny, cache=cache).answer() == number
 
 
-def test_processes_that_compile_at_once_share_one_library(tiny, tmp_path):
+def test_processes_that_compile_at_once_compile_once(tiny, tmp_path):
     cache = tmp_path / "cache"
-    processes = [load_in_another_process(tiny, cache) for _ in range(3)]
-    for process in processes:
-        finish(process)
+    processes = [load_in_another_process(tiny, cache) for _ in range(4)]
+    assert "".join(map(finish, processes)).split() == ["compiled"]
     assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
 
 
@@ -76,18 +83,21 @@ os.environ["CXX"] = {str(compiler)!r}
 from pathlib import Path
 from rwkv_miss.ops.cpu.build import load_library
 load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
-    builder = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    builder = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True, env=environment
+    )
     try:
         deadline = time.monotonic() + 60
-        while not list(cache.glob("build-*/build.ninja")):
+        while not list(scratch.glob("rwkv_miss-*/build.ninja")):
             assert time.monotonic() < deadline and builder.poll() is None
             time.sleep(0.05)
     finally:
         os.killpg(builder.pid, signal.SIGKILL)
         builder.wait()
-    assert list(cache.glob("build-*"))
     assert build.load_library(tiny, cache=cache).answer() == 42
-    assert not list(cache.glob("build-*"))
 
 
 def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path):
@@ -113,12 +123,31 @@ def test_a_change_of_the_source_compiles_again(tiny, tmp_path):
     assert build.load_library(tiny, cache=cache).answer() == 43
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tiny, tmp_path, caplog):
+def test_a_cache_that_cannot_be_made_is_done_without(tiny, tmp_path, caplog):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     with caplog.at_level(logging.WARNING, logger="rwkv_miss"):
         assert build.load_library(tiny, cache=in_the_way / "cache").answer() == 42
-    assert "cannot write to the cache" in caplog.text
+    found = f"[Errno {errno.ENOTDIR}] Not a directory: '{in_the_way / 'cache'}'"
+    assert [r.getMessage() for r in caplog.records] == [CANNOT_WRITE.format(found)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_a_cache_that_is_full_or_read_only_is_done_without(tiny, tmp_path, caplog, monkeypatch, number, fails):
+    """With one compilation and one warning; nothing is left behind."""
+    compiled, real, cache = [], build._compile, tmp_path / "cache"
+    monkeypatch.setattr(build, "_compile", lambda *x: (compiled.append(x), real(*x))[1])
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(build.os, "fsync" if fails == "write" else "replace", fail)
+    with caplog.at_level(logging.WARNING, logger="rwkv_miss"):
+        assert build.load_library(tiny, cache=cache).answer() == 42
+    assert len(compiled) == 1
+    assert [r.getMessage() for r in caplog.records] == [CANNOT_WRITE.format(f"[Errno {number}] {os.strerror(number)}")]
+    assert [x.name for x in cache.iterdir()] == ["build.lock"]
 
 
 def test_the_compilers_last_lines_are_told(tiny, tmp_path):
