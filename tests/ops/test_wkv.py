@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from rwkv_miss.ops.dispatch import announce
 from tests.ops.cases import WKV6, WKV7, odd_starts, run
 
 FAST = ("torch", "cpu")
+ROOT = Path(__file__).parents[2]
 SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 
@@ -192,6 +197,27 @@ def test_threads_do_not_change_the_result(wkv, n_head):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_a_worker_that_was_forked_after_the_threads_had_started():
+    """OpenMP's threads do not live on in a fork; a DataLoader's worker has one thread of its own."""
+    code = """
+import torch
+from torch.utils.data import DataLoader
+from tests.ops.cases import WKV6, WKV7
+torch.set_num_threads(2)
+class Outputs:
+    def __len__(self): return 2
+    def __getitem__(self, i):
+        wkv = (WKV6, WKV7)[i]
+        return wkv.op(*wkv.make_inputs(64, 16)[0], backend="cpu")[0]
+before = [*map(Outputs().__getitem__, range(2))]
+loader = DataLoader(Outputs(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+assert all(map(torch.equal, loader, before))
+assert all(map(torch.equal, map(Outputs().__getitem__, range(2)), before))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_states_of_all_steps_are_not_kept(wkv):
