@@ -213,18 +213,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         {
             const Shared<float> dots = back ? ps : qs, others = back ? qs : ps;
             const unsigned clears = back ? __brev(starts) >> (31 - CHUNK) : starts;  // before step[i]
+            const long long next = back ? -head.stride : head.stride;
+            long long out = from_kept + key + (back ? (CHUNK - 1) * head.stride : 0);
             float x[CHUNK], d[CHUNK], leaving[CHUNK], end = READ_AS(float, ends + key), decay = 1.0f;
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 const int row = (back ? CHUNK - 1 - i : i) * KEPT + key;
                 x[i] = READ_AS(float, dots + row);
                 d[i] = expf(-READ_AS(float, exps + row));
-                leaving[i] = READ_AS(float, leaves + row);
+                if (i > CHUNK / 2) leaving[i] = READ_AS(float, leaves + row);
             }
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 const int step = back ? CHUNK - 1 - i : i, row = step * KEPT + key;
-                const long long out = from_kept + step * head.stride + key;
                 const float entering = READ_AS(float, enters + row);
                 float a[CHUNK], grad[1];
 #pragma unroll
@@ -250,10 +251,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int t = i + 1; t < CHUNK; t++) x[t] = x[t] * d[i] + entering * a[t];
                 end = end * d[i] + entering * READ_AS(float, others + row);
+                out += next;
                 if (!back) {
-                    WRITE_AS(float, v_c + row) = leaving[i] * decay;
+                    const float other = READ_AS(float, leaves + row);
+                    WRITE_AS(float, v_c + row) = other * decay;
                     decay *= d[i];
-                    du_key[0] += entering * leaving[i] * a[i];
+                    du_key[0] += entering * other * a[i];
                 }
             }
             if (!back) WRITE_AS(float, decays + key) = decay;
