@@ -74,16 +74,12 @@ def register(
         return *grads, states.new_empty((batch, n_head, n, n))
 
     def run_backward(*arguments) -> tuple[Tensor, ...]:
-        *tensors, grad_y, grad_state = arguments
-        tensors, seq_start, kept = tensors[: len(op.inputs)], tensors[len(op.inputs)], tensors[len(op.inputs) + 1 :]
-        grads = list(gradients(*arguments))
-        if u := op.inputs.find("u") + 1:
-            batch, n_head, n, _ = grads[-1].shape
-            grads[u - 1] = kept[0].new_empty((batch, n_head, n))
-        backward(op, tensors, seq_start, kept, grad_y, grad_state, grads)
-        if u:
-            grads[u - 1] = grads[u - 1].sum(0).to(tensors[u - 1].dtype)
-        return tuple(grads)
+        tensors, (seq_start, *kept, grad_y, grad_state) = arguments[: len(op.inputs)], arguments[len(op.inputs) :]
+        made = gradients(*arguments)
+        batch = made[-1].shape[0]  # u is the same in every row
+        rows = [x if x.dim() == 4 else x.new_empty((batch, *x.shape), dtype=torch.float32) for x in made]
+        backward(op, tensors, seq_start, kept, grad_y, grad_state, rows)
+        return tuple(x if x is row else row.sum(0).to(x.dtype) for x, row in zip(made, rows, strict=True))
 
     def custom_op(name: str, function: Callable, fake: Callable, takes: str, n_outputs: int):
         schema = f"({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})"
