@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from rwkv_miss.ops.cpu import wkv7 as on_cpu
 from rwkv_miss.ops.cpu.build import cache_folder
-from rwkv_miss.ops.cuda import wkv7 as on_cuda
+from rwkv_miss.ops.dispatch import unusable
 
 _LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "rwkv")
-# The head size of every RWKV-7 that BlinkDL has released.
+# The head size of every RWKV-6 and RWKV-7 that BlinkDL has released.
 _HEAD_SIZE = 64
 
 
@@ -46,14 +45,22 @@ def diagnose() -> Diagnosis:
     found.append(("compiled code", f"{folder} ({_writable(folder)})"))
 
     reasons = {
-        "cuda": on_cuda.unusable(torch.device("cuda", 0), torch.bfloat16, _HEAD_SIZE) if gpus else "there is no GPU",
-        "cpu": on_cpu.unusable("cpu", torch.bfloat16),
+        "cuda": _reason("cuda", torch.device("cuda", 0)) if gpus else "there is no GPU",
+        "cpu": _reason("cpu", torch.device("cpu")),
         "torch": None,
     }
     found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
     native = "cuda" if gpus else "cpu"
     chosen = "torch" if reasons[native] else native
     return Diagnosis(found, chosen, chosen == native)
+
+
+def _reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot be used for both versions, or None."""
+    reasons = {op: unusable(op, backend, device, torch.bfloat16, _HEAD_SIZE) for op in ("wkv6", "wkv7")}
+    if len(set(reasons.values())) == 1:
+        return reasons["wkv7"]
+    return "; ".join(f"{op} {reason or 'works'}" for op, reason in reasons.items())
 
 
 def _built_for() -> str:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import Tensor
 
-from rwkv_miss.config import BACKENDS
-from rwkv_miss.errors import UserError
-from rwkv_miss.ops.arguments import announce, check, state_dtype
-from rwkv_miss.ops.cpu import wkv7 as on_cpu
-from rwkv_miss.ops.cuda import wkv7 as on_cuda
+from rwkv_miss.ops.arguments import check
+from rwkv_miss.ops.cpu import kernels as on_cpu
+from rwkv_miss.ops.cuda import kernels as on_cuda
+from rwkv_miss.ops.dispatch import dispatch
 from rwkv_miss.ops.wkv7_reference import wkv7_reference
 from rwkv_miss.ops.wkv7_torch import wkv7_torch
 
-_FUNCTIONS = {
-    "reference": wkv7_reference,
-    "torch": wkv7_torch,
-    "cpu": on_cpu.wkv7_cpu,
-    "cuda": on_cuda.wkv7_cuda,
-}
+_FUNCTIONS = {"reference": wkv7_reference, "torch": wkv7_torch, "cpu": on_cpu.wkv7, "cuda": on_cuda.wkv7}
 
 
 def wkv7(
@@ -53,34 +44,5 @@ def wkv7(
     Raises:
         UserError: an argument of the wrong shape, dtype or device, or a backend that cannot be used here.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"wkv7: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     check("wkv7", v, {"r": r, "z": z, "k": k, "a": a, "b": b}, None, state, seq_start)
-    kind = v.device, v.dtype, operator.index(v.shape[-1])  # index: a constant under torch.compile(dynamic=True)
-    if backend == "auto":
-        backend = _choose(*kind)
-    elif reason := _unusable(backend, *kind):
-        raise UserError(f"wkv7: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
-    if state is None:
-        batch, _, n_head, n = v.shape
-        state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
-    y, last = _FUNCTIONS[backend](r, z, k, v, a, b, state, seq_start)
-    return y, last.clone() if last is state else last
-
-
-@torch.compiler.assume_constant_result
-def _unusable(backend: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
-    if backend == "cpu":
-        return on_cpu.unusable(device.type, dtype)
-    if backend == "cuda":
-        return on_cuda.unusable(device, dtype, n)
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _choose(device: torch.device, dtype: torch.dtype, n: int) -> str:
-    native = "cuda" if device.type == "cuda" else "cpu"
-    reason = _unusable(native, device, dtype, n)
-    backend = "torch" if reason else native
-    announce("wkv7", backend, native, reason)
-    return backend
+    return dispatch("wkv7", _FUNCTIONS, backend, (r, z, k, v, a, b), v, state, seq_start)

@@ -65,6 +65,7 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         Stopped: a signal ended the run, after a checkpoint.
     """
     check(config)
+    _check_devices(config)
     out = Path(config.out)
     # Lightning starts the other ranks by running the command again; only the first looks at the folder.
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
@@ -161,6 +162,12 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, re
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _check_devices(config: TrainConfig) -> None:
+    here = torch.cuda.device_count()
+    if torch.cuda.is_available() and config.devices > here:
+        raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
 
 
 def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
