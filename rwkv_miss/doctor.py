@@ -37,7 +37,8 @@ def diagnose() -> Diagnosis:
     ]
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for i, gpu in enumerate(gpus):
-        found.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+        chip = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
+        found.append((f"GPU {i}", f"{gpu.name}, {chip}, {gpu.total_memory / 2**30:.0f} GiB"))
     intel = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
     found += [(f"GPU xpu:{i}", name) for i, name in enumerate(intel)]
     if not gpus and not intel:

@@ -41,7 +41,7 @@ def test_what_works_for_one_version_alone_is_said(capsys, monkeypatch):
 
 
 def gpu_of_amd(monkeypatch) -> None:
-    properties = SimpleNamespace(name="MI300X", major=9, minor=4, total_memory=192 * 2**30)
+    properties = SimpleNamespace(name="MI300X", gcnArchName="gfx942", total_memory=192 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -54,6 +54,7 @@ def test_on_a_gpu_of_amd(reason, chosen, status, capsys, monkeypatch):
     assert main(["doctor", "--json"]) == status
     facts = json.loads(capsys.readouterr().out)
     assert facts["chosen"] == chosen and facts["is_native"] == (status == 0)
+    assert facts["found"]["GPU 0"] == "MI300X, gfx942, 192 GiB"
     assert facts["found"]["backend cuda"] == "no: this torch is built for AMD's ROCm"
     assert facts["found"]["backend fla"] == (f"no: {reason}" if reason else "works")
 
