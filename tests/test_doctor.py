@@ -63,7 +63,7 @@ def test_an_intel_gpu_is_named_but_commands_run_on_the_cpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
-    monkeypatch.setattr(fla, "functions_or_reason", lambda: (None, None))
+    monkeypatch.setattr(fla, "unusable", lambda device, *_: None if device.type == "xpu" else "not Intel's")
     main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["found"]["GPU xpu:0"] == "Arc B580" and "GPU" not in facts["found"]

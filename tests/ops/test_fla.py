@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import re
 import subprocess
@@ -111,6 +112,22 @@ def importing_without(missing: str):
 
     original = __import__
     return importing
+
+
+def test_decays_are_logarithms_in_fp32(wkv, monkeypatch):
+    inputs, state = wkv.make_inputs(3, 16, BF16)
+    given = {}
+
+    def kernel(v, **arguments):
+        given.update(arguments)
+        return v, state
+
+    monkeypatch.setattr(fla, "functions_or_reason", lambda: ({wkv.name: kernel}, None))
+    getattr(fla, wkv.name)(*inputs, state, None)
+    x = dict(zip(wkv.inputs, inputs, strict=True))
+    exact = -x["w"].double().exp() if wkv.name == "wkv6" else -torch.sigmoid(x["z"].double()) * math.exp(-0.5)
+    assert given["w"].dtype == torch.float32
+    torch.testing.assert_close(given["w"].double(), exact.clamp(min=-104), rtol=1e-6, atol=0)
 
 
 def test_asked_for_on_a_cpu_is_an_error(wkv):
