@@ -7,7 +7,7 @@ from typing import Literal
 
 from rwkv_miss.errors import UserError
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 
 
@@ -121,7 +121,8 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), cpu (C++), torch, or reference (slow, for checks)."""
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU of Triton's), cpu (C++),
+    torch, or reference (slow, for checks)."""
     seed: int = 42
     """Seeds the order of the data, the validation split and dropout."""
     log_every: int = 10

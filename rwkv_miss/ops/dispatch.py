@@ -12,10 +12,13 @@ from torch import Tensor
 
 from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
+from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import state_dtype
 from rwkv_miss.ops.cpu import kernels as on_cpu
 from rwkv_miss.ops.cuda import kernels as on_cuda
 
+# What "auto" tries on a type of device, in order, before "torch".
+NATIVE = {"cuda": ("cuda", "fla"), "xpu": ("fla",), "cpu": ("cpu",)}
 _log = logging.getLogger("rwkv_miss")
 
 
@@ -54,23 +57,28 @@ def unusable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n:
         return on_cpu.unusable(op, device.type, dtype)
     if backend == "cuda":
         return on_cuda.unusable(op, device, dtype, n)
+    if backend == "fla":
+        return fla.unusable(device, dtype, n)
     return None
 
 
 @torch.compiler.assume_constant_result
 def choose(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
-    """The backend that "auto" takes: the native one of the device, or "torch"; says once which, and why."""
-    native = "cuda" if device.type == "cuda" else "cpu"
-    reason = unusable(op, native, device, dtype, n)
-    backend = "torch" if reason else native
-    announce(op, backend, native, reason)
+    """The backend that "auto" takes: the first native one of the device that works, or "torch"; says once which, and
+    why not those before it."""
+    reasons = []
+    for backend in NATIVE.get(device.type, ()):
+        if not (reason := unusable(op, backend, device, dtype, n)):
+            break
+        reasons.append(f"not {backend!r}: {reason}")
+    else:
+        backend = "torch"
+    announce(op, backend, "; ".join(reasons))
     return backend
 
 
 @cache
-def announce(op: str, backend: str, native: str, reason: str | None) -> None:
-    """Logs once which backend `auto` took, and why not the native one."""
-    if reason:
-        _log.warning("%s: using backend %r; not %r: %s", op, backend, native, reason)
-    else:
-        _log.info("%s: using backend %r", op, backend)
+def announce(op: str, backend: str, reasons: str) -> None:
+    """Logs once which backend `auto` took, and why not the others: a warning where it is the slow one."""
+    level = logging.WARNING if backend == "torch" else logging.INFO
+    _log.log(level, "%s: using backend %r%s", op, backend, f"; {reasons}" if reasons else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import check
 from rwkv_miss.ops.cpu import kernels as on_cpu
 from rwkv_miss.ops.cuda import kernels as on_cuda
@@ -11,7 +12,13 @@ from rwkv_miss.ops.dispatch import dispatch
 from rwkv_miss.ops.wkv6_reference import wkv6_reference
 from rwkv_miss.ops.wkv6_torch import wkv6_torch
 
-_FUNCTIONS = {"reference": wkv6_reference, "torch": wkv6_torch, "cpu": on_cpu.wkv6, "cuda": on_cuda.wkv6}
+_FUNCTIONS = {
+    "reference": wkv6_reference,
+    "torch": wkv6_torch,
+    "cpu": on_cpu.wkv6,
+    "cuda": on_cuda.wkv6,
+    "fla": fla.wkv6,
+}
 
 
 def wkv6(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import check
 from rwkv_miss.ops.cpu import kernels as on_cpu
 from rwkv_miss.ops.cuda import kernels as on_cuda
@@ -11,7 +12,13 @@ from rwkv_miss.ops.dispatch import dispatch
 from rwkv_miss.ops.wkv7_reference import wkv7_reference
 from rwkv_miss.ops.wkv7_torch import wkv7_torch
 
-_FUNCTIONS = {"reference": wkv7_reference, "torch": wkv7_torch, "cpu": on_cpu.wkv7, "cuda": on_cuda.wkv7}
+_FUNCTIONS = {
+    "reference": wkv7_reference,
+    "torch": wkv7_torch,
+    "cpu": on_cpu.wkv7,
+    "cuda": on_cuda.wkv7,
+    "fla": fla.wkv7,
+}
 
 
 def wkv7(
@@ -34,8 +41,9 @@ def wkv7(
             be 0. In RWKV-7, a = -kk and b = kk * in-context rate.
         state: (B, H, N_value, N_key), float32 (float64 with float64 inputs); None is zeros.
         seq_start: bool (B, T), True where a document begins: the state starts afresh there. None: nowhere.
-        backend: one of `BACKENDS`. "auto" takes "cuda" for CUDA tensors and "cpu" for others where that works, and
-            "torch" otherwise, and logs once which. "cuda" takes head sizes N of 8, 16, 24, 32, 64, 96 and 128.
+        backend: one of `BACKENDS`. "auto" takes the first that works: "cuda" and "fla" on NVIDIA's GPUs, "fla" on
+            others, "cpu" on a CPU, and then "torch"; it logs once which. "cuda" takes head sizes N of 8, 16, 24, 32,
+            64, 96 and 128, "fla" from 16 to 256.
 
     Returns:
         y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable

@@ -318,4 +318,4 @@ def test_wrong_arguments_are_named_with_what_was_found(recurrence, name, change,
 
 
 def test_every_backend_is_tested_here():
-    assert set(BACKENDS) == {"auto", "reference", "cuda", *FAST}  # cuda: tests/ops/cuda
+    assert set(BACKENDS) == {"auto", "reference", "cuda", "fla", *FAST}  # cuda: tests/ops/cuda; fla: test_fla.py
