@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_miss.config import ModelConfig
@@ -201,6 +201,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # not there, or its folder is not
             part.unlink()
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes contiguous CPU tensors; OSError where the disk refuses, as everything under `atomic_write` raises it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.model.rwkv6 import RWKV6
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -43,6 +46,30 @@ def random_weights() -> Callable[..., dict[str, Tensor]]:
     """`random_weights(n_layer=3, n_embd=32, head_size=16, vocab_size=64, dtype=torch.float32, layer0_v=False,
     seed=0)`: an RWKV-7 state dict in which every tensor is random and every low-rank width another."""
     return _random_weights
+
+
+@pytest.fixture(scope="session")
+def random_weights6() -> dict[str, Tensor]:
+    """An RWKV-6 state dict, fp32: 3 layers, n_embd 32, 2 heads of 16, vocabulary of 64; every tensor random."""
+    config = ModelConfig(6, 3, 32, 2, 16, 96, 64, {"maa": 4, "decay": 6})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RWKV6(config).named_parameters()}
+    rng = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        is_norm = ".ln" in name or name.startswith("ln_out")
+        std = 0.2 if is_norm else 1 / math.sqrt(shape[-1]) if name.endswith(".weight") else 0.3
+        mean = 1.0 if is_norm and name.endswith(".weight") else 0.0
+        weights[name] = mean + std * torch.randn(shape, generator=rng)
+    return weights
+
+
+@pytest.fixture(params=[6, 7])
+def either_base(request, tmp_path, random_weights6) -> Path:
+    """A random base of each version in turn: 3 layers, n_embd 32, 2 heads of 16, vocabulary of 64, fp32."""
+    path = tmp_path / f"base{request.param}.pth"
+    torch.save(random_weights6 if request.param == 6 else _random_weights(), path)
+    return path
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rwkv_miss
 from rwkv_miss.adapters.inject import adapters, inject_linears
-from rwkv_miss.checkpoint import atomic_write
+from rwkv_miss.checkpoint import atomic_write, write_safetensors
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
 
@@ -67,10 +67,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, extra: dict[str, A
             part = renames.enter_context(atomic_write(folder / name))
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
-        try:
-            save_file(tensors, part, metadata={"format": "pt"})
-        except SafetensorError as e:
-            raise UserError(f"{folder / WEIGHTS}: cannot be written ({e}); what was there is unchanged") from None
+        write_safetensors(part, tensors, {"format": "pt"})
 
 
 def read_adapter(folder: str | os.PathLike) -> AdapterFile:
