@@ -189,7 +189,7 @@ def test_merge_generate_eval_and_info_of_a_run(arguments, make_base, tmp_path, c
     out = capsys.readouterr().out
     assert "RWKV-7" in out and "32" in out
     assert main(["info", str(adapter)]) == 0
-    assert "MiSS" in capsys.readouterr().out
+    assert "adapter      miss" in capsys.readouterr().out
 
 
 def test_eval_counts_right_answers(make_base, tmp_path, capsys):
