@@ -27,7 +27,7 @@ from rwkv_miss.checkpoint import (
 )
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.model import load_model
-from rwkv_miss.model.initial_state import is_state, load_initial_state, swap_layout
+from rwkv_miss.model.initial_state import is_state, load_initial_state, state_shapes, swap_layout
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -93,7 +93,7 @@ def merge(
     config = infer_config(base, base_path)
     adapter = read_adapter(adapter_folder)
     check_fits(adapter, config, {key: t.shape for key, t in base.items()}, fingerprint(base), adapter_folder)
-    states = {key: t.shape for key, t in adapter.tensors.items() if is_state(key)}
+    states = {key: shape for key, shape in state_shapes(config).items() if key in adapter.tensors}
     if state_only and not states:
         raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
     if state_only and dtype is not None:

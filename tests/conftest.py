@@ -86,16 +86,20 @@ def make_base(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def rwkv_logits() -> Callable[[Path, list[int]], Tensor]:
-    """`rwkv_logits(path, ids)`: the `rwkv` package's logits (T, V) of a .pth, in fp32 on the CPU."""
+def rwkv_logits() -> Callable[..., Tensor]:
+    """`rwkv_logits(path, ids, wkv=None)`: the `rwkv` package's logits (T, V) of an RWKV-7 .pth, in fp32 on the CPU;
+    wkv: the layers' WKV states that it begins from, instead of zeros."""
     with pytest.MonkeyPatch.context() as patch:  # the package reads these once, when it is imported
         patch.setenv("RWKV_V7_ON", "1")
         patch.setenv("RWKV_JIT_ON", "0")
         rwkv = pytest.importorskip("rwkv.model")
 
-    def logits(path: Path, ids: list[int]) -> Tensor:
+    def logits(path: Path, ids: list[int], wkv: list[Tensor] | None = None) -> Tensor:
         model = rwkv.RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
-        return model.forward(ids, None, full_output=True)[0]
+        state = model.generate_zero_state()  # of each layer: shift, WKV state, shift
+        if wkv is not None:
+            state[1::3] = wkv
+        return model.forward(ids, state, full_output=True)[0]
 
     return logits
 
