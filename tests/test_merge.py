@@ -153,7 +153,7 @@ def test_a_state_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits, met
     wkv = list(torch.load(state).values())
     theirs = rwkv_logits(merged, tokens.tolist(), wkv)
     assert (theirs - adapted[0]).abs().max() < 1e-4
-    assert (theirs - rwkv_logits(merged, tokens.tolist())).abs().max() > 0.1
+    assert (theirs - rwkv_logits(merged, tokens.tolist())).abs().max() > 0.02
     if method == "state":
         assert torch.equal(rwkv_logits(tiny_model, tokens.tolist(), wkv), theirs)
 

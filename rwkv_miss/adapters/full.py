@@ -37,13 +37,13 @@ def matches(key: str, name: str) -> bool:
 
 
 def train_whole(model: nn.Module, keys: Iterable[str]) -> None:
-    """Makes parameters trainable, in place: copies, for the base's may be those of a mapped file, in fp32, for updates
-    of bf16 ones would be lost to rounding. The forward pass uses them in the base's dtype."""
+    """Makes parameters trainable, in place, in fp32: updates of bf16 ones would be lost to rounding. The forward pass
+    uses them in the base's dtype."""
     for key in keys:
         path, _, name = key.rpartition(".")
         module, value = model.get_submodule(path), model.get_parameter(key).detach()
         dtype = torch.promote_types(value.dtype, torch.float32)
-        setattr(module, name, nn.Parameter(value.to(dtype, copy=True)))
+        setattr(module, name, nn.Parameter(value.to(dtype)))
         if dtype != value.dtype:
             parametrize.register_parametrization(module, name, _Cast(value.dtype), unsafe=True)
 

@@ -124,12 +124,6 @@ def test_a_linear_that_miss_leaves_out_can_be_trained_whole(either_base):
     }
 
 
-def test_training_does_not_write_into_the_mapped_file(either_base):
-    before = either_base.read_bytes()
-    randomise(inject(load_model(either_base), AdapterConfig("full")))
-    assert either_base.read_bytes() == before
-
-
 # Files
 
 
