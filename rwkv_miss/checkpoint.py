@@ -147,7 +147,7 @@ def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
         )
     if any(name.endswith((".disha", ".bone", ".miss_block")) for name in names) or any("lora_A" in n for n in names):
         raise refuse("an adapter, not a model", "give the base checkpoint here")
-    if all(name.endswith(".att.time_state") for name in names):
+    if names and all(name.endswith(".att.time_state") for name in names):
         raise refuse("a learned initial state, not a model", "give the base here, and this file as --state to generate")
     if not any(name.startswith("blocks.0.att.") for name in names):
         found = ", ".join(sorted(names)[:3])

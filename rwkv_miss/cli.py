@@ -207,7 +207,7 @@ def run_info(file: str) -> int:
         if adapter.tensors:
             kinds = {re.sub(r"^blocks\.\d+\.", "", name): None for name in adapter.tensors}
             rows["trained"] = ", ".join(kinds)
-    elif all(map(is_state, tensors := read_checkpoint(file))):
+    elif (tensors := read_checkpoint(file)) and all(map(is_state, tensors)):
         shapes = {tuple(t.shape) for t in tensors.values()}
         rows = {"state": f"{len(tensors)} layers", "shape": ", ".join(map(str, shapes))}
     else:

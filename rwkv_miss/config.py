@@ -45,7 +45,8 @@ class AdapterConfig:
     channel-mix linears when not given."""
     modules_to_save: list[str] | None = None
     """Parts of the base to train beside MiSS or the state: ln (every normalisation), time (the time mix's and channel
-    mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in target_modules."""
+    mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in target_modules.
+    HF PEFT has no form for parameters that are not whole modules, such as time's: it cannot load such an adapter."""
 
     def problems(self) -> list[str]:
         found = []
@@ -109,6 +110,8 @@ class TrainConfig:
     lr: float = 2e-5
     """Peak learning rate. Of the base's own parameters, the decay's base (att.w0, in RWKV-6 att.time_decay) has twice
     this."""
+    lr_state: float | None = None
+    """Peak learning rate of the state; lr when not given. Give it with miss+state: a state wants far more than MiSS."""
     lr_min: float = 0.0
     """Learning rate at the end of the schedule, as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -168,8 +171,11 @@ class TrainConfig:
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.val_split < 1:
             found.append(f"val_split is {self.val_split}; it must be in [0, 1)")
-        if not self.lr > 0:
-            found.append(f"lr is {self.lr}; it must be above 0")
+        for name in ("lr", "lr_state"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                found.append(f"{name} is {value}; it must be above 0")
+        if self.lr_state is not None and "state" not in self.adapter.method:
+            found.append(f"lr_state is given, but adapter.method {self.adapter.method} trains no state")
         if self.val_data and self.val_split:
             found.append("val_data and val_split are both given; choose one")
         if self.val_every and not (self.val_data or self.val_split):

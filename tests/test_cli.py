@@ -132,6 +132,8 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"adapter.method": "full", "adapter.modules_to_save": "[ln]"}, ["modules_to_save", "full trains every part"]),
         ({"base": None}, ["base"]),
         ({"lr": "fast"}, ["lr", "fast"]),
+        ({"lr_state": 0.1}, ["lr_state is given, but adapter.method miss trains no state"]),
+        ({"lr_state": 0, "adapter.method": "state"}, ["lr_state is 0.0; it must be above 0"]),
         ({"learning_rate": "1"}, ["learning_rate"]),
         ({"ctx_len": 2}, ["ctx_len 2 is too short"]),
         ({"wkv_backend": "cuda9"}, ["cuda9"]),

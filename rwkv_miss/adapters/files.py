@@ -167,7 +167,8 @@ def check_fits(
     base_mark: str,
     folder: str | os.PathLike,
 ) -> None:
-    """UserError unless the adapter was made for this base and has all that its config says was trained, and no more.
+    """UserError unless the adapter was made for this base, has all that its config says was trained, and nothing that
+    the base has no place for.
 
     Args:
         shapes: of the base's tensors by their keys.

@@ -35,11 +35,12 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
     """AdamW's groups of the trainable parameters, given with their names in the model.
 
-    MiSS's matrices and learned states: lr and weight_decay as they are. The base's own parameters as BlinkDL trains
-    them (RWKV-LM, RWKV-v7/train_temp/src/model.py and, for RWKV-6, RWKV-v5/src/model.py, configure_optimizers): twice
-    the lr for the decay's base, weight decay on the matrices named .weight alone.
+    MiSS's matrices and learned states: lr (or lr_state) and weight_decay as they are. The base's own parameters as
+    BlinkDL trains them (RWKV-LM, configure_optimizers in RWKV-v7/train_temp/src/model.py and, for RWKV-6, with
+    layerwise_lr in RWKV-v5/src/model.py): twice the lr for the decay's base, weight decay on the matrices named
+    .weight alone.
     """
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in parameters:
         if not p.requires_grad:
             continue
@@ -47,9 +48,10 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: Tra
         is_adapter = key.endswith(".miss_block") or is_state(key)
         is_decay_base = key.endswith((".att.w0", ".att.time_decay"))
         is_matrix = key.endswith(".weight") and p.squeeze().ndim >= 2
-        scale, decay = 1 + is_decay_base, config.weight_decay if is_adapter or is_matrix else 0.0
-        group = {"params": [], "lr": config.lr * scale, "weight_decay": decay}
-        groups.setdefault((scale, decay), group)["params"].append(p)
+        lr = config.lr_state if is_state(key) and config.lr_state else config.lr * (1 + is_decay_base)
+        decay = config.weight_decay if is_adapter or is_matrix else 0.0
+        group = {"params": [], "lr": lr, "weight_decay": decay}
+        groups.setdefault((lr, decay), group)["params"].append(p)
     return list(groups.values())
 
 

@@ -57,6 +57,16 @@ def test_training_lowers_the_loss_and_changes_everything_it_trains(method_config
         assert {k.removeprefix("base_model.model.") for k in saved} == {n for n, _ in base.named_parameters()}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_gives_the_same_run(method_config, method, tmp_path):
+    one = method_config(method, precision="bf16")
+    two = replace(one, out=str(tmp_path / "two"), gradient_checkpointing=True)
+    for config in (one, two):
+        quiet_train(config)
+    assert losses(one.out) == losses(two.out)
+    assert all(torch.equal(t, adapter(one.out)[n]) for n, t in adapter(two.out).items())
+
+
 @pytest.mark.parametrize(
     ("strategy", "method", "precision"),
     [

@@ -65,6 +65,9 @@ def test_full_has_blinkdls_groups(either_base, dtype):
 def test_adapters_and_states_are_one_group_and_parts_of_the_base_follow_the_rule(either_base):
     found = groups(inject(load_model(either_base), AdapterConfig("miss+state", r=4)), lr=1e-3, weight_decay=0.1)
     assert list(found) == [(1e-3, 0.1)]
+    states = {f"blocks.{i}.att.time_state" for i in range(3)}
+    apart = groups(inject(load_model(either_base), AdapterConfig("miss+state", r=4)), lr=1e-3, lr_state=0.5)
+    assert apart == {(1e-3, 0.0): found[1e-3, 0.1] - states, (0.5, 0.0): states}
     config = AdapterConfig("miss+state", r=4, modules_to_save=["ln", "head", "time"])
     more = groups(inject(load_model(either_base), config), lr=1e-3, weight_decay=0.1)
     assert more[1e-3, 0.1] == found[1e-3, 0.1] | {"head.weight"}
