@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,22 +41,23 @@ def run_train(config: TrainConfig) -> int:
     return 0
 
 
-def run_merge(base: str, adapter: str, out: str, dtype: Dtype | None = None) -> int:
+def run_merge(base: str, adapter: str, out: str, dtype: Dtype | None = None, state_only: bool = False) -> int:
     """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
 
     Args:
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter's folder.
         out: The file to write, ending in .pth.
-        dtype: Of every tensor written; the base's own when not given.
+        dtype: Of every tensor written, but states (fp32); the base's own when not given.
+        state_only: Write the learned state alone, as runtimes load it beside the base.
     """
     from rwkv_miss.merging import merge
 
-    report = merge(base, adapter, out, dtype)
-    table = Table("linears", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
+    report = merge(base, adapter, out, dtype, state_only)
+    table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
     kinds: dict[str, list[Any]] = {}
     for layer in report.layers:
-        kinds.setdefault(".".join(layer.name.split(".")[2:]), []).append(layer)
+        kinds.setdefault(re.sub(r"^blocks\.\d+\.", "", layer.name), []).append(layer)
     for kind, layers in kinds.items():
         losses = [layer.cast_loss for layer in layers]
         norm = sum(layer.delta_norm for layer in layers) / len(layers)
@@ -153,6 +155,7 @@ def run_generate(
     prompt: str,
     tokenizer: str,
     adapter: str | None = None,
+    state: str | None = None,
     raw: bool = False,
     max_tokens: int = 256,
     temperature: float = 1.0,
@@ -167,6 +170,7 @@ def run_generate(
         prompt: The question; it is put into the chat template unless raw is given.
         tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
         adapter: The folder of an adapter to load onto the model.
+        state: A .pth with a learned state (blocks.0.att.time_state, ...) to begin from.
         raw: Take the prompt as it is.
         max_tokens: Longest answer.
         temperature: 0 takes the likeliest token each time.
@@ -177,8 +181,11 @@ def run_generate(
     from rwkv_miss.data.templates import chat_prompt
     from rwkv_miss.data.tokenizers import load_tokenizer
     from rwkv_miss.generate import generate
+    from rwkv_miss.model.initial_state import load_initial_state
 
     loaded = _load(model, adapter, dtype)
+    if state:
+        load_initial_state(loaded, state)
     text = prompt if raw else chat_prompt(prompt)
     [answer] = generate(loaded, load_tokenizer(tokenizer), [text], max_tokens, temperature, top_p, seed)
     print(answer if raw else answer.strip())
@@ -186,22 +193,31 @@ def run_generate(
 
 
 def run_info(file: str) -> int:
-    """What is in a checkpoint or an adapter folder."""
+    """What is in a checkpoint, a state file or an adapter folder."""
     from rwkv_miss.adapters.files import read_adapter
     from rwkv_miss.checkpoint import fingerprint, infer_config, read_checkpoint
+    from rwkv_miss.model.initial_state import is_state
 
     if Path(file).is_dir():
         adapter = read_adapter(file)
         rows = {
-            "adapter": "MiSS",
-            "r": adapter.config.r,
-            "linears": len(adapter.blocks),
-            "targets": ", ".join(adapter.config.target_modules or []),
-            "parameters": f"{sum(b.numel() for b in adapter.blocks.values()):,}",
+            "adapter": adapter.config.method,
+            "parameters": f"{sum(t.numel() for t in (adapter.blocks | adapter.tensors).values()):,}",
             "base": (adapter.base_fingerprint or "not recorded")[:12],
         }
+        if adapter.blocks:
+            rows |= {
+                "r": adapter.config.r,
+                "linears": len(adapter.blocks),
+                "targets": ", ".join(adapter.config.target_modules or []),
+            }
+        if adapter.tensors:
+            kinds = {re.sub(r"^blocks\.\d+\.", "", name): None for name in adapter.tensors}
+            rows["trained"] = ", ".join(kinds)
+    elif (tensors := read_checkpoint(file)) and all(map(is_state, tensors)):
+        shapes = {tuple(t.shape) for t in tensors.values()}
+        rows = {"state": f"{len(tensors)} layers", "shape": ", ".join(map(str, shapes))}
     else:
-        tensors = read_checkpoint(file)
         sizes = infer_config(tensors, file)
         rows = {
             "model": f"RWKV-{sizes.version}",
@@ -392,7 +408,7 @@ def _parse(argv: Sequence[str] | None) -> jsonargparse.Namespace:
     for name, function in _COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=function.__doc__.splitlines()[0], exit_on_error=False)
         if function is run_info:  # the one command with a positional argument
-            sub.add_argument("file", help="A .pth or .st file, or the folder of an adapter.")
+            sub.add_argument("file", help="A .pth or .st file of a model or a state, or the folder of an adapter.")
         else:
             sub.add_function_arguments(function, as_group=False)
         group, _, last = name.rpartition(" ")

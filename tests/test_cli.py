@@ -128,8 +128,12 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"adapter.r": 33}, ["blocks.0.att.receptance", "r is 33", "32 inputs"]),
         ({"adapter.target_modules": "[att.query]"}, ["att.query", "att.receptance"]),
         ({"adapter.method": "lora"}, ["lora", "miss"]),
+        ({"adapter.modules_to_save": "[norm]"}, ["adapter.modules_to_save", "norm matches no part"]),
+        ({"adapter.method": "full", "adapter.modules_to_save": "[ln]"}, ["modules_to_save", "full trains every part"]),
         ({"base": None}, ["base"]),
         ({"lr": "fast"}, ["lr", "fast"]),
+        ({"lr_state": 0.1}, ["lr_state is given, but adapter.method miss trains no state"]),
+        ({"lr_state": 0, "adapter.method": "state"}, ["lr_state is 0.0; it must be above 0"]),
         ({"learning_rate": "1"}, ["learning_rate"]),
         ({"ctx_len": 2}, ["ctx_len 2 is too short"]),
         ({"wkv_backend": "cuda9"}, ["cuda9"]),
@@ -189,7 +193,40 @@ def test_merge_generate_eval_and_info_of_a_run(arguments, make_base, tmp_path, c
     out = capsys.readouterr().out
     assert "RWKV-7" in out and "32" in out
     assert main(["info", str(adapter)]) == 0
-    assert "MiSS" in capsys.readouterr().out
+    assert "adapter      miss" in capsys.readouterr().out
+
+
+def test_a_state_from_training_to_generate_and_info(arguments, make_base, tmp_path, capsys):
+    base = make_base(vocab_size=256, n_layer=2)
+    changes = {"adapter.method": "state", "adapter.r": None, "lr": 5.0, "max_steps": 3, "precision": "fp32"}
+    assert main(arguments(base=base, **changes)) == 0
+    adapter, state, merged = tmp_path / "run" / "adapter", tmp_path / "state.pth", tmp_path / "merged.pth"
+    merge = ["merge", f"--base={base}", f"--adapter={adapter}"]
+    assert main([*merge, f"--out={merged}"]) == 0
+    assert main([*merge, f"--out={state}", "--state_only"]) == 0
+    assert "att.time_state" in capsys.readouterr().out
+
+    answers = []
+    options = [], [f"--adapter={adapter}"], [f"--state={state}"]
+    for model in ([f"--model={base}", *o] for o in options):
+        assert main(["generate", *model, "--prompt=2 + 2?", "--tokenizer=bytes", "--temperature=0", "--raw"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert (
+        main(["generate", f"--model={merged}", "--prompt=2 + 2?", "--tokenizer=bytes", "--temperature=0", "--raw"]) == 0
+    )
+    assert answers[0] != answers[1] == answers[2] == capsys.readouterr().out
+
+    assert main(["info", str(state)]) == 0
+    assert "2 layers" in capsys.readouterr().out
+    assert main(["info", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    assert "adapter      state" in out and "trained      att.time_state" in out and "linears" not in out
+    asked = ["--prompt=x", "--tokenizer=bytes"]
+    refused(capsys, ["generate", f"--model={merged}", f"--state={state}", *asked], "learned initial state already")
+    refused(capsys, ["generate", f"--model={state}", *asked], "state.pth", "a learned initial state, not a model")
+    refused(
+        capsys, ["generate", f"--model={base}", f"--state={merged}", *asked], "emb.weight is not a part of the state"
+    )
 
 
 def test_eval_counts_right_answers(make_base, tmp_path, capsys):

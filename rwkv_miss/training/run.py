@@ -42,6 +42,7 @@ _SAME = (
     "ctx_len",
     "batch_size",
     "accumulate",
+    "precision",
     "seed",
     "packing",
 )
