@@ -49,7 +49,7 @@ def documents_loss(model: nn.Module, documents: Sequence[Document], ctx_len: int
     total = 0.0
     for batch in stream:
         on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        total += loss_sum(model, on_device).item()
+        total += loss_sum(model, on_device)[0].item()
     return total / report.loss_tokens, report.loss_tokens
 
 

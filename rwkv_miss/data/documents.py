@@ -92,27 +92,28 @@ def choose_held_out(held_out: int, whole: int, seed: int) -> np.ndarray:
     return chosen
 
 
-def split_long(documents: list[Document], ctx_len: int) -> tuple[list[Document], int, int]:
+def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:
     """Fits documents to ctx_len (input, target) positions, that is ctx_len + 1 tokens.
 
     Longer plain text is split into pieces that share one token, so that every target stays, once. Other longer
-    documents are truncated at the end. Documents with no loss token (left) are dropped. Returns (documents,
-    number truncated and kept, number dropped); raises UserError where every document would be dropped.
+    documents are truncated at the end, or with `carry` split as well, without the pieces that have no loss token.
+    Documents with no loss token (left) are dropped. Returns (documents, number truncated or split that are not
+    plain text, number dropped); raises UserError where every document would be dropped.
     """
     assert ctx_len >= 1
     fitted = []
-    truncated = dropped = 0
+    too_long = dropped = 0
     for document in documents:
         length = len(document.ids)
-        if not document.mask[1 : ctx_len + 1].any():
+        is_text = bool(document.mask[1:].all())
+        stop = length if is_text or carry else min(length, ctx_len + 1)
+        pieces = [_piece(document, i, i + ctx_len + 1) for i in range(0, stop - 1, ctx_len)]
+        pieces = [piece for piece in pieces if piece.mask.any()]
+        fitted += pieces
+        if not pieces:
             dropped += 1
-        elif length <= ctx_len + 1:
-            fitted.append(document)
-        elif document.mask[1:].all():
-            fitted += [_piece(document, i, i + ctx_len + 1) for i in range(0, length - 1, ctx_len)]
-        else:
-            fitted.append(_piece(document, 0, ctx_len + 1))
-            truncated += 1
+        elif length > ctx_len + 1 and not is_text:
+            too_long += 1
     if not fitted:
         needed = [int(np.argmax(document.mask)) for document in documents if document.mask[1:].any()]
         if not needed:
@@ -121,7 +122,7 @@ def split_long(documents: list[Document], ctx_len: int) -> tuple[list[Document],
             f"ctx_len {ctx_len} is too short: it cuts off every answer of the {len(documents)} records; "
             f"the first answer token needs a ctx_len of at least {min(needed)}"
         )
-    return fitted, truncated, dropped
+    return fitted, too_long, dropped
 
 
 def _piece(document: Document, start: int, stop: int) -> Document:

@@ -110,7 +110,7 @@ class MappedRows:
     """
 
     documents: MappedDocuments
-    ctx_len: int
+    width: int
     starts: np.ndarray
     lengths: np.ndarray
     members: np.ndarray
@@ -124,9 +124,18 @@ class MappedRows:
         """Targets in each row, int64 (R,)."""
         return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
 
+    @property
+    def used(self) -> np.ndarray:
+        """Of each row, the columns up to its last target: all of them have one."""
+        return self.loss_tokens
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+        return bool((self.loss_tokens[rows] > columns.start).any())
+
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
-        shape = len(rows), self.ctx_len
+        shape = len(rows), self.width
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
         seq_start = np.zeros(shape, bool)
         for i, row in enumerate(rows):
@@ -138,13 +147,14 @@ class MappedRows:
                 seq_start[i, at:stop] = ids[:-1] == END
                 seq_start[i, at] = True
                 at = stop
-            if at < self.ctx_len:
+            if at < self.width:
                 seq_start[i, at] = True
         return Rows(tokens, targets, seq_start)
 
 
 @make_rows.register
-def _(documents: MappedDocuments, ctx_len: int, packing: bool) -> tuple[MappedRows, PackReport]:
+def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False) -> tuple[MappedRows, PackReport]:
+    # carry is for conversations; here all is plain text, which always goes on.
     targets = documents.stops - documents.starts - 1
     learned = targets > 0
     if not learned.any():
@@ -162,17 +172,19 @@ def _(documents: MappedDocuments, ctx_len: int, packing: bool) -> tuple[MappedRo
     packed = pack_lengths(lengths[rest], ctx_len) if len(rest) else []
     members = [np.flatnonzero(alone), rest[np.fromiter(chain.from_iterable(packed), np.int64)]]
     held = np.concatenate([np.ones(len(members[0]), np.int64), np.fromiter(map(len, packed), np.int64)])
-    rows = MappedRows(
-        documents, ctx_len, starts, lengths, np.concatenate(members), np.concatenate([[0], np.cumsum(held)])
-    )
+    width = ctx_len if packing else int(lengths.max())
+    bounds = np.concatenate([[0], np.cumsum(held)])
+    rows = MappedRows(documents, width, starts, lengths, np.concatenate(members), bounds)
     tokens = int(lengths.sum())
     return rows, PackReport(
         records=len(documents),
         rows=len(rows),
-        ctx_len=ctx_len,
+        ctx_len=width,
+        longest=int(targets.max()),
         tokens=tokens,
         loss_tokens=tokens,
-        fill=tokens / (len(rows) * ctx_len),
+        fill=tokens / (len(rows) * width),
         truncated=0,
+        carried=0,
         dropped=int(np.count_nonzero(~learned)),
     )

@@ -34,6 +34,20 @@ class Rows:
         """Targets in each row, int64 (R,)."""
         return np.count_nonzero(self.targets != NO_LOSS, axis=1)
 
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def used(self) -> np.ndarray:
+        """Of each row, the columns up to its last target, int64 (R,)."""
+        has_loss = self.targets != NO_LOSS
+        return np.where(has_loss.any(1), self.width - has_loss[:, ::-1].argmax(1), 0)
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+        return bool((self.targets[rows, columns] != NO_LOSS).any())
+
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers."""
         return Rows(self.tokens[rows], self.targets[rows], self.seq_start[rows])
@@ -41,39 +55,46 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions."""
+    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions;
+    `longest` those of the longest record; `truncated` and `carried` the conversations longer than ctx_len."""
 
     records: int
     rows: int
     ctx_len: int
+    longest: int
     tokens: int
     loss_tokens: int
     fill: float
     truncated: int
+    carried: int
     dropped: int
 
     def __str__(self) -> str:
         return (
             f"{self.records:,} records in {self.rows:,} rows of {self.ctx_len}: {self.tokens:,} tokens, "
             f"{self.loss_tokens:,} with loss, {self.fill:.1%} filled; "
-            f"{self.truncated:,} truncated, {self.dropped:,} dropped"
+            f"{self.truncated:,} truncated, {self.carried:,} carried on, {self.dropped:,} dropped"
         )
 
 
 @singledispatch
-def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[Rows, PackReport]:
-    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors."""
-    fitted, truncated, dropped = split_long(documents, ctx_len)
-    rows = pack(fitted, ctx_len) if packing else pad(fitted, ctx_len)
-    tokens = sum(len(document.ids) - 1 for document in fitted)
+def make_rows(documents: list[Document], ctx_len: int, packing: bool, carry: bool = False) -> tuple[Rows, PackReport]:
+    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors. Rows
+    that are not packed are no wider than the longest document."""
+    fitted, too_long, dropped = split_long(documents, ctx_len, carry)
+    lengths = [len(document.ids) - 1 for document in fitted]
+    rows = pack(fitted, ctx_len) if packing else pad(fitted, max(lengths))
+    tokens = sum(lengths)
     return rows, PackReport(
         records=len(documents),
         rows=len(rows),
-        ctx_len=ctx_len,
+        ctx_len=rows.width,
+        longest=max(len(document.ids) - 1 for document in documents),
         tokens=tokens,
         loss_tokens=int(rows.loss_tokens.sum()),
         fill=tokens / rows.tokens.size,
-        truncated=truncated,
+        truncated=0 if carry else too_long,
+        carried=too_long if carry else 0,
         dropped=dropped,
     )
 
