@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.errors import RunError
-from rwkv_miss.model.loss import loss_sum
 
 if TYPE_CHECKING:
     from rwkv_miss.training.lit_module import LitRWKV
 
 
-def check_finite(module: LitRWKV, batch: dict[str, Any], loss: Tensor) -> None:
+def check_finite(module: LitRWKV, loss: Tensor, again: Callable[[], Any]) -> None:
     """Raises RunError on every rank when the loss of any is not finite, naming the first module, in the order of
-    the forward pass, that made a value that is not."""
+    the forward pass, that made a value that is not. `again` runs the forward pass of the loss once more."""
     trainer = module.trainer
     finite = bool(torch.isfinite(loss))
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
     # All ranks run it again: under ZeRO-3 a forward needs every one of them.
-    culprit = first_nonfinite(module.model, batch)
+    culprit = first_nonfinite(module.model, again)
     where = f"step {trainer.global_step + 1}"
     if finite:
         raise RunError(f"{where}: the loss is not finite on another rank")
@@ -33,9 +34,9 @@ def check_finite(module: LitRWKV, batch: dict[str, Any], loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, batch: dict[str, Any]) -> str:
-    """The first module, in the order in which they finish, whose output holds an inf or NaN, and which of its own
-    parameters do."""
+def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
+    """The first module, in the order in which they finish in `forward()`, whose output holds an inf or NaN, and which
+    of its own parameters do."""
     found: list[str] = []
 
     def watch(name: str):
@@ -43,16 +44,19 @@ def first_nonfinite(model: nn.Module, batch: dict[str, Any]) -> str:
             outputs = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
             if found or all(torch.isfinite(t).all() for t in outputs):
                 return
-            bad = [n for n, p in child.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+            own = {checkpoint_key(n): p for n, p in child.named_parameters() if "." not in checkpoint_key(n)}
+            bad = [n for n, p in own.items() if not torch.isfinite(p).all()]
             found.append(
                 f"{name} ({type(child).__name__}{', its ' + ', '.join(bad) + ' is not finite' if bad else ''})"
             )
 
         return hook
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    # A parameter is a module of its own where it is cast: its value is told with the module that it belongs to.
+    modules = {n: m for n, m in model.named_modules() if n and "parametrizations" not in n}
+    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     try:
-        loss_sum(model, batch)
+        forward()
     finally:
         for handle in handles:
             handle.remove()
