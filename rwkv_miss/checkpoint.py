@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_miss.config import ModelConfig
@@ -147,6 +147,8 @@ def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
         )
     if any(name.endswith((".disha", ".bone", ".miss_block")) for name in names) or any("lora_A" in n for n in names):
         raise refuse("an adapter, not a model", "give the base checkpoint here")
+    if names and all(name.endswith(".att.time_state") for name in names):
+        raise refuse("a learned initial state, not a model", "give the base here, and this file as --state to generate")
     if not any(name.startswith("blocks.0.att.") for name in names):
         found = ", ".join(sorted(names)[:3])
         raise refuse(f"not an RWKV checkpoint (keys such as {found})", "expected blocks.0.att.* and emb.weight")
@@ -201,6 +203,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # not there, or its folder is not
             part.unlink()
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes contiguous CPU tensors; OSError where the disk refuses, as everything under `atomic_write` raises it."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as e:
+        raise OSError(str(e)) from None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from typing import Literal
 
 from rwkv_miss.errors import UserError
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
+METHODS = ("miss", "state", "miss+state", "full")
+"""What can be trained; see `AdapterConfig`."""
 
 
 @dataclass(frozen=True)
@@ -29,41 +31,52 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Which adapter is trained beside which linears."""
+    """What is trained."""
 
-    method: Literal["miss"] = "miss"
-    """The adapter's method. miss: Matrix Shard Sharing, one trainable (r, out) matrix a linear."""
+    method: Literal["miss", "state", "miss+state", "full"] = "miss"
+    """miss: Matrix Shard Sharing, one trainable (r, out) matrix a linear. state: the state that sequences begin
+    from; it is zero at first and wants a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter."""
     r: int = 64
-    """Rank: rows of the trainable matrix, and the size of the blocks that the input is summed over."""
+    """Rank of MiSS: rows of the trainable matrix, and the size of the blocks that the input is summed over."""
     dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input while training."""
+    """Probability of dropping an element of MiSS's input while training."""
     target_modules: list[str] | None = None
-    """Ends of the names of the linears to adapt, such as [att.key, ffn.value]; all time-mix and channel-mix
-    linears when not given."""
+    """Ends of the names of the linears that MiSS goes beside, such as [att.key, ffn.value]; all time-mix and
+    channel-mix linears when not given."""
+    modules_to_save: list[str] | None = None
+    """Parts of the base to train beside MiSS or the state: ln (every normalisation), time (the time mix's and channel
+    mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in target_modules.
+    HF PEFT has no form for parameters that are not whole modules, such as time's: it cannot load such an adapter."""
 
     def problems(self) -> list[str]:
         found = []
-        if self.method != "miss":
-            found.append(f"adapter.method is {self.method!r}; this version has: miss")
+        if self.method not in METHODS:
+            found.append(f"adapter.method is {self.method!r}; this version has: {', '.join(METHODS)}")
         if self.r < 1:
             found.append(f"adapter.r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             found.append(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
         if self.target_modules is not None and not self.target_modules:
             found.append("adapter.target_modules is empty; leave it out to adapt every linear")
+        if "miss" not in self.method and (self.target_modules or self.dropout):
+            found.append(f"adapter.target_modules and dropout are MiSS's; method {self.method} has no use for them")
+        if self.modules_to_save is not None and not self.modules_to_save:
+            found.append("adapter.modules_to_save is empty; leave it out to train nothing more")
+        if self.method == "full" and self.modules_to_save:
+            found.append("adapter.modules_to_save is given, but method full trains every part of the base already")
         return found
 
 
 @dataclass
 class TrainConfig:
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint with MiSS."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
     data: str
-    """Training data: .jsonl (text, messages, or question and answer) or .txt."""
+    """Training data: .jsonl (text, messages, or question and answer), .txt, or a binidx (PREFIX of .bin and .idx)."""
     tokenizer: str
-    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    """world, bytes, or the path of a Hugging Face tokenizer.json; with a binidx, the one that made its ids."""
     out: str
     """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -104,7 +117,10 @@ class TrainConfig:
     max_steps: int = 0
     """Optimizer steps in all, over as many epochs as that takes; 0 leaves it to epochs."""
     lr: float = 2e-5
-    """Peak learning rate."""
+    """Peak learning rate. Of the base's own parameters, the decay's base (att.w0, in RWKV-6 att.time_decay) has twice
+    this."""
+    lr_state: float | None = None
+    """Peak learning rate of the state; lr when not given. Give it with miss+state: a state wants far more than MiSS."""
     lr_min: float = 0.0
     """Learning rate at the end of the schedule, as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -114,7 +130,7 @@ class TrainConfig:
     decay_share: float = 0.2
     """Share of all steps that the wsd schedule decays over."""
     weight_decay: float = 0.0
-    """AdamW's weight decay on the adapter."""
+    """AdamW's weight decay, on MiSS's matrices and states; of the base's own parameters, on large matrices alone."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's betas."""
     grad_clip: float = 1.0
@@ -122,7 +138,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of the frozen weights and the activations; auto keeps the base's. The adapter is always fp32."""
+    """Dtype of the frozen weights and the activations; auto keeps the base's. What is trained is always fp32."""
     devices: int = 1
     """GPUs to use on each node; processes on a machine without a GPU."""
     num_nodes: int = 1
@@ -130,7 +146,8 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), cpu (C++), torch, or reference (slow, for checks)."""
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU of Triton's), cpu (C++),
+    torch, or reference (slow, for checks)."""
     seed: int = 42
     """Seeds the order of the data, the validation split and dropout."""
     log_every: int = 10
@@ -165,8 +182,11 @@ class TrainConfig:
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.val_split < 1:
             found.append(f"val_split is {self.val_split}; it must be in [0, 1)")
-        if not self.lr > 0:
-            found.append(f"lr is {self.lr}; it must be above 0")
+        for name in ("lr", "lr_state"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                found.append(f"{name} is {value}; it must be above 0")
+        if self.lr_state is not None and "state" not in self.adapter.method:
+            found.append(f"lr_state is given, but adapter.method {self.adapter.method} trains no state")
         if self.val_data and self.val_split:
             found.append("val_data and val_split are both given; choose one")
         if self.val_every and not (self.val_data or self.val_split):

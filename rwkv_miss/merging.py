@@ -1,9 +1,12 @@
-"""Merging: base + adapter -> one .pth for any RWKV runtime, tensor by tensor, verified before it gets its name."""
+"""Merging: base + adapter -> one .pth for any RWKV runtime, or its learned state alone, tensor by tensor, verified
+before it gets its name."""
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +26,10 @@ from rwkv_miss.checkpoint import (
     write_pth,
 )
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.model import MODELS, load_model
+from rwkv_miss.model import load_model
+from rwkv_miss.model.initial_state import is_state, load_initial_state, state_shapes, swap_layout
+
+_log = logging.getLogger("rwkv_miss")
 
 # Largest difference of logits, root mean square relative to that of the logits, between the merged file and
 # base + adapter. The two round differently, more in the half precisions.
@@ -36,8 +42,9 @@ _PIECE = 2**14
 @dataclass(frozen=True)
 class MergedLayer:
     name: str
+    """A linear's path, or the key of a tensor that was trained itself."""
     delta_norm: float
-    """|| dW ||, Frobenius."""
+    """|| dW ||, Frobenius: what was added, or trained minus base."""
     cast_loss: float
     """|| cast(W + dW) - (W + dW) || / || dW ||: the share of what was learned that the cast could have changed."""
 
@@ -58,14 +65,17 @@ def merge(
     adapter_folder: str | os.PathLike,
     out_path: str | os.PathLike,
     dtype: str | torch.dtype | None = None,
+    state_only: bool = False,
 ) -> MergeReport:
-    """Writes W + dW for every adapted linear and everything else as it is: the base's keys, shapes and order.
+    """Writes W + dW for every adapted linear, the tensors that were trained themselves, and everything else as it is:
+    the base's keys, shapes and order. A learned state that the base has not comes last, in the layout of state files.
 
     The base is memory-mapped and one tensor is held at a time. Each sum is taken in fp32 and cast once. The file
     is then opened and its logits are compared with those of base + adapter; only then does it get its name.
 
     Args:
-        dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own.
+        dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are fp32.
+        state_only: write the learned state and nothing else: a state file, which is loaded beside the base.
 
     Raises:
         UserError: the adapter was made for another base, does not fit, or a file cannot be read or written.
@@ -80,16 +90,25 @@ def merge(
         raise UserError(f"{out_path}: is the base itself; give another name for the merged model")
     cast_to = None if dtype is None else parse_dtype(dtype)
     base = read_checkpoint(base_path)
-    names = MODELS[infer_config(base, base_path).version].linears
-    linears = {
-        key.removesuffix(".weight"): t.shape
-        for key, t in base.items()
-        if any(key.endswith(f".{name}.weight") for name in names)
-    }
+    config = infer_config(base, base_path)
     adapter = read_adapter(adapter_folder)
-    check_fits(adapter, linears, fingerprint(base), adapter_folder)
+    check_fits(adapter, config, {key: t.shape for key, t in base.items()}, fingerprint(base), adapter_folder)
+    states = {key: shape for key, shape in state_shapes(config).items() if key in adapter.tensors}
+    if state_only and not states:
+        raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
+    if state_only and dtype is not None:
+        raise UserError(f"dtype is {dtype}, but a state is written in fp32; leave dtype out")
+    if states and not state_only and config.version == 7:
+        _log.warning(
+            "RWKV-7 runtimes do not look for a state in the model's file: write it to a file of its own too, with "
+            "--state_only, and load that as their state"
+        )
 
-    specs = {name: TensorSpec(t.shape, cast_to or t.dtype) for name, t in base.items()}
+    shapes = states if state_only else {key: t.shape for key, t in base.items()} | states
+    specs = {
+        name: TensorSpec(shape, torch.float32 if is_state(name) else cast_to or base[name].dtype)
+        for name, shape in shapes.items()
+    }
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
     layers: dict[str, MergedLayer] = {}
@@ -102,7 +121,11 @@ def merge(
         out = buffer[: nbytes[name]].view(specs[name].dtype).view(specs[name].shape)
         module = name.removesuffix(".weight")
         if module in adapter.blocks:
-            layers[module] = _merge_one(module, base[name], adapter.blocks[module], out)
+            layers[module] = _merge_one(module, _sums(base[name], adapter.blocks[module]), out)
+        elif name in adapter.tensors:
+            trained = swap_layout(adapter.tensors[name], config.version) if is_state(name) else adapter.tensors[name]
+            W = base.get(name, torch.zeros(()).expand(trained.shape))
+            layers[name] = _merge_one(name, _replacements(W, trained), out)
         else:
             out.copy_(base[name])
         return out
@@ -111,18 +134,35 @@ def merge(
         write_pth(part, specs, compute)
         if wrong := [name for name, t in read_checkpoint(part).items() if not torch.equal(t, compute(name))]:
             raise RunError(f"{out_path}: {wrong[0]} was read back changed (a faulty disk?); nothing was written")
-        error, effect = _verify(base_path, adapter_folder, part)
+        error, effect = _verify(base_path, adapter_folder, part, state_only)
     written = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(written)), list(layers.values()), error, effect)
 
 
-def _merge_one(name: str, W: Tensor, D: Tensor, out: Tensor) -> MergedLayer:
-    """Writes W + dW to `out`, some rows at a time."""
-    rows = max(1, _PIECE // W.shape[1])
-    delta_squares = lost_squares = 0.0
-    for W_rows, D_rows, out_rows in zip(W.split(rows), D.float().split(rows, dim=1), out.split(rows), strict=True):
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    """A tensor of any shape as pieces of a few rows."""
+    x = x.reshape(-1, x.shape[-1])
+    return x.split(max(1, _PIECE // x.shape[1]))
+
+
+def _sums(W: Tensor, D: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of W's rows."""
+    pieces = _rows(W)
+    for W_rows, D_rows in zip(pieces, D.float().split(len(pieces[0]), dim=1), strict=True):
         delta = delta_weight(D_rows, W.shape[1])
-        exact = W_rows.float() + delta
+        yield delta, W_rows.float() + delta
+
+
+def _replacements(W: Tensor, trained: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    for W_rows, trained_rows in zip(_rows(W), _rows(trained), strict=True):
+        exact = trained_rows.float()
+        yield exact - W_rows.float(), exact
+
+
+def _merge_one(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
+    """Writes the second of each pair to `out`."""
+    delta_squares = lost_squares = 0.0
+    for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
         out_rows.copy_(exact)
         delta_squares += delta.square().sum().item()
         lost_squares += (out_rows.float() - exact).square().sum().item()
@@ -131,24 +171,28 @@ def _merge_one(name: str, W: Tensor, D: Tensor, out: Tensor) -> MergedLayer:
 
 
 @torch.no_grad()
-def _verify(base_path: Path, adapter_folder: str | os.PathLike, merged_path: Path) -> tuple[float, float]:
+def _verify(base_path: Path, adapter_folder: str | os.PathLike, written: Path, state_only: bool) -> tuple[float, float]:
     """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
     model = load_model(base_path).eval()
     vocab_size = model.config.vocab_size
     tokens = torch.randint(vocab_size, (1, _VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
     base_logits = model(tokens)[0].float()
     adapted = load_adapter(model, adapter_folder)(tokens)[0].float()
-    merged_model = load_model(merged_path).eval()
-    merged = merged_model(tokens)[0].float()
+    if state_only:  # in the place of the adapter's own: the same numbers
+        for block in model.blocks:
+            block.att.time_state = None
+        load_initial_state(model, written)
+        merged, tolerance = model(tokens)[0].float(), 0.0
+    else:
+        merged = load_model(written).eval()(tokens)[0].float()
+        # The coarser of the two files' dtypes says how far rounding may carry them apart.
+        tolerance = max(_TOLERANCE[t.dtype] for path in (base_path, written) for t in read_checkpoint(path).values())
     scale = adapted.square().mean().sqrt()
     error = ((merged - adapted).square().mean().sqrt() / scale).item()
     effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
-    # The coarser of the two files' dtypes says how far rounding may carry them apart.
-    stored = {t.dtype for path in (base_path, merged_path) for t in read_checkpoint(path).values()}
-    tolerance = max(_TOLERANCE[d] for d in stored)
     if not error <= tolerance:  # also when it is not a number
         raise RunError(
-            f"the merged file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
+            f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
             f"({tolerance:.0e}); nothing was written"
         )
     return error, effect

@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.model.rwkv6 import RWKV6
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
@@ -45,6 +48,30 @@ def random_weights() -> Callable[..., dict[str, Tensor]]:
     return _random_weights
 
 
+@pytest.fixture(scope="session")
+def random_weights6() -> dict[str, Tensor]:
+    """An RWKV-6 state dict, fp32: 3 layers, n_embd 32, 2 heads of 16, vocabulary of 64; every tensor random."""
+    config = ModelConfig(6, 3, 32, 2, 16, 96, 64, {"maa": 4, "decay": 6})
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RWKV6(config).named_parameters()}
+    rng = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        is_norm = ".ln" in name or name.startswith("ln_out")
+        std = 0.2 if is_norm else 1 / math.sqrt(shape[-1]) if name.endswith(".weight") else 0.3
+        mean = 1.0 if is_norm and name.endswith(".weight") else 0.0
+        weights[name] = mean + std * torch.randn(shape, generator=rng)
+    return weights
+
+
+@pytest.fixture(params=[6, 7])
+def either_base(request, tmp_path, random_weights6) -> Path:
+    """A random base of each version in turn: 3 layers, n_embd 32, 2 heads of 16, vocabulary of 64, fp32."""
+    path = tmp_path / f"base{request.param}.pth"
+    torch.save(random_weights6 if request.param == 6 else _random_weights(), path)
+    return path
+
+
 @pytest.fixture
 def make_base(tmp_path: Path) -> Callable[..., Path]:
     """`make_base(name="base.pth", **sizes)` writes `random_weights(**sizes)` to a .pth or .st file."""
@@ -59,16 +86,20 @@ def make_base(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def rwkv_logits() -> Callable[[Path, list[int]], Tensor]:
-    """`rwkv_logits(path, ids)`: the `rwkv` package's logits (T, V) of a .pth, in fp32 on the CPU."""
+def rwkv_logits() -> Callable[..., Tensor]:
+    """`rwkv_logits(path, ids, wkv=None)`: the `rwkv` package's logits (T, V) of an RWKV-7 .pth, in fp32 on the CPU;
+    wkv: the layers' WKV states that it begins from, instead of zeros."""
     with pytest.MonkeyPatch.context() as patch:  # the package reads these once, when it is imported
         patch.setenv("RWKV_V7_ON", "1")
         patch.setenv("RWKV_JIT_ON", "0")
         rwkv = pytest.importorskip("rwkv.model")
 
-    def logits(path: Path, ids: list[int]) -> Tensor:
+    def logits(path: Path, ids: list[int], wkv: list[Tensor] | None = None) -> Tensor:
         model = rwkv.RWKV(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
-        return model.forward(ids, None, full_output=True)[0]
+        state = model.generate_zero_state()  # of each layer: shift, WKV state, shift
+        if wkv is not None:
+            state[1::3] = wkv
+        return model.forward(ids, state, full_output=True)[0]
 
     return logits
 

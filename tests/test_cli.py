@@ -128,8 +128,12 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"adapter.r": 33}, ["blocks.0.att.receptance", "r is 33", "32 inputs"]),
         ({"adapter.target_modules": "[att.query]"}, ["att.query", "att.receptance"]),
         ({"adapter.method": "lora"}, ["lora", "miss"]),
+        ({"adapter.modules_to_save": "[norm]"}, ["adapter.modules_to_save", "norm matches no part"]),
+        ({"adapter.method": "full", "adapter.modules_to_save": "[ln]"}, ["modules_to_save", "full trains every part"]),
         ({"base": None}, ["base"]),
         ({"lr": "fast"}, ["lr", "fast"]),
+        ({"lr_state": 0.1}, ["lr_state is given, but adapter.method miss trains no state"]),
+        ({"lr_state": 0, "adapter.method": "state"}, ["lr_state is 0.0; it must be above 0"]),
         ({"learning_rate": "1"}, ["learning_rate"]),
         ({"ctx_len": 2}, ["ctx_len 2 is too short"]),
         ({"wkv_backend": "cuda9"}, ["cuda9"]),
@@ -189,7 +193,40 @@ def test_merge_generate_eval_and_info_of_a_run(arguments, make_base, tmp_path, c
     out = capsys.readouterr().out
     assert "RWKV-7" in out and "32" in out
     assert main(["info", str(adapter)]) == 0
-    assert "MiSS" in capsys.readouterr().out
+    assert "adapter      miss" in capsys.readouterr().out
+
+
+def test_a_state_from_training_to_generate_and_info(arguments, make_base, tmp_path, capsys):
+    base = make_base(vocab_size=256, n_layer=2)
+    changes = {"adapter.method": "state", "adapter.r": None, "lr": 5.0, "max_steps": 3, "precision": "fp32"}
+    assert main(arguments(base=base, **changes)) == 0
+    adapter, state, merged = tmp_path / "run" / "adapter", tmp_path / "state.pth", tmp_path / "merged.pth"
+    merge = ["merge", f"--base={base}", f"--adapter={adapter}"]
+    assert main([*merge, f"--out={merged}"]) == 0
+    assert main([*merge, f"--out={state}", "--state_only"]) == 0
+    assert "att.time_state" in capsys.readouterr().out
+
+    answers = []
+    options = [], [f"--adapter={adapter}"], [f"--state={state}"]
+    for model in ([f"--model={base}", *o] for o in options):
+        assert main(["generate", *model, "--prompt=2 + 2?", "--tokenizer=bytes", "--temperature=0", "--raw"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert (
+        main(["generate", f"--model={merged}", "--prompt=2 + 2?", "--tokenizer=bytes", "--temperature=0", "--raw"]) == 0
+    )
+    assert answers[0] != answers[1] == answers[2] == capsys.readouterr().out
+
+    assert main(["info", str(state)]) == 0
+    assert "2 layers" in capsys.readouterr().out
+    assert main(["info", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    assert "adapter      state" in out and "trained      att.time_state" in out and "linears" not in out
+    asked = ["--prompt=x", "--tokenizer=bytes"]
+    refused(capsys, ["generate", f"--model={merged}", f"--state={state}", *asked], "learned initial state already")
+    refused(capsys, ["generate", f"--model={state}", *asked], "state.pth", "a learned initial state, not a model")
+    refused(
+        capsys, ["generate", f"--model={base}", f"--state={merged}", *asked], "emb.weight is not a part of the state"
+    )
 
 
 def test_eval_counts_right_answers(make_base, tmp_path, capsys):
@@ -202,6 +239,52 @@ def test_eval_counts_right_answers(make_base, tmp_path, capsys):
     assert figures["records"] == 2 and figures["right"] == 0 and figures["exact_match"] == 0.0
     assert main([*argv, "--exact_match", "--limit=1", "--show=1"]) == 0
     assert "exact match: 0 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_new_model_is_made_and_trained_on_a_binidx(tmp_path, capsys, version):
+    base, prefix = tmp_path / "new.pth", tmp_path / "corpus"
+    sizes = ["--n_layer=2", "--n_embd=32", "--head_size=16", "--vocab_size=256", "--dtype=fp32"]
+    new = ["init", f"--version={version}", *sizes, "--low_rank.{}=8".format("maa" if version == 6 else "g")]
+    assert main([*new, f"--out={base}"]) == 0
+    assert f"RWKV-{version}, 2 layers of 32" in capsys.readouterr().out
+    refused(capsys, [*new, f"--out={base}"], "new.pth", "exists already")
+    refused(capsys, [*new, f"--out={tmp_path}/x.pth", "--head_size=20"], "n_embd 32", "head_size 20")
+
+    text = tmp_path / "data.jsonl"
+    text.write_text("".join(json.dumps({"text": "tick " * n}) + "\n" for n in range(1, 9)) + GOOD + "\n")
+    write = ["data", "binidx", f"--data={text}", "--tokenizer=bytes", f"--out={prefix}"]
+    assert main(write) == 0
+    out = capsys.readouterr().out
+    assert "9 documents, 217 tokens" in out and "documents with prompts: 1;" in out
+    refused(capsys, write, "corpus.bin", "exists already")
+
+    train = ["train", f"--base={base}", f"--data={prefix}", "--tokenizer=bytes", "--adapter.r=4", "--max_steps=1"]
+    assert main([*train, f"--out={tmp_path / 'run'}"]) == 0
+    assert "9 records in" in capsys.readouterr().out
+    evaluate = ["eval", f"--model={base}", "--tokenizer=bytes", "--json"]
+    figures = []
+    for data in (f"{prefix}.idx", text):
+        assert main([*evaluate, f"--data={data}", "--limit=8"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0] == figures[1] and figures[0]["records"] == 8
+    refused(capsys, [*evaluate, f"--data={prefix}", "--exact_match"], "corpus", "no questions and answers")
+    refused(capsys, [*train, "--prompt_field=q", f"--out={tmp_path / 'none'}"], "corpus", "no fields", "prompt_field")
+
+
+def test_a_binidx_that_is_not_whole(arguments, tmp_path, capsys):
+    (tmp_path / "data.idx").write_bytes(b"")
+    refused(capsys, arguments(data=tmp_path / "data.idx"), "data.bin: no such file")
+    (tmp_path / "data.bin").write_bytes(b"1234")
+    refused(capsys, arguments(data=tmp_path / "data.bin"), "data.idx: begins with b''")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_binidx_is_written_whole_or_not_at_all(tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\nnot JSON\n")
+    argv = ["data", "binidx", f"--data={tmp_path}/data.jsonl", "--tokenizer=bytes", f"--out={tmp_path}/corpus"]
+    refused(capsys, argv, "data.jsonl:2", "not JSON")
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
 
 
 def test_wrong_arguments_of_the_other_commands(make_base, tmp_path, capsys):

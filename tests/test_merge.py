@@ -33,6 +33,17 @@ def make_adapter(base: Path, folder: Path, r: int = 5, targets: list[str] | None
     return folder
 
 
+def make_trained(base: Path, folder: Path, config: AdapterConfig) -> Path:
+    """An adapter folder in which everything that `config` trains is random."""
+    model = inject(load_model(base), config)
+    rng = torch.Generator().manual_seed(3)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += (0.5 if name.endswith("time_state") else 0.02) * torch.randn(p.shape, generator=rng)
+    save_adapter(model, folder)
+    return folder
+
+
 def expected_weights(base: Path, folder: Path, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """W + dW in float64, entry (o, c) of dW being D[c mod r, o], cast once."""
     expected = {}
@@ -126,6 +137,113 @@ def test_the_merged_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits):
     theirs = rwkv_logits(tmp_path / "out.pth", tokens.tolist())
     assert (theirs - adapted[0]).abs().max() < 1e-4
     assert (theirs - rwkv_logits(tiny_model, tokens.tolist())).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["state", "miss+state"])
+def test_a_state_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits, method):
+    """RWKV-7's users give it to the package as its state, as it is."""
+    folder = make_trained(tiny_model, tmp_path / "adapter", AdapterConfig(method, r=12))
+    state, merged = tmp_path / "state.pth", tmp_path / "merged.pth"
+    merge(tiny_model, folder, state, state_only=True)
+    merge(tiny_model, folder, merged)
+    tokens = torch.randint(256, (100,), generator=torch.Generator().manual_seed(0))
+    adapted, _ = load_adapter(load_model(tiny_model), folder)(tokens.unsqueeze(0))
+    assert list(torch.load(state)) == [f"blocks.{i}.att.time_state" for i in range(12)]
+    wkv = list(torch.load(state).values())
+    theirs = rwkv_logits(merged, tokens.tolist(), wkv)
+    assert (theirs - adapted[0]).abs().max() < 1e-4
+    assert (theirs - rwkv_logits(merged, tokens.tolist())).abs().max() > 0.02
+    if method == "state":
+        assert torch.equal(rwkv_logits(tiny_model, tokens.tolist(), wkv), theirs)
+
+
+@pytest.mark.parametrize("stored", [BF16, FP16, FP32])
+@pytest.mark.parametrize("wanted", [None, "bf16", "fp32"])
+def test_every_trained_tensor_is_written_and_the_rest_is_the_bases(make_base, tmp_path, stored, wanted):
+    base = make_base(dtype=stored, layer0_v=True)
+    config = AdapterConfig("miss+state", r=7, modules_to_save=["time", "ln_out"])
+    folder = make_trained(base, tmp_path / "adapter", config)
+    report = merge(base, folder, tmp_path / "out.pth", wanted)
+    dtype = {"bf16": BF16, "fp32": FP32}.get(wanted)
+    expected = expected_weights(base, folder, dtype)
+    saved = {k.removeprefix("base_model.model."): t for k, t in load_file(folder / WEIGHTS).items()}
+    trained = {k: t for k, t in saved.items() if not k.endswith("miss_block")}
+    assert len(trained) == 3 + 2 + 3 * 21 - 3
+    expected |= {k: t.to(expected[k].dtype) if k in expected else t for k, t in trained.items()}
+    assert_same(tmp_path / "out.pth", expected)
+    assert list(expected)[-3:] == [f"blocks.{i}.att.time_state" for i in range(3)]
+
+    layers = {layer.name: layer for layer in report.layers}
+    assert len(layers) == 18 + len(trained)
+    before = read_checkpoint(base)["ln_out.weight"].double()
+    exact, cast = trained["ln_out.weight"].double(), expected["ln_out.weight"].double()
+    assert layers["ln_out.weight"].delta_norm == pytest.approx((exact - before).norm().item(), rel=1e-5)
+    assert layers["ln_out.weight"].cast_loss == pytest.approx(((cast - exact).norm() / (exact - before).norm()).item())
+    assert layers["blocks.1.att.time_state"].cast_loss == 0
+
+
+def test_full(either_base, tmp_path):
+    folder = make_trained(either_base, tmp_path / "adapter", AdapterConfig("full"))
+    report = merge(either_base, folder, tmp_path / "out.pth")
+    saved = load_file(folder / WEIGHTS)
+    assert_same(tmp_path / "out.pth", {k: saved[f"base_model.model.{k}"] for k in read_checkpoint(either_base)})
+    assert report.logits_error < 1e-6 < report.logits_effect
+
+
+@torch.no_grad()
+def test_a_state_is_stored_in_one_layout_whatever_the_version(either_base, tmp_path):
+    """Beside the weights and alone, and on a base that has one already."""
+    folder = make_trained(either_base, tmp_path / "adapter", AdapterConfig("state"))
+    state, merged, again = (tmp_path / f"{name}.pth" for name in ("state", "merged", "again"))
+    report = merge(either_base, folder, state, state_only=True)
+    assert report.dtype == "float32" and report.logits_error == 0 < report.logits_effect
+    merge(either_base, folder, merged)
+    alone, beside = torch.load(state), torch.load(merged)
+    assert list(alone) == [f"blocks.{i}.att.time_state" for i in range(3)]
+    assert all(torch.equal(beside[key], t) for key, t in alone.items())
+    saved = load_file(folder / WEIGHTS)
+    for key, tensor in alone.items():
+        ours = saved[f"base_model.model.{key}"]
+        is_ours = torch.equal(tensor, ours), torch.equal(tensor, ours.transpose(1, 2))
+        assert is_ours == ((True, False) if load_model(either_base).config.version == 7 else (False, True))
+
+    more = make_trained(merged, tmp_path / "more", AdapterConfig("state"))
+    merge(merged, more, again)
+    tokens = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(load_model(again)(tokens)[0], load_adapter(load_model(merged), more)(tokens)[0])
+    assert list(torch.load(again)) == list(beside)
+    # A base's own state is kept by a merge of something else.
+    other = make_trained(merged, tmp_path / "other", AdapterConfig(r=4))
+    merge(merged, other, again, "bf16")
+    assert all(torch.equal(torch.load(again)[key], t) for key, t in alone.items())
+
+
+def test_state_only_that_makes_no_sense(either_base, tmp_path):
+    folder = make_trained(either_base, tmp_path / "adapter", AdapterConfig(r=4))
+    with pytest.raises(UserError, match="has no learned state; leave state_only out"):
+        merge(either_base, folder, tmp_path / "out.pth", state_only=True)
+    folder = make_trained(either_base, tmp_path / "state", AdapterConfig("state"))
+    with pytest.raises(UserError, match="a state is written in fp32; leave dtype out"):
+        merge(either_base, folder, tmp_path / "out.pth", "bf16", state_only=True)
+    assert not (tmp_path / "out.pth").exists()
+
+
+def test_only_rwkv7_is_told_to_load_the_state_apart(either_base, tmp_path, caplog):
+    folder = make_trained(either_base, tmp_path / "adapter", AdapterConfig("state"))
+    merge(either_base, folder, tmp_path / "out.pth")
+    assert ("--state_only" in caplog.text) == (load_model(either_base).config.version == 7)
+
+
+@pytest.mark.parametrize("state_only", [False, True])
+def test_a_state_in_the_wrong_layout_is_found(random_weights6, tmp_path, monkeypatch, state_only):
+    base = tmp_path / "base.pth"
+    torch.save(random_weights6, base)
+    folder = make_trained(base, tmp_path / "adapter", AdapterConfig("state"))
+    monkeypatch.setattr(MODULE, "swap_layout", lambda state, version: state)
+    with pytest.raises(RunError, match="nothing was written"):
+        merge(base, folder, tmp_path / "out.pth", state_only=state_only)
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_the_report(make_base, tmp_path):

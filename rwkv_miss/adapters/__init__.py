@@ -1,1 +1,1 @@
-"""Adapters: the method (miss), where it goes (inject), and its files (files)."""
+"""What is trained: adapters (miss), the base's own parameters (full); where they go (inject), and files (files)."""

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwkv_miss.data.mapped import MappedRows
 from rwkv_miss.data.packing import NO_LOSS, Rows
 from rwkv_miss.errors import UserError
 
 
-def count_segments(rows: Rows, segment_len: int | None) -> int:
+def count_segments(rows: Rows | MappedRows, segment_len: int | None) -> int:
     """The segments of at most `segment_len` columns that `BatchStream` cuts every row into; None does not cut."""
-    return -(-rows.tokens.shape[1] // segment_len) if segment_len else 1
+    return -(-rows.width // segment_len) if segment_len else 1
 
 
 class BatchStream:
@@ -41,7 +42,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | MappedRows,
         *,
         batch_size: int,
         accumulate: int,
@@ -52,14 +53,12 @@ class BatchStream:
         trim: bool,
         segment_len: int | None = None,
     ) -> None:
-        assert min(batch_size, accumulate, len(rows.tokens)) >= 1 and 0 <= rank < world_size
+        assert min(batch_size, accumulate, len(rows)) >= 1 and 0 <= rank < world_size
         self._rows = rows
-        has_loss = rows.targets != NO_LOSS
-        self._loss_tokens = np.count_nonzero(has_loss, axis=1)
-        width = rows.tokens.shape[1]
-        # Of each row, the columns up to the last that is wanted.
-        self._used = np.where(has_loss.any(1), width - has_loss[:, ::-1].argmax(1), 0) if trim else None
-        self._segment_len = segment_len or width
+        self._loss_tokens = rows.loss_tokens
+        self._width = rows.width
+        self._used = rows.used if trim else None
+        self._segment_len = segment_len or self._width
         self._segments = count_segments(rows, segment_len)
         self._accumulate = accumulate
         self._rank = rank
@@ -73,14 +72,14 @@ class BatchStream:
 
     def __len__(self) -> int:
         """Micro-batches an epoch: the same for every rank."""
-        return -(-len(self._rows.tokens) // self._step_rows) * self._accumulate * self._segments
+        return -(-len(self._rows) // self._step_rows) * self._accumulate * self._segments
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: nothing of this runs before the first batch is asked for, so an unused iterator is harmless.
         if self._begun or self._batch == len(self):
             self._epoch, self._batch = self._epoch + 1, 0
         self._begun = True
-        order = np.arange(len(self._rows.tokens))
+        order = np.arange(len(self._rows))
         if self._shuffle:
             np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
         while self._batch < len(self):
@@ -112,11 +111,10 @@ class BatchStream:
 
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
-        width = self._rows.tokens.shape[1] if self._used is None else self._used[of_all_ranks].max(initial=0)
+        width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
         columns = slice(segment * self._segment_len, min((segment + 1) * self._segment_len, width))
-        tokens, targets, seq_start = (
-            array[mine, columns] for array in (self._rows.tokens, self._rows.targets, self._rows.seq_start)
-        )
+        rows = self._rows.take(mine)
+        tokens, targets, seq_start = (x[:, columns] for x in (rows.tokens, rows.targets, rows.seq_start))
         if tokens.size == 0:
             shape = max(len(mine), 1), max(columns.stop - columns.start, 1)
             tokens = np.zeros(shape, dtype=np.int32)
@@ -128,6 +126,6 @@ class BatchStream:
             "targets": torch.from_numpy(targets.astype(np.int64)),
             "seq_start": torch.from_numpy(seq_start.copy()),
             "step_tokens": int(self._loss_tokens[step_rows].sum()),
-            "has_loss": bool((self._rows.targets[of_all_ranks, columns] != NO_LOSS).any()),
+            "has_loss": self._rows.has_loss(of_all_ranks, columns),
             "last": segment + 1 == self._segments,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 
@@ -51,33 +52,44 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int) -> Docu
     return document
 
 
+@singledispatch
 def split_validation(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
     """(training, validation): `fraction` of the documents, drawn by `seed`, is held out; both keep their order.
 
     Of a single plain text its last `fraction` of targets is held out. A fraction of 0 holds nothing out; one
     that leaves either side empty raises UserError.
     """
-    if not 0 <= fraction < 1:
-        raise UserError(f"val_split is {fraction}; it must be at least 0 and less than 1")
     if fraction == 0:
         return documents, []
     single_text = len(documents) == 1 and bool(documents[0].mask[1:].all())
     whole = len(documents[0].ids) - 1 if single_text else len(documents)
+    held_out = count_held_out(fraction, whole, "tokens" if single_text else "documents")
+    if single_text:
+        at = whole - held_out
+        return [_piece(documents[0], 0, at + 1)], [_piece(documents[0], at, whole + 1)]
+    chosen = choose_held_out(held_out, whole, seed)
+    train = [document for document, out in zip(documents, chosen, strict=True) if not out]
+    return train, [document for document, out in zip(documents, chosen, strict=True) if out]
+
+
+def count_held_out(fraction: float, whole: int, unit: str) -> int:
+    """How many of `whole` units are held out; UserError where that leaves nothing on either side."""
+    if not 0 <= fraction < 1:
+        raise UserError(f"val_split is {fraction}; it must be at least 0 and less than 1")
     held_out = round(whole * fraction)
     if not 0 < held_out < whole:
-        unit = "tokens" if single_text else "documents"
         raise UserError(
             f"val_split {fraction} of {whole} {unit} is {held_out}, which leaves "
             f"{'nothing to train on' if held_out else 'nothing to validate on'}; change val_split or give val_data"
         )
-    if single_text:
-        at = whole - held_out
-        return [_piece(documents[0], 0, at + 1)], [_piece(documents[0], at, whole + 1)]
-    generator = np.random.Generator(np.random.PCG64(seed))
+    return held_out
+
+
+def choose_held_out(held_out: int, whole: int, seed: int) -> np.ndarray:
+    """Which of `whole` documents are held out, bool (whole,): `held_out` of them, drawn by `seed`."""
     chosen = np.zeros(whole, dtype=bool)
-    chosen[generator.choice(whole, held_out, replace=False)] = True
-    train = [document for document, out in zip(documents, chosen, strict=True) if not out]
-    return train, [document for document, out in zip(documents, chosen, strict=True) if out]
+    chosen[np.random.Generator(np.random.PCG64(seed)).choice(whole, held_out, replace=False)] = True
+    return chosen
 
 
 def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:

@@ -8,6 +8,7 @@ import torch
 
 from rwkv_miss.checkpoint import fingerprint, infer_config, parse_dtype, read_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.model.initial_state import add_initial_state, is_state, swap_layout
 from rwkv_miss.model.rwkv import RWKV
 from rwkv_miss.model.rwkv6 import RWKV6
 from rwkv_miss.model.rwkv7 import RWKV7
@@ -28,7 +29,8 @@ def load_model(
 
     Args:
         dtype: of the weights and activations (`bf16`, `fp32` or a torch dtype); None runs a bf16 file as bf16
-            and any other as fp32. Weights that need no conversion stay memory-mapped on the CPU.
+            and any other as fp32. A learned state beside the weights is fp32 in both. Weights that need no
+            conversion stay memory-mapped on the CPU.
         wkv_backend: see `rwkv_miss.ops.BACKENDS`.
 
     Returns:
@@ -42,17 +44,20 @@ def load_model(
     build = MODELS[config.version]
     with torch.device("meta"):
         model = build(config, wkv_backend)
+        if any(map(is_state, tensors)):
+            add_initial_state(model)
     mark = fingerprint(tensors)
     weights = {k: t for k, t in tensors.items() if k not in build.unused}
     wanted = {k: p.shape for k, p in model.named_parameters()}
     _check_shapes(config.version, wanted, {k: t.shape for k, t in weights.items()}, path)
-    dtypes = {t.dtype for t in weights.values()}
+    dtypes = {t.dtype for k, t in weights.items() if not is_state(k)}
     if dtype is None and dtypes != {torch.bfloat16}:
         dtype = torch.float32
     dtype = parse_dtype(dtype or torch.bfloat16)
     if dtype == torch.float16:
         raise UserError("dtype fp16 is for files; the model runs in bf16 or fp32")
-    weights = {k: t.to(dtype) for k, t in weights.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {k: swap_layout(t, config.version).to(wide) if is_state(k) else t.to(dtype) for k, t in weights.items()}
     model.load_state_dict(weights, assign=True)
     model.fingerprint = mark
     return model.to(device)

@@ -47,7 +47,7 @@ class Block(nn.Module):
         x: Tensor,
         v_first: Tensor | None,
         att_last: Tensor,
-        wkv_state: Tensor,
+        wkv_state: Tensor | None,
         ffn_last: Tensor,
         seq_start: Tensor | None,
         wkv_backend: str,
@@ -94,11 +94,16 @@ class RWKV(nn.Module):
 
         Args:
             tokens: int64 (B, T), T >= 1.
-            state: what an earlier piece of the same sequences returned; None is the empty state.
-            seq_start: bool (B, T), true where a document begins: there the state and the shift start afresh.
+            state: what an earlier piece of the same sequences returned; None is the initial state: zeros, or what
+                the model has learned (`rwkv_miss.model.initial_state`).
+            seq_start: bool (B, T), true where a document begins: there the shift starts from zero, and the state from
+                the initial one.
 
         Returns:
             logits (B, T, V) in the model's dtype; the state (its gradient flows back through this call).
+
+        Raises:
+            UserError: the state is of another version, or its shape, dtype or device is not that of this call.
         """
         hidden, state = self.hidden(tokens, state, seq_start)
         return self.head(hidden), state
@@ -111,13 +116,16 @@ class RWKV(nn.Module):
             raise ValueError(f"tokens must be (B, T) with T >= 1, found {tuple(tokens.shape)}")
         x = self.emb(tokens)
         if state is None:
-            state = State.zeros(self.config, tokens.shape[0], x.dtype, x.device)
+            zeros = x.new_zeros(x.shape[0], x.shape[2])
+        else:
+            state.check(self.config, x.shape[0], x)
         v_first, after = None, []
         for i, block in enumerate(self.blocks):
-            inputs = (x, v_first, *state.layer(i), seq_start, self.wkv_backend)
+            before = state.layer(i) if state else (zeros, None, zeros)
+            inputs = (x, v_first, *before, seq_start, self.wkv_backend)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, v_first, *new = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, v_first, *new = block(*inputs)
             after.append(new)
-        return self.ln_out(x), State(*(torch.stack(parts) for parts in zip(*after, strict=True)))
+        return self.ln_out(x), State(*(torch.stack(parts) for parts in zip(*after, strict=True)), self.config.version)

@@ -6,13 +6,19 @@ parameters, which are the checkpoint's keys. B batch, T tokens, C = n_embd, H he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.rwkv import RWKV, matrix, token_shift, vector
+from rwkv_miss.model.segments import run_from
 from rwkv_miss.ops import wkv6
+
+# A step of r, k, v, w that leaves the state as it is: decay 1, nothing written.
+_PADDING = (0.0, 0.0, 0.0, -1e4)
 
 
 class TimeMix(nn.Module):
@@ -32,17 +38,19 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(C, C, bias=False)
         self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
+        self.register_parameter("time_state", None)  # see model/initial_state.py
 
     def forward(
         self,
         x: Tensor,
         last: Tensor,
-        wkv_state: Tensor,
+        wkv_state: Tensor | None,
         v_first: None,
         seq_start: Tensor | None,
         wkv_backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """x (B, T, C) -> out (B, T, C), the new shift (B, C) and WKV state; v_first is RWKV-7's alone."""
+        """x (B, T, C) -> out (B, T, C), the new shift (B, C) and WKV state (None: the initial one); v_first is
+        RWKV-7's alone."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         xx = token_shift(x, last, seq_start) - x
@@ -57,7 +65,12 @@ class TimeMix(nn.Module):
         w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # decay exp(-exp(w))
 
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
-        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, seq_start, wkv_backend)
+
+        def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+            return wkv6(*x, self.time_faaaa, state, starts, wkv_backend)
+
+        inputs = (r, k, v, w)
+        y, wkv_state = run_from(op, inputs, _PADDING, wkv_state, self.time_state, seq_start)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         return self.output(y * g), x[:, -1], wkv_state, None
 

@@ -6,13 +6,19 @@ parameters, which are the checkpoint's keys. B batch, T tokens, C = n_embd, H he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.rwkv import RWKV, matrix, token_shift, vector
+from rwkv_miss.model.segments import run_from
 from rwkv_miss.ops import wkv7
+
+# A step of r, z, k, v, a, b that leaves the state as it is: decay 1, nothing removed or written.
+_PADDING = (0.0, -1e4, 0.0, 0.0, 0.0, 0.0)
 
 
 class TimeMix(nn.Module):
@@ -34,17 +40,19 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
         self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
+        self.register_parameter("time_state", None)  # see model/initial_state.py
 
     def forward(
         self,
         x: Tensor,
         last: Tensor,
-        wkv_state: Tensor,
+        wkv_state: Tensor | None,
         v_first: Tensor | None,
         seq_start: Tensor | None,
         wkv_backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> out (B, T, C), the new shift (B, C) and WKV state, and v_first (layer 0's values)."""
+        """x (B, T, C) -> out (B, T, C), the new shift (B, C) and WKV state (None: the initial one), and v_first
+        (layer 0's values)."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         xx = token_shift(x, last, seq_start) - x
@@ -65,7 +73,12 @@ class TimeMix(nn.Module):
         k = k * (1 + (a - 1) * self.k_a)
 
         r, k, v, a = r.view(heads), k.view(heads), v.view(heads), a.view(heads)
-        y, wkv_state = wkv7(r, z.view(heads), k, v, -kk, kk * a, wkv_state, seq_start, wkv_backend)
+
+        def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+            return wkv7(*x, state, starts, wkv_backend)
+
+        inputs = (r, z.view(heads), k, v, -kk, kk * a)
+        y, wkv_state = run_from(op, inputs, _PADDING, wkv_state, self.time_state, seq_start)
         y = self.ln_x(y.reshape(B * T, C)).view(heads)
         y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
         return self.output(y.view(B, T, C) * g), x[:, -1], wkv_state, v_first

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rwkv_miss.checkpoint import atomic_write, check_is_file, write_safetensors
 from rwkv_miss.config import ModelConfig
+from rwkv_miss.errors import UserError
+
+_TENSORS = ("att_shift", "wkv", "ffn_shift")
 
 
 @dataclass
@@ -15,27 +23,68 @@ class State:
     """L layers, B sequences, C = n_embd, H heads of N.
 
     att_shift: (L, B, C) the last token's input of each time mix, in the model's dtype.
-    wkv: (L, B, H, N_value, N_key) fp32 (float64 in a float64 model).
+    wkv: (L, B, H, N_value, N_key) in RWKV-7, (L, B, H, N_key, N_value) in RWKV-6; fp32 (float64 in a float64 model).
     ffn_shift: (L, B, C) the last token's input of each channel mix.
+    version: of the model that made it, 6 or 7.
     """
 
     att_shift: Tensor
     wkv: Tensor
     ffn_shift: Tensor
-
-    @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device | str) -> State:
-        shift = torch.zeros(config.n_layer, batch, config.n_embd, dtype=dtype, device=device)
-        wkv = torch.zeros(
-            (config.n_layer, batch, config.n_head, config.head_size, config.head_size),
-            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-            device=device,
-        )
-        return cls(shift, wkv, shift.clone())
-
-    def detach(self) -> State:
-        """The same state; no gradient flows back through it."""
-        return State(self.att_shift.detach(), self.wkv.detach(), self.ffn_shift.detach())
+    version: int
 
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.att_shift[i], self.wkv[i], self.ffn_shift[i]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> State:
+        """The state of `function` of each tensor, such as `lambda x: x[:, :1]` for the first sequence alone."""
+        return State(*(function(getattr(self, name)) for name in _TENSORS), self.version)
+
+    def detach(self) -> State:
+        """No gradient flows back through the result."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """For a model on that device and of that dtype; `wkv` stays fp32, but float64 for float64."""
+        wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        return State(
+            self.att_shift.to(device, dtype), self.wkv.to(device, wide), self.ffn_shift.to(device, dtype), self.version
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a .safetensors file; UserError where the disk refuses."""
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        with atomic_write(path) as part:
+            write_safetensors(part, tensors, {"rwkv_version": str(self.version)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> State:
+        """What `save` wrote, on the CPU. UserError: no such file, a damaged one, or one of another kind."""
+        check_is_file(Path(path), "state")
+        try:
+            with safe_open(path, "pt") as file:
+                version = (file.metadata() or {}).get("rwkv_version", "")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except SafetensorError as e:
+            raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
+        if set(tensors) != set(_TENSORS) or version not in ("6", "7"):
+            raise UserError(
+                f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'} of RWKV version {version or 'unknown'}; "
+                f"expected a state that State.save wrote: {', '.join(_TENSORS)}"
+            )
+        return cls(*(tensors[name] for name in _TENSORS), int(version))
+
+    def check(self, config: ModelConfig, batch: int, like: Tensor) -> None:
+        """UserError unless this is a state of `batch` sequences for a model of `config` with activations as `like`."""
+        if self.version != config.version:
+            raise UserError(f"the state is of RWKV-{self.version}; the model is an RWKV-{config.version}")
+        shift = (config.n_layer, batch, config.n_embd), like.dtype
+        wkv = (config.n_layer, batch, config.n_head, config.head_size, config.head_size)
+        wanted = {"att_shift": shift, "wkv": (wkv, torch.promote_types(like.dtype, torch.float32)), "ffn_shift": shift}
+        for name, (shape, dtype) in wanted.items():
+            x = getattr(self, name)
+            if tuple(x.shape) != shape or x.dtype != dtype or x.device != like.device:
+                raise UserError(
+                    f"state.{name} is {tuple(x.shape)} {x.dtype} on {x.device}; the model and its tokens need {shape} "
+                    f"{dtype} on {like.device} (layers, sequences, ...; state.to(...) changes dtype and device)"
+                )

@@ -22,7 +22,7 @@ class LitRWKV(L.LightningModule):
     after each validation `val_loss` is the mean over all its tokens, on every rank.
     """
 
-    # Checkpoints hold the adapter alone; the frozen weights come from the base's file.
+    # Checkpoints hold what is trained alone; the frozen weights come from the base's file.
     strict_loading = False
 
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int) -> None:
@@ -34,7 +34,7 @@ class LitRWKV(L.LightningModule):
         self._val_sums: Tensor | None = None
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer, schedule = optim.configure(self.model.parameters(), self.total_steps, self.config)
+        optimizer, schedule = optim.configure(self.model.named_parameters(), self.total_steps, self.config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

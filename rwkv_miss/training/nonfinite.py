@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.errors import RunError
 
 if TYPE_CHECKING:
@@ -43,14 +44,17 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
             outputs = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
             if found or all(torch.isfinite(t).all() for t in outputs):
                 return
-            bad = [n for n, p in child.named_parameters(recurse=False) if not torch.isfinite(p).all()]
+            own = {checkpoint_key(n): p for n, p in child.named_parameters() if "." not in checkpoint_key(n)}
+            bad = [n for n, p in own.items() if not torch.isfinite(p).all()]
             found.append(
                 f"{name} ({type(child).__name__}{', its ' + ', '.join(bad) + ' is not finite' if bad else ''})"
             )
 
         return hook
 
-    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if n]
+    # A parameter is a module of its own where it is cast: its value is told with the module that it belongs to.
+    modules = {n: m for n, m in model.named_modules() if n and "parametrizations" not in n}
+    handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     try:
         forward()
     finally:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.model.initial_state import is_state
 
 
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
@@ -29,8 +32,32 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
     return 1 - (1 - config.lr_min) * fall
 
 
-def configure(parameters: Iterable[nn.Parameter], total_steps: int, config: TrainConfig) -> tuple[AdamW, LambdaLR]:
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
+    """AdamW's groups of the trainable parameters, given with their names in the model.
+
+    MiSS's matrices and learned states: lr (or lr_state) and weight_decay as they are. The base's own parameters as
+    BlinkDL trains them (RWKV-LM, configure_optimizers in RWKV-v7/train_temp/src/model.py and, for RWKV-6, with
+    layerwise_lr in RWKV-v5/src/model.py): twice the lr for the decay's base, weight decay on the matrices named
+    .weight alone.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in parameters:
+        if not p.requires_grad:
+            continue
+        key = checkpoint_key(name)
+        is_adapter = key.endswith(".miss_block") or is_state(key)
+        is_decay_base = key.endswith((".att.w0", ".att.time_decay"))
+        is_matrix = key.endswith(".weight") and p.squeeze().ndim >= 2
+        lr = config.lr_state if is_state(key) and config.lr_state else config.lr * (1 + is_decay_base)
+        decay = config.weight_decay if is_adapter or is_matrix else 0.0
+        group = {"params": [], "lr": lr, "weight_decay": decay}
+        groups.setdefault((lr, decay), group)["params"].append(p)
+    return list(groups.values())
+
+
+def configure(
+    parameters: Iterable[tuple[str, nn.Parameter]], total_steps: int, config: TrainConfig
+) -> tuple[AdamW, LambdaLR]:
     """AdamW over the trainable parameters, and its schedule, stepped once per optimizer step."""
-    trainable = [p for p in parameters if p.requires_grad]
-    optimizer = AdamW(trainable, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = AdamW(parameter_groups(parameters, config), betas=config.betas)
     return optimizer, LambdaLR(optimizer, lambda step: lr_scale(step, total_steps, config))

@@ -19,7 +19,9 @@ from rwkv_miss.adapters.inject import inject
 from rwkv_miss.checkpoint import atomic_write
 from rwkv_miss.config import TrainConfig, check
 from rwkv_miss.data.batches import count_segments
+from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.documents import Document, encode_record, split_validation
+from rwkv_miss.data.mapped import MappedDocuments, open_documents
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -45,6 +47,7 @@ _SAME = (
     "bptt_chunks",
     "batch_size",
     "accumulate",
+    "precision",
     "seed",
     "packing",
 )
@@ -68,6 +71,7 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         Stopped: a signal ended the run, after a checkpoint.
     """
     check(config)
+    _check_devices(config)
     out = Path(config.out)
     # Lightning starts the other ranks by running the command again; only the first looks at the folder.
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
@@ -86,18 +90,17 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
     if config.val_split:
         documents, held_out = split_validation(documents, config.val_split, config.seed)
-    longest = max(len(document.ids) - 1 for document in documents)
-    if config.chunk_len and longest <= config.chunk_len:
-        raise UserError(
-            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has {longest} "
-            "tokens); lower chunk_len, or leave it out"
-        )
     fit = partial(make_rows, ctx_len=config.ctx_len, packing=config.packing, carry=config.long_documents == "carry")
     rows, report = fit(documents)
+    if config.chunk_len and report.longest <= config.chunk_len:
+        raise UserError(
+            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
+            f"{report.longest} tokens); lower chunk_len, or leave it out"
+        )
     val_rows, val_report = fit(held_out) if held_out else (None, None)
 
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    total_steps = config.max_steps or config.epochs * -(-len(rows.tokens) // rows_a_step)
+    total_steps = config.max_steps or config.epochs * -(-len(rows) // rows_a_step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
@@ -137,16 +140,13 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
 
 
-def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document]:
-    """The file's records as token ids and loss masks."""
+def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document] | MappedDocuments:
+    """The file's records as token ids and loss masks; a binidx has them already."""
     tokenizer = load_tokenizer(config.tokenizer)
-    records = read_records(
-        path,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        text_field=config.text_field,
-        separator=config.separator,
-    )
+    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
+    if prefix := binidx_prefix(path):
+        return open_documents(prefix, vocab_size, **options)
+    records = read_records(path, **options)
     return [encode_record(record, tokenizer, vocab_size) for record in records]
 
 
@@ -180,6 +180,12 @@ def _trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _check_devices(config: TrainConfig) -> None:
+    here = torch.cuda.device_count()
+    if torch.cuda.is_available() and config.devices > here:
+        raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
 
 
 def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:

@@ -17,7 +17,7 @@ from rwkv_miss.errors import UserError
 
 
 class _KeepDtypes(DeepSpeedPrecision):
-    """The frozen weights stay in the base's dtype beside an fp32 adapter; Lightning's would make all fp32."""
+    """The frozen weights stay in the base's dtype beside fp32 trained ones; Lightning's would make all fp32."""
 
     def __init__(self) -> None:
         super().__init__("32-true")
@@ -53,7 +53,7 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     if name == "single":
         return "auto", []
     if name == "ddp":
-        # static: the adapter's parameters all take part in every step, in the same order.
+        # static: the trained parameters all take part in every step, in the same order.
         return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", gradient_as_bucket_view=True), []
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own switch, read when it is imported

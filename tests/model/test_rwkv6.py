@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge
+from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.model.loss import loss_sum
 from tests.training.runs import quiet_train
@@ -104,6 +104,24 @@ def test_gradients_of_the_backends_agree_with_float64(model_file):
     for gradients in found.values():
         for name, gradient in gradients.items():
             assert (gradient - exact[name]).norm() <= 2e-4 * exact[name].norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["miss+state", "full"])
+def test_what_is_trained_merges_and_runs_in_the_rwkv_package(model_file, tmp_path, method):
+    """The package reads the state from the merged file, and transposes it."""
+    model = inject(load_model(model_file), AdapterConfig(method, r=16))
+    rng = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data += (0.5 if "time_state" in name else 0.01) * torch.randn(p.shape, generator=rng)
+    save_adapter(model, tmp_path / "adapter")
+    merge(model_file, tmp_path / "adapter", tmp_path / "merged.pth")
+    ids = tokens(100)
+    expected = package_logits(tmp_path / "merged.pth", ids[0].tolist(), tmp_path)
+    assert (model(ids)[0][0] - expected).abs().max() < 1e-4
+    assert (load_model(tmp_path / "merged.pth")(ids)[0][0] - expected).abs().max() < 1e-4
+    assert (load_model(model_file)(ids)[0][0] - expected).abs().max() > 0.1
 
 
 def test_a_fine_tune_merges_and_runs_in_the_rwkv_package(model_file, tmp_path):

@@ -128,7 +128,7 @@ def test_seq_start_makes_separate_documents(make_base, carried):
     for row, places in enumerate(starts):
         for start, end in zip(places, [*places[1:], 37], strict=True):
             first = state is not None and start == 0
-            own = type(state)(*(x[:, row : row + 1] for x in vars(state).values())) if first else None
+            own = state.map(lambda x, row=row: x[:, row : row + 1]) if first else None
             logits, _ = model(tokens[row : row + 1, start:end], own)
             separate.append((row, start, end, logits))
             total = total + loss(logits, tokens[row : row + 1, start:end])

@@ -49,7 +49,8 @@ def as_arguments(config: TrainConfig) -> list[str]:
     found = []
     for name, value in vars(config).items():
         if name == "adapter":
-            found += ["--adapter.r", str(value.r)]
+            lists = {k: f"[{','.join(v)}]" if isinstance(v, list) else v for k, v in vars(value).items()}
+            found += [f"--adapter.{k}={v}" for k, v in lists.items() if v is not None]
         elif name == "betas":
             found += ["--betas", f"[{value[0]},{value[1]}]"]
         elif value is not None:

@@ -1,7 +1,10 @@
 import pytest
+import torch
 
+from rwkv_miss import AdapterConfig, inject, load_model
+from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.training.optim import lr_scale
+from rwkv_miss.training.optim import configure, lr_scale, parameter_groups
 
 
 def scales(total, **settings):
@@ -32,3 +35,51 @@ def test_wsd_is_constant_until_its_share_of_the_end_and_then_falls_linearly():
 
 def test_wsd_that_decays_from_the_first_step_still_warms_up():
     assert scales(4, schedule="wsd", decay_share=1.0, warmup_steps=2) == pytest.approx([0.5, 1, 1, 0.5, 0])
+
+
+def groups(model, **settings):
+    """{(lr, weight decay): the keys of its parameters}"""
+    config = TrainConfig(base="b", data="d", tokenizer="t", out="o", **settings)
+    names = {p: checkpoint_key(name) for name, p in model.named_parameters()}
+    found = parameter_groups(model.named_parameters(), config)
+    return {(g["lr"], g["weight_decay"]): {names[p] for p in g["params"]} for g in found}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_has_blinkdls_groups(either_base, dtype):
+    model = load_model(either_base, dtype)
+    base, version = dict(model.named_parameters()), model.config.version
+    found = groups(inject(model, AdapterConfig("full")), lr=1e-3, weight_decay=0.1)
+    decay_bases = {f"blocks.{i}.att.{'w0' if version == 7 else 'time_decay'}" for i in range(3)}
+    matrices = {name for name, p in base.items() if p.ndim == 2 and name.endswith(".weight")}
+    assert len(matrices) == 2 + 3 * (6 if version == 7 else 8)
+    assert found == {
+        (1e-3, 0.1): matrices,
+        (2e-3, 0.0): decay_bases,
+        (1e-3, 0.0): set(base) - matrices - decay_bases,
+    }
+    found = groups(model, lr=1e-3)
+    assert found == {(1e-3, 0.0): set(base) - decay_bases, (2e-3, 0.0): decay_bases}
+
+
+def test_adapters_and_states_are_one_group_and_parts_of_the_base_follow_the_rule(either_base):
+    found = groups(inject(load_model(either_base), AdapterConfig("miss+state", r=4)), lr=1e-3, weight_decay=0.1)
+    assert list(found) == [(1e-3, 0.1)]
+    states = {f"blocks.{i}.att.time_state" for i in range(3)}
+    apart = groups(inject(load_model(either_base), AdapterConfig("miss+state", r=4)), lr=1e-3, lr_state=0.5)
+    assert apart == {(1e-3, 0.0): found[1e-3, 0.1] - states, (0.5, 0.0): states}
+    config = AdapterConfig("miss+state", r=4, modules_to_save=["ln", "head", "time"])
+    more = groups(inject(load_model(either_base), config), lr=1e-3, weight_decay=0.1)
+    assert more[1e-3, 0.1] == found[1e-3, 0.1] | {"head.weight"}
+    assert len(more[2e-3, 0.0]) == 3 and "ln_out.weight" in more[1e-3, 0.0]
+
+
+def test_the_schedule_keeps_the_ratio_of_the_groups(either_base):
+    config = TrainConfig(base="b", data="d", tokenizer="t", out="o", lr=1e-3, warmup_steps=2, lr_min=0.5)
+    model = inject(load_model(either_base), AdapterConfig("full"))
+    optimizer, schedule = configure(model.named_parameters(), 4, config)
+    for step in range(5):
+        lrs = sorted({g["lr"] for g in optimizer.param_groups})
+        assert lrs == pytest.approx([1e-3 * lr_scale(step, 4, config), 2e-3 * lr_scale(step, 4, config)])
+        optimizer.step()
+        schedule.step()

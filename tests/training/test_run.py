@@ -215,6 +215,16 @@ def test_every_wrong_setting_is_named_at_once(make_config):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.parametrize(("gpus", "said"), [(1, "1 GPU"), (2, "2 GPUs")])
+def test_more_devices_than_gpus(make_config, monkeypatch, gpus, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = make_config(devices=4, base="no such base")  # found before anything is read
+    with pytest.raises(UserError, match=f"^devices is 4; this machine has {said}$"):
+        quiet_train(config)
+    assert not Path(config.out).exists()
+
+
 def test_the_adapter_survives_a_full_disk(make_config):
     """Writing past a file size limit fails as a full disk does; what was saved before is still whole."""
     config = make_config(max_steps=1)

@@ -1,0 +1,82 @@
+"""A learned state that sequences begin from instead of zeros: a parameter `att.time_state` (H, N, N) of each layer.
+
+In files, alone or beside a model's weights, it is `blocks.{i}.att.time_state` with the value's index before the key's,
+whatever the version: the `rwkv` package transposes RWKV-6's into its own state, (key, value), and takes RWKV-7's as
+its state, (value, key), as it is; RWKV-PEFT trains both in that layout. Ours is that of each version's recurrence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_miss.checkpoint import check_is_file, read_checkpoint
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.errors import UserError
+from rwkv_miss.model.rwkv import RWKV
+
+_NAME = "att.time_state"
+
+
+def is_state(key: str) -> bool:
+    return key.endswith("." + _NAME)
+
+
+def state_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The keys of a learned state, and their shape."""
+    shape = torch.Size((config.n_head, config.head_size, config.head_size))
+    return {f"blocks.{i}.{_NAME}": shape for i in range(config.n_layer)}
+
+
+def swap_layout(state: Tensor, version: int) -> Tensor:
+    """A layer's state (H, N, N) from our layout to that of files, or back."""
+    return state.transpose(1, 2).contiguous() if version == 6 else state
+
+
+def has_initial_state(model: RWKV) -> bool:
+    return model.blocks[0].att.time_state is not None
+
+
+def add_initial_state(model: RWKV) -> None:
+    """Gives a model without a learned state one of zeros, in place: it computes what it did."""
+    like = model.emb.weight
+    for key, shape in state_shapes(model.config).items():
+        zeros = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        model.get_submodule(key.rpartition(".")[0]).time_state = nn.Parameter(zeros)
+
+
+def load_initial_state(model: RWKV, path: str | os.PathLike) -> None:
+    """Gives a model without a learned state the one of a .pth or .st file, in place.
+
+    Raises:
+        UserError: the model has one already, or the file is none for a model of this size.
+    """
+    if has_initial_state(model):
+        raise UserError(f"{path}: the model has a learned initial state already (its own, or its adapter's)")
+    check_is_file(Path(path), "state")
+    found = read_checkpoint(path)
+    check_states(found, model.config, path)
+    add_initial_state(model)
+    for key, tensor in found.items():
+        model.get_parameter(key).data.copy_(swap_layout(tensor, model.config.version))
+
+
+def check_states(found: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike) -> None:
+    """UserError unless `found`, from a state file, is a state for a model of `config`."""
+    wanted = state_shapes(config)
+    if unknown := [key for key in found if key not in wanted]:
+        raise UserError(
+            f"{path}: {unknown[0]} is not a part of the state of an RWKV-{config.version} of {config.n_layer} layers; "
+            f"expected blocks.0.{_NAME} to blocks.{config.n_layer - 1}.{_NAME} alone"
+        )
+    for key, shape in wanted.items():
+        if key not in found:
+            raise UserError(f"{path}: {key} is missing; the model has {config.n_layer} layers")
+        if found[key].shape != shape:
+            raise UserError(f"{path}: {key} has shape {tuple(found[key].shape)}, expected {tuple(shape)}")
+        if not torch.isfinite(found[key]).all():
+            raise UserError(f"{path}: {key} has values that are not finite")
