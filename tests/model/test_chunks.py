@@ -257,6 +257,19 @@ def test_gradient_checkpointing_carries_v_first_and_the_states(version):
     assert peaks[1] < peaks[0] / 2
 
 
+def test_counts_what_is_alive():
+    x = torch.ones(1000, requires_grad=True)
+
+    def keeps():
+        y = x * 2.0  # saved by neither product for the backward pass, but held here
+        return (y * 3.0).sum()
+
+    assert peak_bytes(keeps) == 4 * 2000 + 4
+    assert peak_bytes(lambda: [x.detach() + 1 for _ in range(5)]) == 4 * 5000
+    assert peak_bytes(lambda: [(x.detach() + 1).sum().item() for _ in range(5)]) <= 4 * 1000 + 8
+    assert peak_bytes(lambda: x.detach()[:10].add_(1)) == 0
+
+
 def step(model: RWKV, length: int, chunk_len: int | None = None, bptt_chunks: int = 0) -> Callable[[], None]:
     """A training step on one row of `length` columns: forward and backward, in segments where gradients are cut."""
     batch = packed_batch(1, length)
