@@ -157,3 +157,9 @@ __device__ __forceinline__ void stage(Shared<float> to, const T* from, long long
         store(to + (row * WIDTH + column), x);
     }
 }
+
+// `count` zeros, a multiple of 4. The whole block takes part; the caller synchronises.
+__device__ __forceinline__ void fill_zeros(Shared<float> to, int count) {
+    const float zeros[4] = {};
+    for (int i = threadIdx.x * 4; i < count; i += blockDim.x * 4) store(to + i, zeros);
+}

@@ -17,10 +17,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
+from rwkv_miss.bench_memory import bench_memory
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import wkv7
 
-BENCHES = ("wkv7", "tokenizer", "all")
+BENCHES = ("wkv7", "tokenizer", "memory", "all")
+"""`all` are those that take seconds, not `memory`."""
 ROUNDS = 10
 TEXT_BYTES = 2_000_000
 _PEER_MODULE = "rwkvtune/models/rwkv7/operators/wkv_infctx_naive.py"
@@ -33,6 +35,10 @@ def run_bench(what: str, threads: int) -> list[dict]:
     if threads < 1:
         raise UserError(f"bench: threads is {threads}; give at least 1")
     rows = []
+    if what == "memory":
+        kind = "allocated on the GPU" if torch.cuda.is_available() else "resident"
+        title = f"A training step on one row of T tokens: MB {kind} at its peak, above what was before"
+        return _print(title, bench_memory(threads))
     if what != "tokenizer":
         title = f"WKV-7, B1 T512 H12 N64 fp32, {threads} thread(s), {ROUNDS} rounds, ms"
         rows += _print(title, bench_wkv7(threads))

@@ -94,14 +94,14 @@ def run_evaluate(
 
     Args:
         model: A checkpoint (.pth or .st).
-        data: .jsonl or .txt, as for train.
+        data: .jsonl, .txt or a binidx, as for train.
         tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
         adapter: The folder of an adapter to load onto the model.
         exact_match: Also let the model answer every question and count the answers equal to the data's.
         text_field: Field that holds plain text.
         prompt_field: Field that holds the prompt.
         answer_field: Field that holds the answer.
-        limit: Use the first records only.
+        limit: Use the first records (of a binidx: documents) only.
         ctx_len: Tokens in a row, for the loss.
         batch_size: Rows or questions run together.
         max_tokens: Longest answer.
@@ -111,19 +111,26 @@ def run_evaluate(
     """
     from itertools import islice
 
+    from rwkv_miss.data.binidx import binidx_prefix
+    from rwkv_miss.data.mapped import open_documents
     from rwkv_miss.data.records import read_records
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.evaluate import answers, mean_loss, perplexity
+    from rwkv_miss.evaluate import answers, documents_loss, mean_loss, perplexity
 
     for name, value in (("limit", limit), ("ctx_len", ctx_len), ("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     loaded = _load(model, adapter, dtype)
     tok = load_tokenizer(tokenizer)
-    records = list(
-        islice(read_records(data, text_field=text_field, prompt_field=prompt_field, answer_field=answer_field), limit)
-    )
-    loss, tokens = mean_loss(loaded, tok, records, ctx_len, batch_size)
+    fields = {"text_field": text_field, "prompt_field": prompt_field, "answer_field": answer_field}
+    if prefix := binidx_prefix(data):
+        if exact_match:
+            raise UserError(f"{data}: a binidx has no questions and answers; leave out exact_match")
+        records = open_documents(prefix, loaded.config.vocab_size, **fields)[:limit]
+        loss, tokens = documents_loss(loaded, records, ctx_len, batch_size)
+    else:
+        records = list(islice(read_records(data, **fields), limit))
+        loss, tokens = mean_loss(loaded, tok, records, ctx_len, batch_size)
     figures: dict[str, Any] = {"records": len(records), "tokens": tokens, "loss": loss, "perplexity": perplexity(loss)}
     shown = []
     if exact_match:
@@ -229,6 +236,94 @@ def run_info(file: str) -> int:
     return 0
 
 
+def run_init(
+    n_layer: int,
+    n_embd: int,
+    vocab_size: int,
+    out: str,
+    version: Literal[6, 7] = 7,
+    head_size: int = 64,
+    dim_ffn: int | None = None,
+    low_rank: dict[str, int] | None = None,
+    seed: int = 0,
+    dtype: Dtype = "bf16",
+) -> int:
+    """Write a new model with BlinkDL's initial weights, to train from nothing.
+
+    Args:
+        n_layer: Layers.
+        n_embd: Width, a multiple of head_size.
+        vocab_size: Token ids: 65536 for the World tokenizer, 256 for bytes.
+        out: The file to write, ending in .pth.
+        version: Of RWKV.
+        head_size: Channels in a head.
+        dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd (RWKV-6) when not given.
+        low_rank: Widths of low-rank matrices to have instead of BlinkDL's, such as {w: 64}. RWKV-7 has w, a, v and g,
+            RWKV-6 maa and decay.
+        seed: Of the random matrices.
+        dtype: Of every tensor written.
+    """
+    from rwkv_miss.model.init import new_config, write_initial
+
+    if seed < 0:
+        raise UserError(f"seed is {seed}; it cannot be negative")
+    config = new_config(version, n_layer, n_embd, vocab_size, head_size, dim_ffn, low_rank)
+    parameters = write_initial(config, seed, out, dtype)
+    print(f"{out}: RWKV-{version}, {n_layer} layers of {n_embd}, vocabulary {vocab_size:,}: {parameters:,} parameters")
+    return 0
+
+
+def run_binidx(
+    data: str,
+    tokenizer: str,
+    out: str,
+    text_field: str = "text",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    separator: str | None = None,
+) -> int:
+    """Write data as a binidx, token ids that training maps into memory. Every token of it is learned.
+
+    Args:
+        data: .jsonl or .txt, as for train.
+        tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
+        out: PREFIX of the files to write, PREFIX.bin and PREFIX.idx.
+        text_field: Field that holds plain text.
+        prompt_field: Field that holds the prompt.
+        answer_field: Field that holds the answer.
+        separator: What parts the documents of a .txt file.
+    """
+    import numpy as np
+
+    from rwkv_miss.data.binidx import write_binidx
+    from rwkv_miss.data.documents import encode_record
+    from rwkv_miss.data.records import read_records
+    from rwkv_miss.data.tokenizers import load_tokenizer
+
+    for path in (f"{out}.bin", f"{out}.idx"):
+        if Path(path).exists():
+            raise UserError(f"{path}: exists already; give another out, or remove it first")
+    tok = load_tokenizer(tokenizer)
+    records = with_prompts = 0
+
+    def ids():
+        nonlocal records, with_prompts
+        fields = {"prompt_field": prompt_field, "answer_field": answer_field, "text_field": text_field}
+        for record in read_records(data, separator=separator, **fields):
+            records += 1
+            with_prompts += not record.is_text
+            yield encode_record(record, tok, tok.vocab_size).ids
+
+    tokens = write_binidx(out, ids(), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
+    print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
+    if with_prompts:
+        print(
+            f"documents with prompts: {with_prompts:,}; a binidx does not mark the answers, so training "
+            f"on it learns the prompts too. Train on {data} itself to learn the answers alone"
+        )
+    return 0
+
+
 def run_doctor(json: bool = False) -> int:
     """What this machine can run, and why not the rest; status 1 where the recurrence has no compiled kernel.
 
@@ -248,11 +343,11 @@ def run_doctor(json: bool = False) -> int:
     return 0 if diagnosis.is_native else 1
 
 
-def run_bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 1) -> int:
-    """Time our kernels and the tokenizer beside the programs they are measured against.
+def run_bench(what: Literal["all", "wkv7", "tokenizer", "memory"] = "all", threads: int = 1) -> int:
+    """Time our kernels and the tokenizer beside the programs they are measured against; measure a step's memory.
 
     Args:
-        what: Which benchmark.
+        what: Which benchmark. memory: of a training step as its row grows, some minutes and not part of all.
         threads: CPU threads that every program gets.
     """
     from rwkv_miss import bench
@@ -263,6 +358,8 @@ def run_bench(what: Literal["all", "wkv7", "tokenizer"] = "all", threads: int = 
 
 # Their names are none of the package's: jsonargparse looks a function up there, which would import torch.
 _COMMANDS = {
+    "init": run_init,
+    "data binidx": run_binidx,
     "merge": run_merge,
     "eval": run_evaluate,
     "generate": run_generate,
@@ -270,6 +367,9 @@ _COMMANDS = {
     "doctor": run_doctor,
     "bench": run_bench,
 }
+
+
+_DATA_HELP = "Prepare training data."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,8 +380,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ""
     try:
         args = _parse(argv)
-        command = args.subcommand
-        options = args[command].as_dict()
+        command, options = args.subcommand, args[args.subcommand]
+        while "subcommand" in options:
+            command, options = f"{command} {options.subcommand}", options[options.subcommand]
+        options = options.as_dict()
         if command == "train":
             options.pop("config")
             return run_train(TrainConfig(**options | {"adapter": AdapterConfig(**options["adapter"])}))
@@ -300,13 +402,17 @@ def _parse(argv: Sequence[str] | None) -> jsonargparse.Namespace:
         prog="rwkv-miss", description="Fine-tune RWKV-6 and RWKV-7 with MiSS.", exit_on_error=False, version=_version()
     )
     commands = parser.add_subcommands()
+    data = jsonargparse.ArgumentParser(description=_DATA_HELP, exit_on_error=False)
+    commands.add_subcommand("data", data, help=_DATA_HELP)
+    groups = {"": commands, "data": data.add_subcommands()}
     for name, function in _COMMANDS.items():
         sub = jsonargparse.ArgumentParser(description=function.__doc__.splitlines()[0], exit_on_error=False)
         if function is run_info:  # the one command with a positional argument
             sub.add_argument("file", help="A .pth or .st file of a model or a state, or the folder of an adapter.")
         else:
             sub.add_function_arguments(function, as_group=False)
-        commands.add_subcommand(name, sub, help=function.__doc__.splitlines()[0])
+        group, _, last = name.rpartition(" ")
+        groups[group].add_subcommand(last, sub, help=function.__doc__.splitlines()[0])
     sub = jsonargparse.ArgumentParser(description=TrainConfig.__doc__, exit_on_error=False)
     sub.add_argument("--config", action="config", help="YAML file with any of these options.")
     sub.add_class_arguments(TrainConfig, as_group=False)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rwkv_miss.errors import UserError
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 METHODS = ("miss", "state", "miss+state", "full")
 """What can be trained; see `AdapterConfig`."""
@@ -74,9 +74,9 @@ class TrainConfig:
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
     data: str
-    """Training data: .jsonl (text, messages, or question and answer) or .txt."""
+    """Training data: .jsonl (text, messages, or question and answer), .txt, or a binidx (PREFIX of .bin and .idx)."""
     tokenizer: str
-    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    """world, bytes, or the path of a Hugging Face tokenizer.json; with a binidx, the one that made its ids."""
     out: str
     """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -99,6 +99,15 @@ class TrainConfig:
     """Optimizer steps between validations; 0 validates at the end of each epoch."""
     ctx_len: int = 512
     """Tokens in a row."""
+    long_documents: Literal["cut", "carry"] = "cut"
+    """A question and answer longer than ctx_len. cut: its end is left out; carry: the rest goes on in further rows,
+    each with a fresh state. Plain text always goes on. To carry the state too, raise ctx_len and give chunk_len."""
+    chunk_len: int | None = None
+    """Run rows in chunks of this many tokens and carry the state from each to the next: ctx_len can then be the
+    length of the longest document, whatever it is. Rows are run whole when not given."""
+    bptt_chunks: int = 0
+    """With chunk_len: cut the gradient after every so many chunks, so that memory does not grow with ctx_len. 0 cuts
+    it nowhere: exact gradients, for which chunks are run a second time in the backward pass."""
     batch_size: int = 8
     """Rows in a micro-batch, on each device."""
     accumulate: int = 1
@@ -137,7 +146,8 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), cpu (C++), torch, or reference (slow, for checks)."""
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU of Triton's), cpu (C++),
+    torch, or reference (slow, for checks)."""
     seed: int = 42
     """Seeds the order of the data, the validation split and dropout."""
     log_every: int = 10
@@ -156,6 +166,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (
+            "bptt_chunks",
             "max_steps",
             "warmup_steps",
             "val_every",
@@ -184,7 +195,22 @@ class TrainConfig:
             found.append("resume and overwrite are both given; choose one")
         if self.wkv_backend not in BACKENDS:
             found.append(f"wkv_backend is {self.wkv_backend!r}; it must be one of {', '.join(BACKENDS)}")
+        if self.chunk_len is None:
+            if self.bptt_chunks:
+                found.append("bptt_chunks is given without chunk_len; give both, or neither")
+        elif self.chunk_len < 1:
+            found.append(f"chunk_len is {self.chunk_len}; it must be at least 1, or be left out to run rows whole")
+        elif self.chunk_len >= self.ctx_len:
+            found.append(
+                f"chunk_len is {self.chunk_len} and ctx_len {self.ctx_len}, so there is nothing to cut; raise ctx_len "
+                "to the tokens of the longest document, or leave chunk_len out"
+            )
         return found
+
+    @property
+    def segment_len(self) -> int | None:
+        """Columns of a row between the places where the gradient is cut; None where it is not."""
+        return self.chunk_len * self.bptt_chunks if self.chunk_len and self.bptt_chunks else None
 
 
 def check(config: TrainConfig | AdapterConfig) -> None:

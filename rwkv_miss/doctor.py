@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from rwkv_miss.ops.cpu import wkv7 as on_cpu
 from rwkv_miss.ops.cpu.build import cache_folder
-from rwkv_miss.ops.cuda import wkv7 as on_cuda
+from rwkv_miss.ops.dispatch import NATIVE, unusable
 
-_LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "rwkv")
-# The head size of every RWKV-7 that BlinkDL has released.
+_LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "fla-core", "rwkv")
+# The head size of every RWKV-6 and RWKV-7 that BlinkDL has released.
 _HEAD_SIZE = 64
 
 
@@ -38,22 +37,34 @@ def diagnose() -> Diagnosis:
     ]
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for i, gpu in enumerate(gpus):
-        found.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
-    if not gpus:
+        chip = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
+        found.append((f"GPU {i}", f"{gpu.name}, {chip}, {gpu.total_memory / 2**30:.0f} GiB"))
+    intel = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    found += [(f"GPU xpu:{i}", name) for i, name in enumerate(intel)]
+    if not gpus and not intel:
         found.append(("GPU", "torch finds none"))
     found += [(name, _version(name)) for name in _LIBRARIES]
     folder = cache_folder()
     found.append(("compiled code", f"{folder} ({_writable(folder)})"))
 
     reasons = {
-        "cuda": on_cuda.unusable(torch.device("cuda", 0), torch.bfloat16, _HEAD_SIZE) if gpus else "there is no GPU",
-        "cpu": on_cpu.unusable("cpu", torch.bfloat16),
+        "cuda": _reason("cuda", torch.device("cuda", 0)) if gpus else "there is no GPU",
+        "fla": _reason("fla", torch.device("cuda" if gpus else "xpu", 0)) if gpus or intel else "there is no GPU",
+        "cpu": _reason("cpu", torch.device("cpu")),
         "torch": None,
     }
     found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
-    native = "cuda" if gpus else "cpu"
-    chosen = "torch" if reasons[native] else native
-    return Diagnosis(found, chosen, chosen == native)
+    # Commands run on the GPUs that torch calls cuda (NVIDIA's and AMD's), or on the CPU.
+    chosen = next((name for name in NATIVE["cuda" if gpus else "cpu"] if not reasons[name]), "torch")
+    return Diagnosis(found, chosen, chosen != "torch")
+
+
+def _reason(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot be used for both versions, or None."""
+    reasons = {op: unusable(op, backend, device, torch.bfloat16, _HEAD_SIZE) for op in ("wkv6", "wkv7")}
+    if len(set(reasons.values())) == 1:
+        return reasons["wkv7"]
+    return "; ".join(f"{op} {reason or 'works'}" for op, reason in reasons.items())
 
 
 def _built_for() -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.documents import encode_record
+from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import answer_text, prompt_text
@@ -30,12 +30,17 @@ class Answer:
         return self.given == self.expected
 
 
-@torch.no_grad()
 def mean_loss(
     model: nn.Module, tokenizer: Tokenizer, records: Sequence[Record], ctx_len: int, batch_size: int
 ) -> tuple[float, int]:
-    """(mean of -log p over the tokens that carry loss, their number), rows packed as training packs them."""
+    """As `documents_loss`, of records."""
     documents = [encode_record(record, tokenizer, model.config.vocab_size) for record in records]
+    return documents_loss(model, documents, ctx_len, batch_size)
+
+
+@torch.no_grad()
+def documents_loss(model: nn.Module, documents: Sequence[Document], ctx_len: int, batch_size: int) -> tuple[float, int]:
+    """(mean of -log p over the tokens that carry loss, their number), rows packed as training packs them."""
     rows, report = make_rows(documents, ctx_len, packing=True)
     stream = BatchStream(
         rows, batch_size=batch_size, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False
@@ -44,7 +49,7 @@ def mean_loss(
     total = 0.0
     for batch in stream:
         on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        total += loss_sum(model, on_device).item()
+        total += loss_sum(model, on_device)[0].item()
     return total / report.loss_tokens, report.loss_tokens
 
 

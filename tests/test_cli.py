@@ -241,6 +241,52 @@ def test_eval_counts_right_answers(make_base, tmp_path, capsys):
     assert "exact match: 0 of 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("version", [6, 7])
+def test_a_new_model_is_made_and_trained_on_a_binidx(tmp_path, capsys, version):
+    base, prefix = tmp_path / "new.pth", tmp_path / "corpus"
+    sizes = ["--n_layer=2", "--n_embd=32", "--head_size=16", "--vocab_size=256", "--dtype=fp32"]
+    new = ["init", f"--version={version}", *sizes, "--low_rank.{}=8".format("maa" if version == 6 else "g")]
+    assert main([*new, f"--out={base}"]) == 0
+    assert f"RWKV-{version}, 2 layers of 32" in capsys.readouterr().out
+    refused(capsys, [*new, f"--out={base}"], "new.pth", "exists already")
+    refused(capsys, [*new, f"--out={tmp_path}/x.pth", "--head_size=20"], "n_embd 32", "head_size 20")
+
+    text = tmp_path / "data.jsonl"
+    text.write_text("".join(json.dumps({"text": "tick " * n}) + "\n" for n in range(1, 9)) + GOOD + "\n")
+    write = ["data", "binidx", f"--data={text}", "--tokenizer=bytes", f"--out={prefix}"]
+    assert main(write) == 0
+    out = capsys.readouterr().out
+    assert "9 documents, 217 tokens" in out and "documents with prompts: 1;" in out
+    refused(capsys, write, "corpus.bin", "exists already")
+
+    train = ["train", f"--base={base}", f"--data={prefix}", "--tokenizer=bytes", "--adapter.r=4", "--max_steps=1"]
+    assert main([*train, f"--out={tmp_path / 'run'}"]) == 0
+    assert "9 records in" in capsys.readouterr().out
+    evaluate = ["eval", f"--model={base}", "--tokenizer=bytes", "--json"]
+    figures = []
+    for data in (f"{prefix}.idx", text):
+        assert main([*evaluate, f"--data={data}", "--limit=8"]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0] == figures[1] and figures[0]["records"] == 8
+    refused(capsys, [*evaluate, f"--data={prefix}", "--exact_match"], "corpus", "no questions and answers")
+    refused(capsys, [*train, "--prompt_field=q", f"--out={tmp_path / 'none'}"], "corpus", "no fields", "prompt_field")
+
+
+def test_a_binidx_that_is_not_whole(arguments, tmp_path, capsys):
+    (tmp_path / "data.idx").write_bytes(b"")
+    refused(capsys, arguments(data=tmp_path / "data.idx"), "data.bin: no such file")
+    (tmp_path / "data.bin").write_bytes(b"1234")
+    refused(capsys, arguments(data=tmp_path / "data.bin"), "data.idx: begins with b''")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_binidx_is_written_whole_or_not_at_all(tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(f"{GOOD}\nnot JSON\n")
+    argv = ["data", "binidx", f"--data={tmp_path}/data.jsonl", "--tokenizer=bytes", f"--out={tmp_path}/corpus"]
+    refused(capsys, argv, "data.jsonl:2", "not JSON")
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
+
+
 def test_wrong_arguments_of_the_other_commands(make_base, tmp_path, capsys):
     base = make_base(vocab_size=256)
     refused(capsys, ["merge", f"--base={base}", f"--adapter={tmp_path}", f"--out={tmp_path}/m.pth"], "adapter_config")

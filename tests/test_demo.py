@@ -73,7 +73,9 @@ def test_scripts_refuse_what_they_do_not_understand(sh, script, arguments, messa
 def test_gpu_check_runs_to_its_end(sh):
     done = sh("gpu_check.sh")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "sm_120" in done.stdout and ("skipped" in done.stdout or "training step, 0.1B" in done.stdout)
+    for op in ("wkv6", "wkv7"):
+        assert f"{op}.cu for sm_75" in done.stdout
+        assert f"{op} against the reference" in done.stdout or f"{op}, cuda: training step, 0.1B" in done.stdout
 
 
 def test_the_data_is_what_make_data_makes(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
+from rwkv_miss import doctor
 from rwkv_miss.cli import main
-from rwkv_miss.ops.cpu import wkv7 as on_cpu
+from rwkv_miss.ops import fla
 
 
 def test_on_this_machine(capsys):
@@ -16,14 +19,52 @@ def test_on_this_machine(capsys):
     assert facts["found"]["torch"].startswith(torch.__version__)
     assert facts["found"]["backend torch"] == "works"
     if not torch.cuda.is_available():
-        assert facts["found"]["backend cuda"] == "no: there is no GPU"
-        assert facts["chosen"] == ("torch" if on_cpu.unusable("cpu", torch.bfloat16) else "cpu")
+        assert facts["found"]["backend cuda"] == facts["found"]["backend fla"] == "no: there is no GPU"
+        assert facts["chosen"] == ("torch" if facts["found"]["backend cpu"] != "works" else "cpu")
     assert facts["is_native"] == (facts["chosen"] != "torch") and status == (0 if facts["is_native"] else 1)
 
 
 def test_without_a_compiler(capsys, monkeypatch):
-    monkeypatch.setattr(on_cpu, "unusable", lambda *_: "no working C++ compiler; install g++")
+    monkeypatch.setattr(doctor, "unusable", lambda *_: "no working C++ compiler; install g++")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "no: no working C++ compiler; install g++" in out and out.split()[-1] == "torch"
+
+
+def test_what_works_for_one_version_alone_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "unusable", lambda op, *_: "compiling wkv6.cpp failed" if op == "wkv6" else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "no: wkv6 compiling wkv6.cpp failed; wkv7 works" in out and out.split()[-1] == "torch"
+
+
+def gpu_of_amd(monkeypatch) -> None:
+    properties = SimpleNamespace(name="MI300X", gcnArchName="gfx942", total_memory=192 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+
+
+@pytest.mark.parametrize(("reason", "chosen", "status"), [(None, "fla", 0), ("fla-core is not installed", "torch", 1)])
+def test_on_a_gpu_of_amd(reason, chosen, status, capsys, monkeypatch):
+    gpu_of_amd(monkeypatch)
+    monkeypatch.setattr(fla, "functions_or_reason", lambda: (None, reason))
+    assert main(["doctor", "--json"]) == status
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["chosen"] == chosen and facts["is_native"] == (status == 0)
+    assert facts["found"]["GPU 0"] == "MI300X, gfx942, 192 GiB"
+    assert facts["found"]["backend cuda"] == "no: this torch is built for AMD's ROCm"
+    assert facts["found"]["backend fla"] == (f"no: {reason}" if reason else "works")
+
+
+def test_an_intel_gpu_is_named_but_commands_run_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
+    monkeypatch.setattr(fla, "unusable", lambda device, *_: None if device.type == "xpu" else "not Intel's")
+    main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["found"]["GPU xpu:0"] == "Arc B580" and "GPU" not in facts["found"]
+    assert facts["found"]["backend fla"] == "works" and facts["chosen"] in ("cpu", "torch")

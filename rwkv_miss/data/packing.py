@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 
@@ -25,41 +26,75 @@ class Rows:
     targets: np.ndarray
     seq_start: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Targets in each row, int64 (R,)."""
+        return np.count_nonzero(self.targets != NO_LOSS, axis=1)
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def used(self) -> np.ndarray:
+        """Of each row, the columns up to its last target, int64 (R,)."""
+        has_loss = self.targets != NO_LOSS
+        return np.where(has_loss.any(1), self.width - has_loss[:, ::-1].argmax(1), 0)
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+        return bool((self.targets[rows, columns] != NO_LOSS).any())
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these numbers."""
+        return Rows(self.tokens[rows], self.targets[rows], self.seq_start[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions."""
+    """What became of the records. `tokens` counts the positions taken, `fill` their share of all positions;
+    `longest` those of the longest record; `truncated` and `carried` the conversations longer than ctx_len."""
 
     records: int
     rows: int
     ctx_len: int
+    longest: int
     tokens: int
     loss_tokens: int
     fill: float
     truncated: int
+    carried: int
     dropped: int
 
     def __str__(self) -> str:
         return (
             f"{self.records:,} records in {self.rows:,} rows of {self.ctx_len}: {self.tokens:,} tokens, "
             f"{self.loss_tokens:,} with loss, {self.fill:.1%} filled; "
-            f"{self.truncated:,} truncated, {self.dropped:,} dropped"
+            f"{self.truncated:,} truncated, {self.carried:,} carried on, {self.dropped:,} dropped"
         )
 
 
-def make_rows(documents: list[Document], ctx_len: int, packing: bool) -> tuple[Rows, PackReport]:
-    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors."""
-    fitted, truncated, dropped = split_long(documents, ctx_len)
-    rows = pack(fitted, ctx_len) if packing else pad(fitted, ctx_len)
-    tokens = sum(len(document.ids) - 1 for document in fitted)
+@singledispatch
+def make_rows(documents: list[Document], ctx_len: int, packing: bool, carry: bool = False) -> tuple[Rows, PackReport]:
+    """Documents of any length as rows: `split_long`, then `pack` or (packing false) `pad`, with their errors. Rows
+    that are not packed are no wider than the longest document."""
+    fitted, too_long, dropped = split_long(documents, ctx_len, carry)
+    lengths = [len(document.ids) - 1 for document in fitted]
+    rows = pack(fitted, ctx_len) if packing else pad(fitted, max(lengths))
+    tokens = sum(lengths)
     return rows, PackReport(
         records=len(documents),
-        rows=len(rows.tokens),
-        ctx_len=ctx_len,
+        rows=len(rows),
+        ctx_len=rows.width,
+        longest=max(len(document.ids) - 1 for document in documents),
         tokens=tokens,
-        loss_tokens=int(np.count_nonzero(rows.targets != NO_LOSS)),
+        loss_tokens=int(rows.loss_tokens.sum()),
         fill=tokens / rows.tokens.size,
-        truncated=truncated,
+        truncated=0 if carry else too_long,
+        carried=too_long if carry else 0,
         dropped=dropped,
     )
 
@@ -72,6 +107,11 @@ def pad(documents: list[Document], ctx_len: int) -> Rows:
 def pack(documents: list[Document], ctx_len: int) -> Rows:
     """Documents of 2 to ctx_len + 1 tokens packed into few rows, each whole in one row. Deterministic."""
     lengths = np.array([len(document.ids) - 1 for document in documents])
+    return _lay_out(documents, pack_lengths(lengths, ctx_len), ctx_len)
+
+
+def pack_lengths(lengths: np.ndarray, ctx_len: int) -> list[list[int]]:
+    """Which documents share a row, each row a list of their numbers: `lengths` (documents,) from 1 to ctx_len."""
     # Plain best fit is now and then the better of the two where most documents are longer than half a row.
     packed = min((_pack_lengths(lengths, ctx_len, candidates) for candidates in (64, 1)), key=len)
     by_length = np.argsort(lengths, kind="stable")
@@ -83,7 +123,7 @@ def pack(documents: list[Document], ctx_len: int) -> Rows:
             member.append(int(by_length[first[length]]))
             first[length] += 1
         members.append(member)
-    return _lay_out(documents, members, ctx_len)
+    return members
 
 
 def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[list[int]]:

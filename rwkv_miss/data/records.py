@@ -68,7 +68,7 @@ def read_records(
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a .jsonl or .txt file")
     if path.suffix not in (".jsonl", ".txt"):
-        raise UserError(f"{path}: suffix {path.suffix!r} is not known; give a .jsonl or .txt file")
+        raise UserError(f"{path}: suffix {path.suffix!r} is not known; give a .jsonl or .txt file, or a binidx")
     if path.suffix == ".jsonl" and separator is not None:
         raise UserError(f"{path}: separator parts the documents of a .txt file; leave it out for .jsonl")
     if path.suffix == ".txt" and (prompt_field is not None or own_text):

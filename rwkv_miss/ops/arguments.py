@@ -1,17 +1,13 @@
-"""What every recurrence asks of its arguments, and how it says which backend it took."""
+"""What every recurrence asks of its arguments."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
-
-_log = logging.getLogger("rwkv_miss")
 
 
 def state_dtype(v: Tensor) -> torch.dtype:
@@ -41,12 +37,3 @@ def check(
                 f"{op}: {name} is {tuple(x.shape)} {x.dtype} on {x.device}; expected {shape} {dtype} on {v.device},"
                 f" to go with v {tuple(v.shape)} {v.dtype}"
             )
-
-
-@cache
-def announce(op: str, backend: str, native: str, reason: str | None) -> None:
-    """Logs once which backend `auto` took, and why not the native one."""
-    if reason:
-        _log.warning("%s: using backend %r; not %r: %s", op, backend, native, reason)
-    else:
-        _log.info("%s: using backend %r", op, backend)

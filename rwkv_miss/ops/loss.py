@@ -14,7 +14,8 @@ _MAX_LOGITS = 64 * 2**20
 
 
 def cross_entropy_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of -log softmax(head(hidden))[target] over the positions whose target is not negative, in fp32.
+    """Sum of -log softmax(head(hidden))[target] over the positions whose target is not negative, in fp32 (float64
+    in a float64 model).
 
     The head runs on those positions alone, in pieces; with several pieces their logits are computed again in the
     backward pass instead of being kept.
@@ -26,7 +27,8 @@ def cross_entropy_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], targets:
     hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], targets.reshape(-1)[rows]
 
     def piece(h: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), t, reduction="sum")
+        logits = head(h)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="sum")
 
     size = max(1, _MAX_LOGITS // vocab_size)
     if len(targets) <= size:

@@ -50,7 +50,8 @@ def wkv7_torch(
         from_start = (document == 0)[..., None].to(state.dtype)
         to_end = (document == document[..., -1:])[..., None].to(state.dtype)
 
-    log_p = log_d.cumsum(-2)
+    # From the document's start alone: what stands before it in the chunk would cancel, but for rounding.
+    log_p = log_d.cumsum(-2) if seq_start is None else until.to(state.dtype) @ log_d
     log_end = log_p[..., -1:, :]
     a_in, r_in = a * (log_p - log_d).exp(), r * log_p.exp()
     undo = (-log_p).exp()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.state import State
 from rwkv_miss.training import optim
 from rwkv_miss.training.nonfinite import check_finite
 
@@ -29,6 +30,7 @@ class LitRWKV(L.LightningModule):
         self.model, self.config, self.total_steps = model, config, total_steps
         self.step_loss = torch.zeros(())
         self.val_loss: float | None = None
+        self._carried: State | None = None  # into the next segment of the same rows
         self._val_sums: Tensor | None = None
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -36,26 +38,44 @@ class LitRWKV(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        share = loss_sum(self.model, batch) / batch["step_tokens"]
-        check_finite(self, batch, share)
-        first = batch_idx % self.config.accumulate == 0
-        self.step_loss = share.detach() + (0 if first else self.step_loss)
-        # Lightning and DeepSpeed divide by accumulate, and the ranks' gradients are averaged; step_tokens counts
+        before = self._carried
+        share = self._loss_sum(batch) / batch["step_tokens"]
+        check_finite(self, share, lambda: loss_sum(self.model, batch, before, self.config.chunk_len))
+        micro_batches = self.trainer.accumulate_grad_batches
+        self.step_loss = share.detach() + (0 if batch_idx % micro_batches == 0 else self.step_loss)
+        # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged; step_tokens counts
         # the tokens of the whole step, so both are undone and the gradient is that of the mean over its tokens.
-        return share * (self.config.accumulate * self.trainer.world_size)
+        return share * (micro_batches * self.trainer.world_size)
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._val_sums[0] += loss_sum(self.model, batch)
+        self._val_sums[0] += self._loss_sum(batch)
         self._val_sums[1] += (batch["targets"] >= 0).sum()
 
     def on_validation_epoch_end(self) -> None:
         loss, tokens = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         self.val_loss = loss / tokens
 
+    def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
+        """`loss_sum` of a segment, from the state that the segment before it left."""
+        state, last = self._carried, batch["last"]
+        if torch.is_grad_enabled() and not batch["has_loss"] and batch["tokens"].shape[1] > 1:
+            # Only the state is wanted, without a gradient. But DDP and DeepSpeed want a backward pass through all
+            # parameters in every micro-batch: the last column's is enough.
+            with torch.no_grad():
+                _, state = loss_sum(self.model, _columns(batch, slice(-1)), state, self.config.chunk_len)
+            batch = _columns(batch, slice(-1, None))
+        loss, state = loss_sum(self.model, batch, state, self.config.chunk_len)
+        self._carried = None if last else state.detach()
+        return loss
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+
+def _columns(batch: dict[str, Any], wanted: slice) -> dict[str, Tensor]:
+    return {name: x[:, wanted] for name, x in batch.items() if isinstance(x, Tensor)}

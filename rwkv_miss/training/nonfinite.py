@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,21 +10,20 @@ from torch import Tensor, nn
 
 from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.errors import RunError
-from rwkv_miss.model.loss import loss_sum
 
 if TYPE_CHECKING:
     from rwkv_miss.training.lit_module import LitRWKV
 
 
-def check_finite(module: LitRWKV, batch: dict[str, Any], loss: Tensor) -> None:
+def check_finite(module: LitRWKV, loss: Tensor, again: Callable[[], Any]) -> None:
     """Raises RunError on every rank when the loss of any is not finite, naming the first module, in the order of
-    the forward pass, that made a value that is not."""
+    the forward pass, that made a value that is not. `again` runs the forward pass of the loss once more."""
     trainer = module.trainer
     finite = bool(torch.isfinite(loss))
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
     # All ranks run it again: under ZeRO-3 a forward needs every one of them.
-    culprit = first_nonfinite(module.model, batch)
+    culprit = first_nonfinite(module.model, again)
     where = f"step {trainer.global_step + 1}"
     if finite:
         raise RunError(f"{where}: the loss is not finite on another rank")
@@ -34,9 +34,9 @@ def check_finite(module: LitRWKV, batch: dict[str, Any], loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def first_nonfinite(model: nn.Module, batch: dict[str, Any]) -> str:
-    """The first module, in the order in which they finish, whose output holds an inf or NaN, and which of its own
-    parameters do."""
+def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
+    """The first module, in the order in which they finish in `forward()`, whose output holds an inf or NaN, and which
+    of its own parameters do."""
     found: list[str] = []
 
     def watch(name: str):
@@ -56,7 +56,7 @@ def first_nonfinite(model: nn.Module, batch: dict[str, Any]) -> str:
     modules = {n: m for n, m in model.named_modules() if n and "parametrizations" not in n}
     handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     try:
-        loss_sum(model, batch)
+        forward()
     finally:
         for handle in handles:
             handle.remove()

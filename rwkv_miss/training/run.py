@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -17,7 +18,10 @@ import rwkv_miss
 from rwkv_miss.adapters.inject import inject
 from rwkv_miss.checkpoint import atomic_write
 from rwkv_miss.config import TrainConfig, check
+from rwkv_miss.data.batches import count_segments
+from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.documents import Document, encode_record, split_validation
+from rwkv_miss.data.mapped import MappedDocuments, open_documents
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -38,6 +42,9 @@ _SAME = (
     "val_data",
     "val_split",
     "ctx_len",
+    "long_documents",
+    "chunk_len",
+    "bptt_chunks",
     "batch_size",
     "accumulate",
     "precision",
@@ -64,6 +71,7 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         Stopped: a signal ended the run, after a checkpoint.
     """
     check(config)
+    _check_devices(config)
     out = Path(config.out)
     # Lightning starts the other ranks by running the command again; only the first looks at the folder.
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
@@ -82,11 +90,17 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
     if config.val_split:
         documents, held_out = split_validation(documents, config.val_split, config.seed)
-    rows, report = make_rows(documents, config.ctx_len, config.packing)
-    val_rows, val_report = make_rows(held_out, config.ctx_len, config.packing) if held_out else (None, None)
+    fit = partial(make_rows, ctx_len=config.ctx_len, packing=config.packing, carry=config.long_documents == "carry")
+    rows, report = fit(documents)
+    if config.chunk_len and report.longest <= config.chunk_len:
+        raise UserError(
+            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
+            f"{report.longest} tokens); lower chunk_len, or leave it out"
+        )
+    val_rows, val_report = fit(held_out) if held_out else (None, None)
 
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    total_steps = config.max_steps or config.epochs * -(-len(rows.tokens) // rows_a_step)
+    total_steps = config.max_steps or config.epochs * -(-len(rows) // rows_a_step)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.print(
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
@@ -108,7 +122,10 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
     saver = Saver(out, config.save_every, total_steps, val_rows is not None, extra)
     reporter = Reporter(out, config.log_every, total_steps, console)
-    trainer = _trainer(config, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None)
+    micro_batches = config.accumulate * count_segments(rows, config.segment_len)
+    trainer = _trainer(
+        config, micro_batches, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None
+    )
     module = LitRWKV(model, config, total_steps)
     try:
         trainer.fit(
@@ -118,29 +135,29 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         raise RunError(
             f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower batch_size "
             f"({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
-            "--gradient_checkpointing true"
+            "--chunk_len or --gradient_checkpointing true"
         ) from None
     return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
 
 
-def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document]:
-    """The file's records as token ids and loss masks."""
+def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document] | MappedDocuments:
+    """The file's records as token ids and loss masks; a binidx has them already."""
     tokenizer = load_tokenizer(config.tokenizer)
-    records = read_records(
-        path,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        text_field=config.text_field,
-        separator=config.separator,
-    )
+    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
+    if prefix := binidx_prefix(path):
+        return open_documents(prefix, vocab_size, **options)
+    records = read_records(path, **options)
     return [encode_record(record, tokenizer, vocab_size) for record in records]
 
 
-def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, resumed: bool) -> L.Trainer:
+def _trainer(
+    config: TrainConfig, micro_batches: int, callbacks: list[L.Callback], has_val: bool, resumed: bool
+) -> L.Trainer:
+    """micro_batches: in an optimizer step, on each device."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     on_gpu = torch.cuda.is_available()
     strategy, plugins = strategies.build(config, on_gpu)
-    every = config.val_every * config.accumulate
+    every = config.val_every * micro_batches
     return L.Trainer(
         accelerator="cuda" if on_gpu else "cpu",
         devices=config.devices,
@@ -149,7 +166,7 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, re
         plugins=plugins,
         precision=None if plugins else "32-true",
         max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
+        accumulate_grad_batches=micro_batches,
         gradient_clip_val=config.grad_clip or None,
         val_check_interval=every or None,
         check_val_every_n_epoch=None if every else 1,
@@ -165,6 +182,12 @@ def _trainer(config: TrainConfig, callbacks: list[L.Callback], has_val: bool, re
     )
 
 
+def _check_devices(config: TrainConfig) -> None:
+    here = torch.cuda.device_count()
+    if torch.cuda.is_available() and config.devices > here:
+        raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
+
+
 def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
     """The checkpoint to resume from, if any; UserError where the folder may not be used."""
     if out.exists() and not out.is_dir():
@@ -178,9 +201,10 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
             "--overwrite true to replace it"
         )
     if (out / "config.yaml").is_file():
-        before = yaml.safe_load((out / "config.yaml").read_text())
+        # A setting that the run did not have yet was at its default.
+        before = {f.name: f.default for f in fields(config)} | yaml.safe_load((out / "config.yaml").read_text())
         now = _as_yaml(config)
-        if changed := [f"{k} was {before.get(k)}, is {now[k]}" for k in _SAME if before.get(k) != now[k]]:
+        if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
     return last_checkpoint(out / "checkpoints")
 

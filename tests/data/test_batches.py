@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.batches import BatchStream, count_segments
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.packing import pad
 from rwkv_miss.errors import UserError
@@ -128,8 +128,36 @@ def same(batches, others):
     )
 
 
-def test_resumed_anywhere_goes_on_as_if_never_stopped():
-    options = dict(accumulate=2, rank=1, world_size=2)
+@given(**sizes, trim=st.booleans(), segment_len=st.integers(1, CTX_LEN + 1))
+def test_segments_are_the_columns_of_the_rows_in_turn(count, batch_size, accumulate, world_size, trim, segment_len):
+    options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, trim=trim)
+    ranks = [list(make_stream(count, rank=rank, segment_len=segment_len, **options)) for rank in range(world_size)]
+    segments = count_segments(make_rows(count), segment_len)
+    assert segments == -(-CTX_LEN // segment_len)
+    for rank, batches in enumerate(ranks):
+        whole = list(make_stream(count, rank=rank, **options))
+        assert all(batch["last"] for batch in whole)
+        assert len(batches) == len(whole) * segments == len(make_stream(count, segment_len=segment_len, **options))
+        for i, row in enumerate(whole):
+            parts = batches[i * segments : (i + 1) * segments]
+            assert [part["last"] for part in parts] == [False] * (segments - 1) + [True]
+            assert {part["step_tokens"] for part in parts} == {row["step_tokens"]}
+            width = row["tokens"].shape[1]
+            used = -(-width // segment_len)
+            for name in ("tokens", "targets", "seq_start"):
+                found = torch.cat([part[name] for part in parts[:used]], 1)
+                # A share without any row has nothing but padding, which begins wherever a segment does.
+                assert torch.equal(found, row[name]) or not names(row)
+            assert all(part["tokens"].shape == (len(row["tokens"]), 1) for part in parts[used:])
+            assert sum(map(loss_tokens, parts)) == loss_tokens(row)
+    for parts in zip(*ranks, strict=True):
+        assert {part["has_loss"] for part in parts} == {sum(map(loss_tokens, parts)) > 0}
+        assert len({part["tokens"].shape[1] for part in parts}) == 1
+
+
+@pytest.mark.parametrize("segment_len", [None, 4])
+def test_resumed_anywhere_goes_on_as_if_never_stopped(segment_len):
+    options = dict(accumulate=2, rank=1, world_size=2, segment_len=segment_len)
     whole = make_stream(**options)
     per_epoch = len(whole)
     wanted = [*whole, *whole, *whole, *whole]

@@ -136,6 +136,24 @@ def test_split_long_truncates_and_drops_conversations():
     assert [int(document.mask.sum()) for document in fitted] == [2, 3, 1]
 
 
+def test_split_long_carries_the_rest_of_conversations_on():
+    two_answers = Document(np.arange(1, 15, dtype=np.int32), np.isin(np.arange(1, 15), [3, 14]))
+    documents = [conversation(3, 2), conversation(3, 9), conversation(6, 1), conversation(9, 0), two_answers]
+    fitted, carried, dropped = split_long(documents, ctx_len=5, carry=True)
+    assert (carried, dropped) == (3, 1)
+    assert pairs(fitted) == pairs(documents)
+    assert [document.ids.tolist() for document in fitted] == [
+        [1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5, 6],
+        [6, 7, 8, 9, 10, 11],
+        [11, 12],
+        [6, 7],  # of the question alone nothing is learned
+        [1, 2, 3, 4, 5, 6],
+        [11, 12, 13, 14],
+    ]
+    assert not any(document.mask[0] for document in fitted)
+
+
 def test_split_long_that_drops_everything():
     documents = [conversation(9, 1), conversation(7, 3), conversation(4, 0)]
     with pytest.raises(UserError, match=r"ctx_len 5 .* of the 3 records; .* at least 7$"):

@@ -75,11 +75,21 @@ def test_pack_finds_exact_fills():
 def test_report():
     masks = [[False, False, True, True], [False] * 3 + [True] * 6, [False] * 8 + [True], [False, False, True]]
     rows, report = make_rows(documents_of(masks), ctx_len=5, packing=True)
-    assert str(report) == ("4 records in 2 rows of 5: 10 tokens, 6 with loss, 100.0% filled; 1 truncated, 1 dropped")
+    assert str(report) == (
+        "4 records in 2 rows of 5: 10 tokens, 6 with loss, 100.0% filled; 1 truncated, 0 carried on, 1 dropped"
+    )
     assert rows.tokens.shape == (2, 5)
     rows, report = make_rows(documents_of(masks), ctx_len=5, packing=False)
     assert rows.tokens.shape == (3, 5)
     assert (report.tokens, report.fill) == (10, 10 / 15)
+    rows, report = make_rows(documents_of(masks), ctx_len=5, packing=True, carry=True)
+    assert (report.truncated, report.carried, report.dropped) == (0, 2, 0)
+    assert (report.tokens, report.loss_tokens) == (3 + 5 + 3 + 3 + 2, 9 + 1)
+
+
+def test_padded_rows_are_no_wider_than_the_longest_document():
+    rows, report = make_rows(documents_of([[True] * 3, [True] * 8]), ctx_len=10**9, packing=False)
+    assert rows.tokens.shape == (2, 7) and report.fill == 9 / 14
 
 
 def test_packing_is_fast():

@@ -96,7 +96,7 @@ def test_gradients_of_the_backends_agree_with_float64(model_file):
             logits, _ = model(batch["tokens"], seq_start=batch["seq_start"])
             loss = cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
         else:
-            loss = loss_sum(model, batch)
+            loss = loss_sum(model, batch)[0]
         loss.backward()
         found[backend, dtype] = {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad}
     exact = found.pop(("torch", torch.float64))

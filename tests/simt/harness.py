@@ -26,7 +26,8 @@ class SimtError(AssertionError):
 def build(source: Path, folder: Path, *options: str) -> ctypes.CDLL:
     """Compiles a .cu file to a library in `folder` and loads it."""
     library = folder / f"{source.stem}{''.join(options)}.so".replace("/", "_")
-    command = ["g++", "-std=c++17", "-O2", "-g", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{CUDA}"]
+    command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{CUDA}"]
+    command += ["-fno-gnu-unique"]  # or libraries loaded together share what templates hold in static variables
     command += ["-include", str(HERE / "simt.h"), *options, "-x", "c++", str(source), "-o", str(library)]
     subprocess.run(command, check=True, cwd=folder)
     return ctypes.CDLL(str(library))

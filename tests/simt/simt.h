@@ -290,6 +290,11 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE(
 static inline void __trap() { simt::fail("__trap"); }
 #define __expf(x) std::exp(static_cast<float>(x))  // glibc has a function of that name
 static inline float __fdividef(float x, float y) { return x / y; }
+static inline unsigned __brev(unsigned x) {
+    unsigned reversed = 0;
+    for (int bit = 0; bit < 32; bit++) reversed |= (x >> bit & 1) << (31 - bit);
+    return reversed;
+}
 static inline float __uint_as_float(unsigned x) {
     float f;
     memcpy(&f, &x, 4);

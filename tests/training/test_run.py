@@ -134,15 +134,16 @@ def test_a_full_gpu_says_which_step_and_what_to_lower(make_config, monkeypatch):
 
     loss_sum, calls = lit_module.loss_sum, []
 
-    def third_fails(model, batch):
+    def third_fails(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        return loss_sum(model, batch)
+        return loss_sum(*arguments)
 
     monkeypatch.setattr(lit_module, "loss_sum", third_fails)
     with pytest.raises(
-        RunError, match=r"^step 3: .*2 GiB.*batch_size \(8;.*ctx_len \(64\).*gradient_checkpointing true$"
+        RunError,
+        match=r"^step 3: .*2 GiB.*batch_size \(8;.*ctx_len \(64\).*chunk_len or --gradient_checkpointing true$",
     ):
         quiet_train(make_config())
 
@@ -211,6 +212,16 @@ def test_every_wrong_setting_is_named_at_once(make_config):
         quiet_train(config)
     for part in ("adapter.r is 0", "lr is -1.0", "ctx_len is 0", "val_every is given", "wkv_backend is 'abacus'"):
         assert part in str(e.value)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(1, "1 GPU"), (2, "2 GPUs")])
+def test_more_devices_than_gpus(make_config, monkeypatch, gpus, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = make_config(devices=4, base="no such base")  # found before anything is read
+    with pytest.raises(UserError, match=f"^devices is 4; this machine has {said}$"):
+        quiet_train(config)
     assert not Path(config.out).exists()
 
 

@@ -39,7 +39,8 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     """Loads `source` as compiled for `capability` (a key of INSTRUCTION_SETS; None: this processor's).
 
     The library in `cache` (None: `cache_folder()`) is named by a hash of all that goes into it, so it is never
-    out of date. Processes that need it at once wait for one builder; its lock ends with its process.
+    out of date. Processes that need it at once wait for one builder; its lock ends with its process. Where nothing can
+    be written to the cache, it is done without, with a warning.
 
     Raises:
         BuildError: no compiler, or it fails; with its last lines.
@@ -53,20 +54,36 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     library = cache / f"{source.stem}-{digest}.so"
     if library.exists():
         return ctypes.CDLL(str(library))
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / "build.lock").acquire()
-    except OSError as error:
-        _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)
-        with tempfile.TemporaryDirectory() as folder:
-            return ctypes.CDLL(str(_compile(source, flags, Path(folder))))
-    with lock:
-        if not library.exists():
-            for left_over in cache.glob("build-*"):  # of a builder that was killed: the lock is ours
-                shutil.rmtree(left_over, ignore_errors=True)
-            with tempfile.TemporaryDirectory(prefix="build-", dir=cache) as folder:
-                os.replace(_compile(source, flags, Path(folder)), library)
+    made = None
+    with tempfile.TemporaryDirectory(prefix="rwkv_miss-") as folder:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "build.lock"):
+                if not library.exists():
+                    made = _compile(source, flags, Path(folder))
+                    store(library, made.read_bytes())
+        except OSError as error:
+            warn_without_cache(source, error)
+            return ctypes.CDLL(str(made or _compile(source, flags, Path(folder))))
     return ctypes.CDLL(str(library))
+
+
+def store(path: Path, content: bytes) -> None:
+    """Writes a file of the cache, whole or not at all. One process at a time: the caller holds a lock."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def warn_without_cache(source: Path, error: OSError) -> None:
+    _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)
 
 
 def _compiler_version() -> str:

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 
+from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cuda.nvrtc import CUDA_12, INSTALL, version
 
 # On Linux (release notes of the CUDA toolkit 13.0).
@@ -68,8 +69,18 @@ def capability(index: int) -> tuple[int, int]:
 
 
 def load(image: bytes, names: tuple[str, ...], index: int) -> dict[str, object]:
-    """The kernels of a compiled source, on a device, by their names; loaded for as long as the process lives."""
+    """The kernels of a compiled source, on a device, by their names; loaded for as long as the process lives.
+
+    Raises:
+        UserError: torch is recording a CUDA graph. Loading may allocate memory, which would make the recording fail.
+    """
+    stream = location(torch.device("cuda", index))[1]
     with _current(index):
+        if _call("cuStreamIsCapturing", stream)[0]:
+            raise UserError(
+                "a CUDA kernel is loaded at its first call, which cannot be recorded into a CUDA graph: run the same"
+                " once before the recording begins"
+            )
         (module,) = _call("cuModuleLoadData", image)
         return {name: _call("cuModuleGetFunction", module, name.encode())[0] for name in names}
 
@@ -82,6 +93,9 @@ def launch(
     arguments: list[torch.Tensor | int | None],
 ) -> None:
     """Puts a kernel on torch's current stream of the device; returns before it has run.
+
+    The driver is asked for the launch alone: no memory, no wait, nothing about a stream or an event. So launches can
+    be recorded into a CUDA graph.
 
     Args:
         function: one of `load`, for the same device.

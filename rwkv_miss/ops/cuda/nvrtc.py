@@ -6,15 +6,13 @@ NVRTC needs no CUDA toolkit, no host compiler and no GPU: https://docs.nvidia.co
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 from functools import cache as once
 from pathlib import Path
 from types import ModuleType
 
 from filelock import FileLock
 
-from rwkv_miss.ops.cpu.build import cache_folder
+from rwkv_miss.ops.cpu.build import cache_folder, store, warn_without_cache
 
 _PACKAGE = Path(__file__).parents[2]
 _IN_WHEEL = _PACKAGE / "cuda_src"  # see pyproject.toml
@@ -23,7 +21,6 @@ INSTALL = "pip install 'rwkv-miss[cuda13]'"
 # cuda-bindings takes the newest NVRTC that is installed.
 CUDA_12 = "pip uninstall nvidia-cuda-nvrtc and pip install 'rwkv-miss[cuda12]', which has the NVRTC of CUDA 12"
 _CHECKSUM = hashlib.sha256
-_log = logging.getLogger("rwkv_miss")
 
 
 class CompileError(RuntimeError):
@@ -59,14 +56,13 @@ def compile_source(
         return image
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / "nvrtc.lock").acquire()
+        with FileLock(cache / "nvrtc.lock"):
+            if (image := _read(path)) is None:  # else: of another process, while we waited
+                image = _compile(source, headers, options)
+                store(path, _CHECKSUM(image).digest() + image)
     except OSError as error:
-        _without_cache(source, error)
-        return _compile(source, headers, options)
-    with lock:
-        if (image := _read(path)) is None:  # else: of another process, while we waited
-            image = _compile(source, headers, options)
-            _write(path, image, source)
+        warn_without_cache(source, error)
+        image = image or _compile(source, headers, options)
     return image
 
 
@@ -129,7 +125,7 @@ def _text(program, what: str) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """What `_write` wrote, or None if that is not there or not whole."""
+    """An image that was stored behind its checksum, or None if it is not there or not whole."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -137,17 +133,3 @@ def _read(path: Path) -> bytes | None:
     size = _CHECKSUM().digest_size
     checksum, image = content[:size], content[size:]
     return image if _CHECKSUM(image).digest() == checksum else None
-
-
-def _write(path: Path, image: bytes, source: Path) -> None:
-    part = path.with_suffix(".part")  # one name: the caller holds the lock
-    try:
-        part.write_bytes(_CHECKSUM(image).digest() + image)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        _without_cache(source, error)
-
-
-def _without_cache(source: Path, error: OSError) -> None:
-    _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)

@@ -6,7 +6,15 @@
 #include <string>
 #include <vector>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NOT_FOUND = 500,
+    CAPTURE_UNSUPPORTED = 900
+};
 constexpr int DEVICES = 2;
 
 struct Context {
@@ -25,6 +33,8 @@ struct Function {
 static Context contexts[DEVICES] = {{0}, {1}};
 static int capabilities[DEVICES][2] = {{9, 0}, {7, 5}};
 static int version = 13000;
+static void* captured = nullptr;  // the stream that is recorded into a graph
+static std::string calls;         // names of the functions that were called, in lines
 static thread_local std::vector<Context*> current;
 
 typedef void* Load(int device, const void* image);
@@ -41,37 +51,57 @@ void stub_connect(Load* load, Launch* launch) {
 }
 void stub_set_driver_version(int x) { version = x; }
 int stub_contexts_left_current() { return int(current.size()); }
+void stub_capture(void* stream) { captured = stream; }
+const char* stub_calls() { return calls.c_str(); }
+void stub_forget_calls() { calls.clear(); }
+#define CALLED calls += std::string(__func__) + '\n'
 
-int cuInit(unsigned) { return SUCCESS; }
+int cuInit(unsigned) {
+    CALLED;
+    return SUCCESS;
+}
 int cuDriverGetVersion(int* x) {
+    CALLED;
     *x = version;
     return SUCCESS;
 }
 int cuDeviceGet(int* device, int index) {
+    CALLED;
     if (index < 0 || index >= DEVICES) return INVALID_DEVICE;
     *device = index;
     return SUCCESS;
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    CALLED;
     if (attribute != 75 && attribute != 76) return INVALID_VALUE;  // compute capability, major and minor
     *value = capabilities[device][attribute - 75];
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(Context** context, int device) {
+    CALLED;
     *context = &contexts[device];
     return SUCCESS;
 }
 int cuCtxPushCurrent(Context* context) {
+    CALLED;
     current.push_back(context);
     return SUCCESS;
 }
 int cuCtxPopCurrent(Context** context) {
+    CALLED;
     if (current.empty()) return INVALID_CONTEXT;
     if (context) *context = current.back();
     current.pop_back();
     return SUCCESS;
 }
+int cuStreamIsCapturing(void* stream, int* status) {
+    CALLED;
+    *status = captured && stream == captured;
+    return SUCCESS;
+}
 int cuModuleLoadData(Module** module, const void* image) {
+    CALLED;
+    if (captured) return CAPTURE_UNSUPPORTED;
     if (current.empty()) return INVALID_CONTEXT;
     void* library = on_load(current.back()->device, image);
     if (!library) return INVALID_IMAGE;
@@ -79,6 +109,7 @@ int cuModuleLoadData(Module** module, const void* image) {
     return SUCCESS;
 }
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    CALLED;
     if (current.empty() || module->context != current.back()) return INVALID_CONTEXT;
     void* code = dlsym(module->library, name);
     if (!code) return NOT_FOUND;
@@ -87,6 +118,7 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
 }
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
+    CALLED;
     if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
     // The one form in which rwkv_miss passes parameters: a buffer and its size.
     if (parameters || !extra || extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4]) return INVALID_VALUE;
@@ -105,7 +137,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long lo
         ENTRY(cuInit),           ENTRY(cuDriverGetVersion),       ENTRY(cuDeviceGet),
         ENTRY(cuCtxPushCurrent), ENTRY(cuDeviceGetAttribute),     ENTRY(cuDevicePrimaryCtxRetain),
         ENTRY(cuCtxPopCurrent),  ENTRY(cuModuleLoadData),         ENTRY(cuModuleGetFunction),
-        ENTRY(cuLaunchKernel),   ENTRY(cuGetProcAddress_v2),
+        ENTRY(cuLaunchKernel),   ENTRY(cuStreamIsCapturing),      ENTRY(cuGetProcAddress_v2),
     };
     *function = nullptr;
     for (const auto& entry : TABLE)

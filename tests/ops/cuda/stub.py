@@ -49,6 +49,7 @@ class Variant:
 
     image: str
     library: str
+    op: str
     n: int
     io_bytes: int
     architecture: int
@@ -71,7 +72,7 @@ def parameters(source: str, kernel: str) -> dict[str, str]:
 
 def connect(library: ctypes.CDLL, variants: list[Variant]) -> Stub:
     """Makes the stub driver of this process run launches; what it saw is in the result."""
-    source = (CUDA / "wkv7.cu").read_text()
+    sources = {op: (CUDA / f"{op}.cu").read_text() for op in {v.op for v in variants}}
     images = {Path(v.image).read_bytes()[32:]: v for v in variants}  # behind the checksum
     heads = {image[:_HEAD]: image for image in images}
     assert len(heads) == len(images) == len(variants)
@@ -91,7 +92,7 @@ def connect(library: ctypes.CDLL, variants: list[Variant]) -> Stub:
     def launch(device, function, name, code, handle, sizes, stream, buffer, n_bytes) -> int:
         try:
             variant, kernel = by_handle[handle], name.decode()
-            types = parameters(source, kernel)
+            types = parameters(sources[variant.op], kernel)
             if n_bytes != 8 * len(types):
                 stub.failures.append(f"{kernel}: {n_bytes} bytes of parameters, {len(types)} parameters of 8 bytes")
                 return 1
@@ -129,17 +130,15 @@ def _emulate(library, code, grid, block, types, arguments, variant) -> str | Non
     """Runs the kernel on exactly the memory that its arguments are said to have."""
     steps, heads = arguments["steps"], arguments["heads"]
     batch, n = grid[0] // heads, variant.n
-    elements = {
-        "state": batch * heads * n * n,
-        "states": batch * heads * -(-steps // 16) * n * n,
-        "seq_start": batch * steps,
-    }
+    elements = {name: batch * heads * n * n for name in ("state_in", "state_out", "grad_state", "dstate")}
+    elements |= {"saved_states": batch * heads * -(-steps // 16) * n * n, "seq_start": batch * steps}
+    if variant.op == "wkv6":
+        elements |= {"u": heads * n, "du": batch * heads * n}
     ranges = []
     for name, kind in types.items():
         if not kind.endswith("*") or not arguments[name]:
             continue
-        what = {"saved_states": "states", "seq_start": "seq_start"}.get(name, "state" if "state" in name else "steps")
-        count = elements.get(what, batch * steps * heads * n)
+        count = elements.get(name, batch * steps * heads * n)
         ranges += [arguments[name], count * (_POINTER_TYPES[kind[:-1]] or variant.io_bytes)]
     library.simt_launch.restype = ctypes.c_char_p
     values = list(arguments.values())

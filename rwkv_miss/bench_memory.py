@@ -1,0 +1,86 @@
+"""Measures the memory that a training step takes, as its sequence grows, in a fresh process each time."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+from rwkv_miss.adapters.inject import inject
+from rwkv_miss.config import AdapterConfig, ModelConfig
+from rwkv_miss.errors import RunError
+from rwkv_miss.model.init import init_weights
+from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.rwkv7 import RWKV7
+
+LENGTHS = (1024, 4096, 16384, 65536)
+CHUNK_LEN = 512
+MODES = {
+    "whole rows": (None, 0),
+    "exact": (CHUNK_LEN, 0),
+    "cut after each chunk": (CHUNK_LEN, 1),
+}
+"""chunk_len and bptt_chunks of each."""
+MODEL = ModelConfig(7, 4, 64, 1, 64, 256, 256, {"w": 16, "a": 16, "v": 16, "g": 16})
+
+
+def bench_memory(threads: int) -> list[dict]:
+    """Most memory at once, in MB, of a forward and backward pass of one row: a row for each of `MODES`, without and
+    with gradient checkpointing, and a column for each of `LENGTHS`.
+
+    On a GPU the peak of what PyTorch has allocated; on a CPU the peak of the process's resident memory. Either
+    above what the process held before the step, after a step of `CHUNK_LEN` tokens.
+    """
+    rows = []
+    for name, (chunk_len, bptt_chunks) in MODES.items():
+        for checkpointing in (False, True):
+            row = {"name": name, "gradient_checkpointing": "yes" if checkpointing else "no"}
+            for length in LENGTHS:
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    cell = (threads, checkpointing, length, chunk_len, bptt_chunks)
+                    row[f"T {length}"] = pool.apply(step_bytes, cell) / 1e6
+            rows.append(row)
+    return rows
+
+
+def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int) -> int:
+    """Bytes that this process takes at most in a step of `length` tokens, beyond what it had."""
+    torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
+    model = RWKV7(MODEL, gradient_checkpointing=checkpointing)
+    model.load_state_dict(init_weights(MODEL, seed=0))
+    model = inject(model, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
+    _step(model, CHUNK_LEN, None, 0)  # kernels are loaded, the gradients have their place
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _step(model, length, chunk_len, bptt_chunks)
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh: proc_pid_clear_refs(5)
+    except OSError as e:
+        raise RunError(f"bench: this system does not say a process's peak memory ({e})") from e
+    before = _resident("VmRSS")
+    _step(model, length, chunk_len, bptt_chunks)
+    return _resident("VmHWM") - before
+
+
+def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) -> None:
+    """As in training: a backward pass after each segment, the state carried on without its gradient."""
+    device = model.emb.weight.device
+    tokens = torch.randint(MODEL.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    state = None
+    for start in range(0, length, size := chunk_len * bptt_chunks if bptt_chunks else length):
+        stop = min(start + size, length)
+        batch = {"tokens": tokens[:, start:stop], "targets": tokens[:, start + 1 : stop + 1]}
+        batch["seq_start"] = torch.zeros_like(batch["tokens"], dtype=torch.bool)
+        loss, state = loss_sum(model, batch, state, chunk_len)
+        loss.backward()
+        state = state.detach()
+
+
+def _resident(name: str) -> int:
+    """A figure of this process's memory in bytes (Linux: proc_pid_status(5))."""
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,190 @@
+"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: a corpus takes memory for
+where its documents and pieces begin, not for its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_miss.data.binidx import BinIdx, read_binidx
+from rwkv_miss.data.documents import Document, choose_held_out, count_held_out, split_validation
+from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_lengths
+from rwkv_miss.data.tokenizers import END
+from rwkv_miss.errors import UserError
+
+# Tokens that are looked at from the beginning, from the end, and from anywhere.
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedDocuments(Sequence[Document]):
+    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], int64 (documents,) each. They are as
+    they stand: none is given an `END` that it lacks, and one of fewer than 2 tokens has nothing to learn."""
+
+    file: BinIdx
+    vocab_size: int
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: int | slice | np.ndarray) -> Document | MappedDocuments:
+        """A document for a number; for a slice or a bool array (documents,) those that it selects."""
+        if isinstance(i, (slice, np.ndarray)):
+            return MappedDocuments(self.file, self.vocab_size, self.starts[i], self.stops[i])
+        ids = self.tokens(self.starts[i], self.stops[i])
+        return Document(ids, np.arange(len(ids)) > 0)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """file.tokens[start:stop] as int32; UserError where one is not in the vocabulary."""
+        ids = self.file.tokens[start:stop]
+        _check_ids(self.file, self.vocab_size, ids, range(start, stop))
+        return ids.astype(np.int32)
+
+
+def open_documents(
+    prefix: str | Path,
+    vocab_size: int,
+    *,
+    text_field: str = "text",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    separator: str | None = None,
+) -> MappedDocuments:
+    """The documents of PREFIX.bin and PREFIX.idx for a model of `vocab_size` ids.
+
+    The first, the last and some random tokens are looked at here, all the others when they are used: whichever
+    is not in the vocabulary raises UserError, which names its document. So do the options of `read_records`, as
+    there are no fields here.
+    """
+    if text_field != "text" or prompt_field is not None or answer_field is not None or separator is not None:
+        raise UserError(
+            f"{prefix}: a binidx has no fields; leave out text_field, prompt_field, answer_field and separator"
+        )
+    file = read_binidx(prefix)
+    n = len(file.tokens)
+    anywhere = np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE)
+    places = np.unique(np.r_[0 : min(n, _SAMPLE), max(n - _SAMPLE, 0) : n, anywhere])
+    _check_ids(file, vocab_size, file.tokens[places], places)
+    return MappedDocuments(file, vocab_size, file.offsets[:-1], file.offsets[1:])
+
+
+def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarray | range) -> None:
+    """UserError unless all `ids`, which are those of `places` in the file, are below vocab_size."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise UserError(
+            f"{file.prefix}.bin: document {file.document_at(places[i])} (of 0 to {len(file) - 1}): token {ids[i]} is "
+            f"not in the model's vocabulary of {vocab_size} ids; make the pair with the model's tokenizer"
+        )
+
+
+@split_validation.register
+def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDocuments, MappedDocuments]:
+    if fraction == 0:
+        return documents, documents[:0]
+    if len(documents) > 1:
+        held_out = count_held_out(fraction, len(documents), "documents")
+        chosen = choose_held_out(held_out, len(documents), seed)
+        return documents[~chosen], documents[chosen]
+    targets = int(documents.stops[0] - documents.starts[0]) - 1
+    at = documents.stops - 1 - count_held_out(fraction, targets, "tokens")
+    file, vocab_size = documents.file, documents.vocab_size
+    return (
+        MappedDocuments(file, vocab_size, documents.starts, at + 1),
+        MappedDocuments(file, vocab_size, at, documents.stops),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedRows:
+    """Rows, as `Rows` has them, of pieces of documents. Row i holds the pieces members[bounds[i]:bounds[i + 1]];
+    piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]] and, one further, the targets.
+
+    An `END` inside a document begins a new one, so the state is reset there too.
+    """
+
+    documents: MappedDocuments
+    width: int
+    starts: np.ndarray
+    lengths: np.ndarray
+    members: np.ndarray
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Targets in each row, int64 (R,)."""
+        return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
+
+    @property
+    def used(self) -> np.ndarray:
+        """Of each row, the columns up to its last target: all of them have one."""
+        return self.loss_tokens
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+        return bool((self.loss_tokens[rows] > columns.start).any())
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
+        shape = len(rows), self.width
+        tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
+        seq_start = np.zeros(shape, bool)
+        for i, row in enumerate(rows):
+            at = 0
+            for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
+                first, stop = self.starts[piece], at + self.lengths[piece]
+                ids = self.documents.tokens(first, first + self.lengths[piece] + 1)
+                tokens[i, at:stop], targets[i, at:stop] = ids[:-1], ids[1:]
+                seq_start[i, at:stop] = ids[:-1] == END
+                seq_start[i, at] = True
+                at = stop
+            if at < self.width:
+                seq_start[i, at] = True
+        return Rows(tokens, targets, seq_start)
+
+
+@make_rows.register
+def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False) -> tuple[MappedRows, PackReport]:
+    # carry is for conversations; here all is plain text, which always goes on.
+    targets = documents.stops - documents.starts - 1
+    learned = targets > 0
+    if not learned.any():
+        raise UserError(f"{documents.file.prefix}.bin: no document has two tokens, so there is nothing to learn")
+    targets, begins = targets[learned], documents.starts[learned]
+    # Longer documents in pieces of ctx_len targets that share one token, the last with the rest.
+    pieces = -(-targets // ctx_len)
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+    starts = np.repeat(begins, pieces) + number * ctx_len
+    lengths = np.minimum(np.repeat(targets, pieces) - number * ctx_len, ctx_len)
+
+    # A whole row each comes first, as it would from packing; only the others need to be packed.
+    alone = lengths == ctx_len if packing else np.ones(len(lengths), bool)
+    rest = np.flatnonzero(~alone)
+    packed = pack_lengths(lengths[rest], ctx_len) if len(rest) else []
+    members = [np.flatnonzero(alone), rest[np.fromiter(chain.from_iterable(packed), np.int64)]]
+    held = np.concatenate([np.ones(len(members[0]), np.int64), np.fromiter(map(len, packed), np.int64)])
+    width = ctx_len if packing else int(lengths.max())
+    bounds = np.concatenate([[0], np.cumsum(held)])
+    rows = MappedRows(documents, width, starts, lengths, np.concatenate(members), bounds)
+    tokens = int(lengths.sum())
+    return rows, PackReport(
+        records=len(documents),
+        rows=len(rows),
+        ctx_len=width,
+        longest=int(targets.max()),
+        tokens=tokens,
+        loss_tokens=tokens,
+        fill=tokens / (len(rows) * width),
+        truncated=0,
+        carried=0,
+        dropped=int(np.count_nonzero(~learned)),
+    )

@@ -1,0 +1,155 @@
+"""The rows of a binidx are those of the same documents in memory, and cost no memory for tokens."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.binidx import write_binidx
+from rwkv_miss.data.documents import Document, split_validation
+from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.packing import make_rows
+from rwkv_miss.errors import UserError
+
+
+def in_memory(texts):
+    return [Document(np.array(ids, np.int32), np.arange(len(ids)) > 0) for ids in texts]
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """`opened(texts, vocab_size=100)`: the lists of ids, written and opened."""
+
+    def make(texts, vocab_size=100):
+        write_binidx(tmp_path / "p", texts)
+        return open_documents(tmp_path / "p", vocab_size)
+
+    return make
+
+
+def same_rows(rows, others):
+    taken = rows.take(np.arange(len(rows)))
+    return len(rows) == len(others) and all(
+        np.array_equal(getattr(taken, name), getattr(others, name)) for name in ("tokens", "targets", "seq_start")
+    )
+
+
+texts = st.lists(st.lists(st.integers(1, 99), max_size=30), min_size=1, max_size=25)
+
+
+@settings(deadline=None)
+@given(texts.filter(lambda texts: max(map(len, texts)) > 1), st.integers(1, 12), st.booleans())
+def test_rows_are_those_of_documents_in_memory(tmp_path_factory, texts, ctx_len, packing):
+    prefix = tmp_path_factory.mktemp("pair") / "p"
+    write_binidx(prefix, texts)
+    rows, report = make_rows(open_documents(prefix, 100), ctx_len, packing=packing)
+    wanted, wanted_report = make_rows(in_memory(texts), ctx_len, packing=packing)
+    assert same_rows(rows, wanted) and report == wanted_report
+    assert rows.loss_tokens.tolist() == wanted.loss_tokens.tolist()
+
+
+@pytest.mark.parametrize(("n", "fraction"), [(40, 0.25), (1, 0.3), (7, 0)])
+def test_the_same_are_held_out(opened, n, fraction):
+    texts = [list(range(1, 20 + i)) for i in range(n)]
+    for found, wanted in zip(
+        split_validation(opened(texts), fraction, 3), split_validation(in_memory(texts), fraction, 3), strict=True
+    ):
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.ids.tolist() == b.ids.tolist() and a.mask.tolist() == b.mask.tolist()
+    assert fraction == 0 or len(found) == round(n * fraction) or n == 1
+
+
+@pytest.mark.parametrize(("texts", "fraction"), [([[1, 2, 3]] * 4, 0.99), ([[1, 2, 3]] * 4, 0.01), ([[1, 2]], 0.5)])
+def test_nothing_left_on_one_side(opened, texts, fraction):
+    with pytest.raises(UserError, match="leaves nothing to"):
+        split_validation(opened(texts), fraction, 0)
+
+
+def test_an_end_inside_a_document_begins_a_new_one(opened):
+    rows, _ = make_rows(opened([[1, 2, 0, 3, 4, 0], [5, 6, 0]]), 9, packing=True)
+    [taken] = [rows.take(np.array([0]))]
+    assert taken.tokens.tolist() == [[1, 2, 0, 3, 4, 5, 6, 0, 0]]
+    assert taken.targets.tolist() == [[2, 0, 3, 4, 0, 6, 0, -100, -100]]
+    assert taken.seq_start.astype(int).tolist() == [[1, 0, 1, 0, 0, 1, 0, 1, 0]]
+
+
+def test_too_short_to_learn_anything(opened):
+    with pytest.raises(UserError, match=r"p\.bin: no document has two tokens"):
+        make_rows(opened([[1], [], [2]]), 8, packing=True)
+
+
+def test_part_of_the_documents(opened):
+    documents = opened([[1, 2], [3, 4], [5, 6]])
+    assert [d.ids.tolist() for d in documents[:2]] == [[1, 2], [3, 4]] and len(documents[1:]) == 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("at", [0, 7, 2999])
+def test_an_id_beyond_the_vocabulary_is_found_at_load(tmp_path, at, dtype):
+    texts = [[1, 2, 3]] * 1000
+    texts[at // 3] = [1 + 199 * (3 * (at // 3) + i == at) for i in range(3)]
+    write_binidx(tmp_path / "p", texts, dtype)
+    message = rf"p\.bin: document {at // 3} \(of 0 to 999\): token 200 is not in the model's vocabulary of 200 ids"
+    with pytest.raises(UserError, match=message):
+        open_documents(tmp_path / "p", 200)
+    assert len(open_documents(tmp_path / "p", 201)) == 1000
+
+
+def test_a_negative_id_is_none(tmp_path):
+    write_binidx(tmp_path / "p", [[1, 2], [3, -4]], np.int32)
+    with pytest.raises(UserError, match=r"document 1 .*token -4 is not in the model's vocabulary"):
+        open_documents(tmp_path / "p", 200)
+
+
+def test_what_the_sample_missed_is_found_when_it_is_used(tmp_path):
+    """One bad token among 600,000: the sample sees some 2 % of them."""
+    tokens = np.ones((20_000, 30), np.uint16)
+    tokens[12_345, 29] = 200
+    write_binidx(tmp_path / "p", tokens)
+    rows, _ = make_rows(open_documents(tmp_path / "p", 200), 29, packing=True)
+    settings = dict(accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False)
+    seen = 0
+    with pytest.raises(UserError, match=r"document 12345 .*token 200 is not in the model's vocabulary of 200"):
+        for _ in BatchStream(rows, batch_size=100, **settings):
+            seen += 1
+    assert seen == 123
+
+
+@pytest.mark.parametrize("option", ["text_field", "prompt_field", "answer_field", "separator"])
+def test_options_of_other_formats(opened, tmp_path, option):
+    opened([[1, 2]])
+    with pytest.raises(UserError, match=rf"p: a binidx has no fields; leave out .*{option}"):
+        open_documents(tmp_path / "p", 200, **{option: "x"})
+
+
+def test_memory_is_for_places_not_for_tokens(tmp_path):
+    """20 million tokens (40 MB; 9 bytes a token, 180 MB, as rows in memory) in documents of 5,000: the process may
+    not grow by a fifth of the file before its first batch."""
+    write_binidx(tmp_path / "p", (np.full(5000, i % 99 + 1, np.uint16) for i in range(4000)))
+    code = f"""
+from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.packing import make_rows
+def anonymous():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+before = anonymous()
+rows, _ = make_rows(open_documents({str(tmp_path / "p")!r}, 100), 512, packing=True)
+stream = BatchStream(
+    rows, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, shuffle=True, trim=False
+)
+next(iter(stream))
+print(len(rows), anonymous() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows, grown = map(int, done.stdout.split())
+    assert rows >= 4000 * 4999 / 512
+    assert grown < 8e6

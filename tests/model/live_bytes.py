@@ -1,0 +1,59 @@
+"""Counts the bytes of the tensors that are alive: what a step holds, without the noise of a process's memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Count(TorchDispatchMode):
+    """Storages made while it is on, from the operation that returns them until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self._held | before:
+                storage = x.untyped_storage()
+                self._held.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self._held.remove(key)
+        self.now -= size
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes of tensors made by `step()`, backward pass included, that were alive at once."""
+    with _Count() as count:
+        step()
+    return count.peak
+
+
+def test_counts_what_is_alive():
+    x = torch.ones(1000, requires_grad=True)
+
+    def keeps():
+        y = x * 2.0  # saved by neither product for the backward pass, but held here
+        return (y * 3.0).sum()
+
+    assert peak_bytes(keeps) == 4 * 2000 + 4
+    assert peak_bytes(lambda: [x.detach() + 1 for _ in range(5)]) == 4 * 5000
+    assert peak_bytes(lambda: [(x.detach() + 1).sum().item() for _ in range(5)]) <= 4 * 1000 + 8
+    assert peak_bytes(lambda: x.detach()[:10].add_(1)) == 0

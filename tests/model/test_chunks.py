@@ -1,0 +1,294 @@
+"""A sequence in chunks is the sequence as a whole; documents in one row are the documents alone; and what is held
+for the backward pass meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_miss.adapters.inject import inject
+from rwkv_miss.config import AdapterConfig, ModelConfig
+from rwkv_miss.model import MODELS
+from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.rwkv import RWKV
+from rwkv_miss.model.state import State
+from tests.model.live_bytes import peak_bytes
+
+LOW_RANK = {7: {"w": 5, "a": 6, "v": 3, "g": 9}, 6: {"maa": 5, "decay": 7}}
+VERSIONS = [6, 7]
+T = 37
+
+
+def adapted(version: int, dtype: torch.dtype = torch.float64, backend: str = "torch", dropout: float = 0.0) -> RWKV:
+    """3 layers of 2 heads of 16, every weight and every adapter random."""
+    config = ModelConfig(version, 3, 32, 2, 16, 64, 50, LOW_RANK[version])
+    model = MODELS[version](config, backend)
+    generator = torch.Generator().manual_seed(version)
+
+    def randomise(weight: Tensor, mean: float, std: float) -> None:
+        weight.data = (mean + std * torch.randn(weight.shape, generator=generator)).to(dtype)
+
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            randomise(weight, float(name.endswith("weight")), 0.2)  # norms
+        elif name.endswith(("time_decay", "w0")):
+            randomise(weight, -3.0, 1.0)  # a step keeps 0.95 of the state or so, as in a trained model
+        elif 1 in weight.shape[:2]:
+            randomise(weight, 0.5, 0.3)  # vectors
+        else:
+            randomise(weight, 0.0, 1.0 if name == "emb.weight" else 32**-0.5)
+    inject(model, AdapterConfig(r=4, dropout=dropout))
+    for weight in trained(model).values():
+        randomise(weight, 0.0, 0.1)
+    return model
+
+
+def trained(model: RWKV) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def packed_batch(rows: int = 2, length: int = T) -> dict[str, Tensor]:
+    """Row 0 is one document and padding, row 1 three documents; a third of the targets carry no loss."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(50, (2, rows, length), generator=generator)
+    targets[torch.rand(rows, length, generator=generator) < 0.3] = -100
+    seq_start = torch.zeros(rows, length, dtype=torch.bool)
+    if rows == 2:
+        targets[0, 30:], seq_start[0, 30], seq_start[1, [9, 23]] = -100, True, True
+    return {"tokens": tokens, "targets": targets, "seq_start": seq_start}
+
+
+def first_state(model: RWKV, rows: int = 2) -> State:
+    """A state that is not zero, and that gradients are wanted of."""
+    dtype = model.emb.weight.dtype
+    zeros = vars(State.zeros(model.config, rows, dtype, "cpu"))
+    generator = torch.Generator().manual_seed(5)
+    drawn = {name: 0.5 * torch.randn(x.shape, generator=generator).to(x.dtype) for name, x in zeros.items()}
+    return State(**{name: x.requires_grad_() for name, x in drawn.items()})
+
+
+def outcome(model: RWKV, loss: Tensor, before: State, after: State) -> dict[str, Tensor]:
+    """The loss, the last state, and the gradients of the adapters and the first state. What is differentiated has
+    the last state in it too."""
+    weights = trained(model)
+    generator = torch.Generator().manual_seed(6)
+    total = loss
+    for x in vars(after).values():
+        total = total + (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()
+    gradients = torch.autograd.grad(total, [*weights.values(), *vars(before).values()])
+    return {
+        "loss": loss.detach(),
+        **{f"last {name}": x.detach() for name, x in vars(after).items()},
+        **dict(zip([*weights, *(f"first {name}" for name in vars(before))], gradients, strict=True)),
+    }
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    """Relative, in norm. The loss, and all else together, to `tolerance`; each tensor to ten times that.
+
+    In fp32 single gradients are worse, here as in a whole row, whose own are up to 1e-5 from float64: of the
+    receptance's the group norm after the recurrence leaves a small difference of large sums.
+    """
+    assert found.keys() == expected.keys()
+    errors = {name: (found[name] - x).norm().item() for name, x in expected.items()}
+    norms = {name: x.norm().item() for name, x in expected.items()}
+    for name in expected:
+        assert norms[name] > 0, f"{name}: zeros show nothing"
+        allowed = tolerance if name == "loss" else 10 * tolerance
+        assert errors[name] <= allowed * norms[name], f"{name}: relative error {errors[name] / norms[name]:.1e}"
+    error = math.hypot(*errors.values()) / math.hypot(*norms.values())
+    assert error <= tolerance, f"relative error {error:.1e}"
+
+
+BACKENDS = [
+    ("torch", torch.float64, 1e-12),
+    ("torch", torch.float32, 2e-6),
+    ("cpu", torch.float32, 1e-6),
+    ("reference", torch.float32, 1e-6),
+]
+
+
+@pytest.mark.parametrize("chunk_len", [1, 5, 16, 36])
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS[:3])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_chunks_are_the_whole(version, backend, dtype, tolerance, chunk_len):
+    model, batch = adapted(version, dtype, backend), packed_batch()
+
+    def run(chunk_len: int | None) -> dict[str, Tensor]:
+        before = first_state(model)
+        loss, after = loss_sum(model, batch, before, chunk_len)
+        assert loss.dtype == dtype
+        return outcome(model, loss, before, after)
+
+    assert_close(run(chunk_len), run(None), tolerance)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_document_in_a_packed_row_is_the_document_alone(version, backend, dtype, tolerance):
+    """The loss of each document, and its gradients in the adapters and in the input of its tokens; the other
+    documents' inputs have none."""
+    model, batch = adapted(version, dtype, backend), packed_batch()
+    inputs: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    model.emb.register_forward_hook(keep)
+
+    def run(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        loss, _ = loss_sum(model, batch)
+        weights = trained(model)
+        *gradients, of_input = torch.autograd.grad(loss, [*weights.values(), inputs[-1]])
+        return {"loss": loss.detach()} | dict(zip(weights, gradients, strict=True)), of_input
+
+    for row, start, stop in ((0, 0, 30), (1, 0, 9), (1, 9, 23), (1, 23, T)):
+        of_document = torch.zeros(2, T, dtype=torch.bool)
+        of_document[row, start:stop] = True
+        packed, of_inputs = run(batch | {"targets": batch["targets"].where(of_document, -100)})
+        assert not of_inputs[~of_document].any()
+        alone, of_input = run({name: x[row : row + 1, start:stop] for name, x in batch.items()})
+        found = packed | {"input": of_inputs[of_document]}
+        assert_close(found, alone | {"input": of_input[0]}, tolerance)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_chunks_of_a_fresh_state_and_of_padding(version):
+    """As training begins; and a row whose last chunks hold no target."""
+    model, batch = adapted(version), packed_batch()
+    batch["targets"][:, 12:] = -100
+
+    def run(chunk_len: int | None) -> dict[str, Tensor]:
+        loss, _ = loss_sum(model, batch, None, chunk_len)
+        weights = trained(model)
+        return {"loss": loss.detach()} | dict(
+            zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)
+        )
+
+    assert_close(run(5), run(None))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
+    """Segments of 2 chunks of 5, as truncated backpropagation takes them: each has the loss and the gradients of the
+    segment run from the true state held constant, which are not those of the whole."""
+    model, batch = adapted(version), packed_batch()
+    weights = trained(model)
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+    whole = loss_sum(model, batch)[0]
+    exact = gradients(whole)
+    state, total, found, expected = None, 0.0, {}, {}
+    for start in range(0, T, 10):
+        segment = {name: x[:, start : start + 10] for name, x in batch.items()}
+        loss, after = loss_sum(model, segment, state, chunk_len=5)
+        total += loss.item()
+        for name, g in gradients(loss).items():
+            found[name] = found.get(name, 0) + g
+        with torch.no_grad():
+            true = loss_sum(model, {name: x[:, :start] for name, x in batch.items()})[1] if start else None
+        for name, g in gradients(loss_sum(model, segment, true)[0]).items():
+            expected[name] = expected.get(name, 0) + g
+        state = after.detach()
+        assert not any(x.requires_grad for x in vars(state).values())
+    assert total == pytest.approx(whole.item(), rel=1e-12)
+    assert_close(found, expected)
+    for name in exact:
+        if not name.startswith("blocks.2."):  # of the last layer some reach no later column
+            assert (found[name] - exact[name]).norm() > 1e-4 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
+    """The state that dropout is drawn from is put back: the gradients are those of the run that keeps everything."""
+    batch = packed_batch()
+    model = adapted(version, dropout=0.5).train()
+    kept = first_state(model)
+
+    def run(chunks: Callable[[], tuple[Tensor, State]]) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        return outcome(model, *chunks())
+
+    def plain() -> tuple[Tensor, State, State]:
+        state, total = kept, 0.0
+        for start in range(0, T, 8):
+            loss, state = loss_sum(model, {name: x[:, start : start + 8] for name, x in batch.items()}, state)
+            total = total + loss
+        return total, kept, state
+
+    def chunked() -> tuple[Tensor, State, State]:
+        loss, after = loss_sum(model, batch, kept, chunk_len=8)
+        return loss, kept, after
+
+    expected = run(plain)
+    assert_close(run(chunked), expected)
+    model.gradient_checkpointing = True
+    assert_close(run(plain), expected)
+    assert_close(run(chunked), expected)
+    torch.manual_seed(4)
+    other = outcome(model, *chunked())
+    assert (other["loss"] - expected["loss"]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gradient_checkpointing_carries_v_first_and_the_states(version):
+    """Equal to the bit, from a state, in packed rows; and much less is held."""
+    model, batch = adapted(version, torch.float32, "cpu"), packed_batch(length=128)
+    found, peaks = [], []
+
+    def run() -> None:
+        before = first_state(model)
+        loss, after = loss_sum(model, batch, before)
+        found.append(outcome(model, loss, before, after))
+
+    for model.gradient_checkpointing in (False, True):
+        peaks.append(peak_bytes(run))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert peaks[1] < peaks[0] / 2
+
+
+def step(model: RWKV, length: int, chunk_len: int | None = None, bptt_chunks: int = 0) -> Callable[[], None]:
+    """A training step on one row of `length` columns: forward and backward, in segments where gradients are cut."""
+    batch = packed_batch(1, length)
+
+    def run() -> None:
+        state = None
+        size = chunk_len * bptt_chunks if bptt_chunks else length
+        for start in range(0, length, size):
+            loss, state = loss_sum(
+                model, {name: x[:, start : start + size] for name, x in batch.items()}, state, chunk_len
+            )
+            loss.backward()
+            state = state.detach()
+        model.zero_grad()
+
+    return run
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_memory_is_flat_where_gradients_are_cut(version, checkpointing):
+    model = adapted(version, torch.float32, "cpu")
+    model.gradient_checkpointing = checkpointing
+    short, long = (peak_bytes(step(model, length, chunk_len=8, bptt_chunks=2)) for length in (32, 160))
+    assert short == long
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exact_chunks_hold_states_and_not_activations(version):
+    model = adapted(version, torch.float32, "cpu")
+    state = sum(x.nbytes for x in vars(State.zeros(model.config, 1, torch.float32, "cpu")).values())
+    whole = [peak_bytes(step(model, length)) for length in (64, 256)]
+    exact = [peak_bytes(step(model, length, chunk_len=16)) for length in (64, 256)]
+    more = (256 - 64) // 16
+    assert whole[1] > 3.5 * whole[0]
+    # Of each chunk: the state, its layers before they are stacked, and as views of them.
+    assert exact[1] - exact[0] <= more * 3 * state
+    assert exact[1] < whole[1] / 5

@@ -1,0 +1,49 @@
+"""The errors of cuda/wkv6.cu's gradients in fp32, run by the emulator, against float64, for weak to strong decays.
+
+`python -m tests.simt.decay_errors` prints the table of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.ops.cases import WKV6, odd_starts, run
+from tests.simt.harness import build
+from tests.simt.wkv import FP32, options, run_kernels, source
+
+STEPS, N = 257, 64
+# name -> w, or None for that of `make_inputs`
+CASES = {
+    "usual, w = N(-2, 3) up to 6": None,
+    "d = 0.9997, w = -8": -8.0,
+    "d = 6e-4, w = 2": 2.0,
+    "d = 1e-4, w = 2.22": 2.22,
+    "d = 1e-30, w = 4.235": 4.235,
+    "d = 0, w = 6": 6.0,
+    "d = 0, w = 40": 40.0,
+}
+
+
+def table() -> str:
+    names = WKV6.results[2:]
+    lines = [f"| decays | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(source(WKV6), Path(folder), *options(N, FP32))
+        for name, w in CASES.items():
+            inputs, state = WKV6.make_inputs(STEPS, N, n_head=1)
+            if w is not None:
+                inputs[3] = torch.full_like(inputs[3], w)
+            start, weights = odd_starts(STEPS), WKV6.make_weights(inputs, state)
+            mine = run_kernels(WKV6, library, inputs, state, start, weights, 0)
+            exact = run(WKV6.reference, [x.double() for x in inputs], state.double(), start, weights)
+            pairs = list(zip(mine, exact, strict=True))[2:]
+            cells = [f"{(x - y).norm() / y.norm():.0e}" if y.float().any() else "0" for x, y in pairs]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,109 @@
+"""gpu_check: what it says where there is no GPU, and that its checks see what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.ops.cuda.nvrtc import CompileError
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
+TINY = {
+    "wkv6": ModelConfig(6, 2, 32, 2, 16, 64, 50, {"maa": 4, "decay": 4}),
+    "wkv7": ModelConfig(7, 2, 32, 2, 16, 64, 50, {"w": 4, "a": 4, "v": 4, "g": 4}),
+}
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "compile_source", lambda *_: b"")
+    monkeypatch.setattr(module, "version", lambda: (13, 0))
+    monkeypatch.setattr(module, "HEAD_SIZES", (8, 16))
+    monkeypatch.setenv("COLUMNS", "200")
+    return module
+
+
+@pytest.fixture
+def as_on_a_gpu(gpu_check, monkeypatch):
+    """Everything runs on the CPU's kernels, and takes 1.5 ms."""
+    error, inputs, step = gpu_check.worst_error, gpu_check.inputs, gpu_check.training_step
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0)
+
+    def on_cpu(op):
+        return lambda *x, backend, **more: op(*x, backend="cpu" if backend == "cuda" else backend, **more)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(gpu_check, "OPS", {name: on_cpu(op) for name, op in gpu_check.OPS.items()})
+    monkeypatch.setattr(gpu_check, "SIZES", TINY)
+    monkeypatch.setattr(gpu_check, "worst_error", lambda op, N, dtype, _: error(op, N, dtype, "cpu"))
+    monkeypatch.setattr(gpu_check, "inputs", lambda op, *x: inputs(op, 2, 40, 2, x[3], x[4], "cpu"))
+    monkeypatch.setattr(gpu_check, "training_step", lambda sizes, *_: step(sizes, "cpu", 2, 8, "cpu"))
+    monkeypatch.setattr(gpu_check, "milliseconds", lambda f: (f(), 1.5)[1])
+    return gpu_check
+
+
+def test_without_a_gpu_it_says_what_it_skipped(gpu_check, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main() == 0
+    out = capsys.readouterr().out
+    for op in ("wkv6", "wkv7"):
+        (compiled,) = (line for line in out.splitlines() if f"{op}.cu for sm_75" in line)
+        assert "NVRTC 13.0" in compiled and "sm_120" in compiled
+        skipped = [line for line in out.splitlines() if "skipped: torch finds no GPU" in line]
+        assert sum(f"{op} against the reference" in x or f"{op}: times" in x for x in skipped) == 2
+
+
+def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys):
+    assert as_on_a_gpu.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("a GPU, sm_90" in line for line in lines)
+    for op in ("wkv6", "wkv7"):
+        assert sum(f"{op}, N " in line for line in lines) == 4
+        for backend in ("cuda", "torch"):
+            assert any(f"{op}, {backend}: B8" in line and "1.50 / 1.50 ms" in line for line in lines)
+            assert any(f"{op}, {backend}: training step" in line and "1.5 ms" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_wrong_gradient_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys, wrong):
+    """Of the last input alone."""
+    run = as_on_a_gpu.run
+
+    def faulty(op, backend, *arguments):
+        *results, last = run(op, backend, *arguments)
+        return [*results, last * wrong if backend == "cpu" and op == "wkv6" else last]
+
+    monkeypatch.setattr(as_on_a_gpu, "run", faulty)
+    assert as_on_a_gpu.main() == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert lines and all("wkv6" in line for line in lines)
+
+
+def test_what_does_not_compile_is_a_status_of_1(gpu_check, monkeypatch, capsys):
+    def fail(source, *_):
+        if source.stem == "wkv6":
+            raise CompileError("no NVRTC")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "compile_source", fail)
+    assert gpu_check.main() == 1
+    assert "failed: no NVRTC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", ["wkv6", "wkv7"])
+def test_the_shape_that_is_timed_has_a_tenth_of_a_billion_parameters(gpu_check, op):
+    from rwkv_miss.model import MODELS
+
+    sizes = gpu_check.SIZES[op]
+    with torch.device("meta"):
+        model = MODELS[sizes.version](sizes, "torch")
+    assert 0.1e9 < sum(p.numel() for p in model.parameters()) < 0.25e9
