@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.model.state import State
-from rwkv_miss.ops.loss import cross_entropy_sum
 
 # Chunks from one return of freed memory to the next: each costs up to a third of a chunk's time.
 _TIDY_EVERY = 4
@@ -47,7 +46,7 @@ def _chunk_loss(
     if tidy and tokens.device.type == "cpu":
         _return_freed_memory()
     hidden, state = model.hidden(tokens, state, seq_start)
-    return cross_entropy_sum(hidden, model.head, targets, model.config.vocab_size), state
+    return model.head(hidden, targets), state
 
 
 def _return_freed_memory() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.state import State
+from rwkv_miss.ops.loss import cross_entropy_sum
 
 
 def token_shift(x: Tensor, last: Tensor, seq_start: Tensor | None) -> Tensor:
@@ -60,6 +62,17 @@ class Block(nn.Module):
         return x + out, v_first, att_last, wkv_state, ffn_last
 
 
+class Head(nn.Linear):
+    """The logits of hidden states; given targets, the sum of their losses (`rwkv_miss.ops.loss`). That takes its
+    pieces within one call: under ZeRO-3 all ranks must call a module equally often, and have not as many pieces."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        weight = self.weight
+        if targets is None:
+            return F.linear(hidden, weight)
+        return cross_entropy_sum(hidden, lambda h: F.linear(h, weight), targets, self.out_features)
+
+
 class RWKV(nn.Module):
     """A language model; the subclass of a version names its parts. `config` says its sizes; its state dict has the
     checkpoint's keys.
@@ -85,7 +98,7 @@ class RWKV(nn.Module):
             Block(config, i, self.time_mix(config, i), self.channel_mix(config)) for i in range(config.n_layer)
         )
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None

@@ -62,15 +62,16 @@ def packed_batch(rows: int = 2, length: int = T) -> dict[str, Tensor]:
     return {"tokens": tokens, "targets": targets, "seq_start": seq_start}
 
 
-@torch.no_grad()
 def first_state(model: RWKV, rows: int = 2) -> State:
     """A state that is not zero, and that gradients are wanted of."""
-    _, like = model(torch.zeros(rows, 1, dtype=torch.long))
     generator = torch.Generator().manual_seed(5)
-    return like.map(lambda x: (0.5 * torch.randn(x.shape, generator=generator)).to(x.dtype).requires_grad_())
+    with torch.no_grad():
+        _, state = model(torch.zeros(rows, 1, dtype=torch.int64))
+    state = state.map(lambda x: 0.5 * torch.randn(x.shape, generator=generator).to(x.dtype))
+    return state.map(Tensor.requires_grad_)
 
 
-def parts(state: State) -> dict[str, Tensor]:
+def tensors(state: State) -> dict[str, Tensor]:
     return {name: x for name, x in vars(state).items() if isinstance(x, Tensor)}
 
 
@@ -80,13 +81,13 @@ def outcome(model: RWKV, loss: Tensor, before: State, after: State) -> dict[str,
     weights = trained(model)
     generator = torch.Generator().manual_seed(6)
     total = loss
-    for x in parts(after).values():
+    for x in tensors(after).values():
         total = total + (x * torch.randn(x.shape, generator=generator).to(x.dtype)).sum()
-    gradients = torch.autograd.grad(total, [*weights.values(), *parts(before).values()])
+    gradients = torch.autograd.grad(total, [*weights.values(), *tensors(before).values()])
     return {
         "loss": loss.detach(),
-        **{f"last {name}": x.detach() for name, x in parts(after).items()},
-        **dict(zip([*weights, *(f"first {name}" for name in parts(before))], gradients, strict=True)),
+        **{f"last {name}": x.detach() for name, x in tensors(after).items()},
+        **dict(zip([*weights, *(f"first {name}" for name in tensors(before))], gradients, strict=True)),
     }
 
 
@@ -200,7 +201,7 @@ def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
         for name, g in gradients(loss_sum(model, segment, true)[0]).items():
             expected[name] = expected.get(name, 0) + g
         state = after.detach()
-        assert not any(x.requires_grad for x in parts(state).values())
+        assert not any(x.requires_grad for x in tensors(state).values())
     assert total == pytest.approx(whole.item(), rel=1e-12)
     assert_close(found, expected)
     for name in exact:
@@ -300,7 +301,7 @@ def test_memory_is_flat_where_gradients_are_cut(version, checkpointing):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exact_chunks_hold_states_and_not_activations(version):
     model = adapted(version, torch.float32, "cpu")
-    state = sum(x.nbytes for x in parts(first_state(model, rows=1)).values())
+    state = sum(x.nbytes for x in tensors(first_state(model, rows=1)).values())
     whole = [peak_bytes(step(model, length)) for length in (64, 256)]
     exact = [peak_bytes(step(model, length, chunk_len=16)) for length in (64, 256)]
     more = (256 - 64) // 16

@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_miss import load_model
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.initial_state import add_initial_state, is_state, load_initial_state, state_shapes, swap_layout
+from rwkv_miss.model.loss import loss_sum
 from rwkv_miss.model.segments import run_from
 
 TOKENS = torch.randint(64, (3, 41), generator=torch.Generator().manual_seed(1))
@@ -112,6 +113,19 @@ def test_a_learned_state_is_where_sequences_begin_and_nothing_else(either_base):
     zeros = model(TOKENS[:, :1])[1].map(torch.zeros_like)
     zeros.wkv[:] = torch.stack([model.get_parameter(key) for key in state_shapes(model.config)]).unsqueeze(1)
     assert torch.equal(load_model(either_base, torch.float64)(TOKENS, zeros)[0], whole)
+
+
+@pytest.mark.parametrize("chunk_len", [1, 7, 40])
+def test_chunks_are_the_whole(either_base, chunk_len):
+    model = learned(either_base, torch.float64)
+    batch = {"tokens": TOKENS, "targets": TOKENS.flip(1), "seq_start": seq_start()}
+    keys = list(state_shapes(model.config))
+    found, expected = (
+        torch.autograd.grad(loss_sum(model, batch, None, n)[0], [model.get_parameter(key) for key in keys])
+        for n in (chunk_len, None)
+    )
+    for key, mine, whole in zip(keys, found, expected, strict=True):
+        assert (mine - whole).norm() <= 1e-6 * whole.norm() > 0, key  # the loss itself is in fp32
 
 
 def test_gradient_checkpointing_changes_no_gradient(either_base):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,6 +103,31 @@ def test_resume_gives_the_uninterrupted_run(method_config, method, tmp_path):
     assert all(torch.equal(t, adapter(straight.out)[n]) for n, t in adapter(first.out).items())
     with pytest.raises(UserError, match="precision was bf16, is fp32"):
         quiet_train(replace(first, max_steps=5, resume="auto", precision="fp32"))
+
+
+@pytest.mark.parametrize("method", ["miss", "full"])
+def test_zero_3_with_a_loss_in_pieces(method_config, tmp_path, method):
+    """A large vocabulary's logits are computed in pieces, of which the ranks have not equally many."""
+    config = AdapterConfig("full") if method == "full" else AdapterConfig(r=4)
+    one = method_config("full", adapter=config, precision="bf16", batch_size=4, max_steps=2)
+    quiet_train(one)
+    two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_3", devices=2, batch_size=2)
+    script = tmp_path / "pieces.py"
+    script.write_text(
+        "import sys\nimport rwkv_miss.ops.loss\nfrom rwkv_miss.cli import main\n"
+        "rwkv_miss.ops.loss._MAX_LOGITS = 256 * 20\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, str(script), "train", *as_arguments(two)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, stderr = process.communicate(timeout=180)
+    finally:
+        if process.poll() is None:  # it hangs: its ranks wait for each other
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, stderr
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=5e-3)
+    for name, tensor in adapter(two.out).items():
+        torch.testing.assert_close(tensor, adapter(one.out)[name], rtol=0.02, atol=4e-3)
 
 
 def test_resume_under_deepspeed(method_config, tmp_path):
