@@ -1,0 +1,75 @@
+"""Every version, method and layout of the rows: each trains, with the same losses where the mathematics says so, and
+what it leaves merges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_miss import load_adapter, load_model, merge
+from rwkv_miss.checkpoint import TensorSpec, write_pth
+from rwkv_miss.config import AdapterConfig
+from rwkv_miss.model.init import init_weights, new_config
+from rwkv_miss.model.initial_state import load_initial_state
+from tests.training.runs import losses, quiet_train, small_config
+
+METHODS = ("miss", "state", "miss+state", "full")
+# Documents of 28 to 170 tokens: none is cut.
+LAYOUTS = {
+    "padded": {"packing": False},
+    "packed": {"packing": True},
+    "infctx exact": {"packing": True, "chunk_len": 48},
+    "infctx truncated": {"packing": True, "chunk_len": 48, "bptt_chunks": 1},
+}
+
+
+@pytest.fixture(scope="session", params=[6, 7])
+def any_base(request, tmp_path_factory) -> Path:
+    """A random model of each version in fp32: 2 layers of 32, 2 heads of 16, 256 tokens."""
+    config = new_config(request.param, 2, 32, 256, head_size=16)
+    rng = torch.Generator().manual_seed(1)
+    weights = {k: w + 0.1 * torch.randn(w.shape, generator=rng) for k, w in init_weights(config, seed=0).items()}
+    path = tmp_path_factory.mktemp("any_base") / f"rwkv{request.param}.pth"
+    write_pth(path, {k: TensorSpec(w.shape, w.dtype) for k, w in weights.items()}, weights.__getitem__)
+    return path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layouts_train_alike_and_what_they_leave_merges(any_base, data, tmp_path, method):
+    """One step is all of the data, so that every layout takes the same steps."""
+    lr = {"state": 0.3, "full": 1e-3}.get(method, 1e-2)
+    config = replace(
+        small_config(any_base, data, tmp_path), adapter=AdapterConfig(method, r=4), batch_size=29, lr=lr, max_steps=3
+    )
+    config = replace(config, ctx_len=192, lr_state=0.3 if "+state" in method else None)
+    found = {}
+    for name, layout in LAYOUTS.items():
+        run = replace(config, out=str(tmp_path / name.replace(" ", "-")), **layout)
+        quiet_train(run)
+        found[name] = losses(run.out)
+        assert len(found[name]) == 3 and found[name][2] < found[name][0], name
+        assert_merges(any_base, Path(run.out) / "adapter", tmp_path, method)
+
+    truncated = found.pop("infctx truncated")
+    for name, values in found.items():
+        assert values == pytest.approx(found["padded"], rel=2e-5), name
+    # The gradient is cut, the loss is not: the first is that of all, what is learned from it is another.
+    assert truncated[0] == pytest.approx(found["padded"][0], rel=1e-6)
+    assert truncated != pytest.approx(found["padded"], rel=2e-5)
+
+
+@torch.no_grad()
+def assert_merges(base: Path, adapter: Path, folder: Path, method: str) -> None:
+    tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(2))
+    expected = load_adapter(load_model(base), adapter)(tokens)[0]
+    assert (expected - load_model(base)(tokens)[0]).abs().max() > 1e-3
+    merge(base, adapter, folder / "merged.pth")
+    torch.testing.assert_close(load_model(folder / "merged.pth")(tokens)[0], expected, rtol=0, atol=1e-5)
+    if method == "state":  # its file alone says it all
+        merge(base, adapter, folder / "state.pth", state_only=True)
+        model = load_model(base)
+        load_initial_state(model, folder / "state.pth")
+        torch.testing.assert_close(model(tokens)[0], expected, rtol=0, atol=1e-5)
