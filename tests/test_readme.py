@@ -45,10 +45,11 @@ def test_the_file_tree_is_what_is_there():
     tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL).group(1)
     named = set()
     for line in tree.splitlines():
-        place = ROOT / ("rwkv_miss" if line.startswith("  ") else "") / line.split()[0]
-        assert place.exists(), f"{line!r}: no {place}"
-        named.add(place)
-    sources = {p for s in ("*.py", "*.cpp") for p in (ROOT / "rwkv_miss").rglob(s)}
+        folder = ROOT / ("rwkv_miss" if line.startswith("  ") else "")
+        for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
+            assert (folder / name).exists(), f"{line!r}: no {name}"
+            named.add(folder / name)
+    sources = {p for s in ("*.py", "*.cpp") for p in (ROOT / "rwkv_miss").rglob(s)} | set((ROOT / "cuda").iterdir())
     subpackages = {p for p in sources if p.name == "__init__.py" and p.parent.name != "rwkv_miss"}
     assert sources - subpackages - {ROOT / "rwkv_miss" / "__main__.py"} <= named
 
