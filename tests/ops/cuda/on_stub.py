@@ -19,8 +19,10 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.model.loss import loss_sum
 from rwkv_miss.ops.cuda import driver, kernels, nvrtc
 from rwkv_miss.ops.dispatch import announce, choose
+from tests.model import test_chunks as models
 from tests.ops.cases import WKV6, WKV7, Recurrence, odd_starts, run
 from tests.ops.cuda.stub import connect, read_manifest
 
@@ -110,6 +112,30 @@ def test_agrees_with_the_reference(wkv, session, n, dtype, n_steps, starts, pois
     inputs, state, start = case(wkv, n, dtype, n_steps)
     wkv.assert_matches_reference(on_cuda(wkv), inputs, state, start if starts else None)
     assert [x.kernel for x in session.launches] == list(kernels.ARGUMENTS[wkv.name])
+
+
+@pytest.mark.parametrize("version", models.VERSIONS)
+def test_a_packed_row_of_a_whole_model_is_its_documents_alone(version, session):
+    models.test_a_document_in_a_packed_row_is_the_document_alone(version, "cuda", FP32, 1e-6)
+    assert len(session.launches) == 3 * 3 * 8  # layers, kernels, rows
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("version", models.VERSIONS)
+def test_a_whole_model_has_the_gradients_of_float64(version, checkpointing):
+    """Packed rows, from a state and to one, in chunks."""
+
+    def gradients(dtype, backend, chunk_len):
+        model = models.adapted(version, dtype, backend)
+        model.gradient_checkpointing = checkpointing
+        before = models.first_state(model)
+        loss, after = loss_sum(model, models.packed_batch(), before, chunk_len)
+        return models.outcome(model, loss, before, after)
+
+    exact = gradients(torch.float64, "torch", None)
+    for chunk_len in (None, 17):
+        found = {name: x.double() for name, x in gradients(FP32, "cuda", chunk_len).items()}
+        models.assert_close(found, exact, 3e-6)
 
 
 def test_no_state_is_zeros(wkv):
