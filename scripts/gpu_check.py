@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from rwkv_miss.config import AdapterConfig, ModelConfig
+from rwkv_miss.errors import UserError
 from rwkv_miss.ops import wkv6, wkv7
 from rwkv_miss.ops.cuda.kernels import HEAD_SIZES, options, source
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
@@ -142,8 +143,12 @@ def main() -> int:
     for op in OPS:
         right &= check_compiling(op, table)
         if on_gpu:
-            right &= check_results(op, table)
-            add_times(op, table)
+            try:
+                right &= check_results(op, table)
+                add_times(op, table)
+            except UserError as error:
+                table.add_row(f"{op} on the GPU", f"failed: {error}")
+                right = False
         else:
             table.add_row(f"{op} against the reference", "skipped: torch finds no GPU")
             table.add_row(f"{op}: times of the kernels and of a training step", "skipped: torch finds no GPU")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_miss.config import ModelConfig
+from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cuda.nvrtc import CompileError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
@@ -97,6 +98,19 @@ def test_what_does_not_compile_is_a_status_of_1(gpu_check, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "compile_source", fail)
     assert gpu_check.main() == 1
     assert "failed: no NVRTC" in capsys.readouterr().out
+
+
+def test_a_gpu_that_the_kernels_cannot_use_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys):
+    """As on AMD's, or without cuda-bindings."""
+
+    def refuse(*_):
+        raise UserError("wkv: backend 'cuda' cannot be used: this torch is built for AMD's ROCm")
+
+    monkeypatch.setattr(as_on_a_gpu, "worst_error", refuse)
+    assert as_on_a_gpu.main() == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "failed: " in line]
+    assert ["wkv6 on the GPU" in lines[0], "wkv7 on the GPU" in lines[1]] == [True, True]
+    assert all("built for AMD's ROCm" in line for line in lines)
 
 
 @pytest.mark.parametrize("op", ["wkv6", "wkv7"])

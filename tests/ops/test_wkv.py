@@ -170,6 +170,19 @@ def test_what_is_not_finite_ends_with_its_document(wkv, backend):
     assert y[:, :37].isnan().all() and y[:, 37:].isfinite().all() and last.isfinite().all()
 
 
+@pytest.mark.parametrize("begins", [20, 32, 37])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_infinite_gradient_stays_in_its_document(wkv, backend, begins):
+    inputs, state = wkv.make_inputs(70, 8, batch=1)
+    weights = wkv.make_weights(inputs, state)
+    weights[0][:, 50:], weights[1][:] = float("inf"), float("inf")
+    start = torch.zeros(1, 70, dtype=torch.bool)
+    start[0, begins] = True
+    results = run(wkv.with_backend(backend), inputs, state, start, weights)
+    for name, x in zip(wkv.results, results, strict=True):
+        assert name == "du" or (x[:, :begins] if x.shape == inputs[0].shape else x).isfinite().all(), name
+
+
 @pytest.mark.parametrize("arrives", [0, 1])
 @pytest.mark.parametrize("backend", FAST)
 def test_gradient_at_only_one_output(wkv, backend, arrives):

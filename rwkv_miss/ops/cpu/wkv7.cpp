@@ -249,6 +249,10 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
                 for (; j + BACKWARD_VECS * W <= lanes; j += BACKWARD_VECS * W)
                     step(std::integral_constant<int, BACKWARD_VECS>());
                 for (; j < lanes; j += W) step(std::integral_constant<int, 1>());
+                if (in.starts(s, bh, t0 + t))  // y of the step before alone, without 0 times an infinite gradient
+                    for (int64_t i = 0; i < rows; i++)
+                        for (j = 0; j < lanes; j++)
+                            gs[i * lanes + j] = dy[at - lanes + i0 + i] * c.r[at - lanes + j];
             }
         }
         for (int64_t t = 0; t < steps; t++) {
