@@ -35,21 +35,24 @@ def diagnose() -> Diagnosis:
         ("torch", f"{torch.__version__}, built for {_built_for()}"),
         ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
     ]
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus, error = _gpus()
     for i, gpu in enumerate(gpus):
         chip = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
         found.append((f"GPU {i}", f"{gpu.name}, {chip}, {gpu.total_memory / 2**30:.0f} GiB"))
     intel = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
     found += [(f"GPU xpu:{i}", name) for i, name in enumerate(intel)]
-    if not gpus and not intel:
+    if error:
+        found.append(("GPU", f"torch cannot use it: {error}"))
+    elif not gpus and not intel:
         found.append(("GPU", "torch finds none"))
     found += [(name, _version(name)) for name in _LIBRARIES]
     folder = cache_folder()
     found.append(("compiled code", f"{folder} ({_writable(folder)})"))
 
+    none = "torch cannot use the GPU" if error else "there is no GPU"
     reasons = {
-        "cuda": _reason("cuda", torch.device("cuda", 0)) if gpus else "there is no GPU",
-        "fla": _reason("fla", torch.device("cuda" if gpus else "xpu", 0)) if gpus or intel else "there is no GPU",
+        "cuda": _reason("cuda", torch.device("cuda", 0)) if gpus else none,
+        "fla": _reason("fla", torch.device("cuda" if gpus else "xpu", 0)) if gpus or intel else none,
         "cpu": _reason("cpu", torch.device("cpu")),
         "torch": None,
     }
@@ -57,6 +60,15 @@ def diagnose() -> Diagnosis:
     # Commands run on the GPUs that torch calls cuda (NVIDIA's and AMD's), or on the CPU.
     chosen = next((name for name in NATIVE["cuda" if gpus else "cpu"] if not reasons[name]), "torch")
     return Diagnosis(found, chosen, chosen != "torch")
+
+
+def _gpus() -> tuple[list, str | None]:
+    """The properties of those that torch calls cuda, or why it cannot use those that it counts: it counts them without
+    the driver's library, which may be too old."""
+    try:
+        return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())], None
+    except RuntimeError as error:
+        return [], str(error)
 
 
 def _reason(backend: str, device: torch.device) -> str | None:

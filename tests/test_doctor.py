@@ -40,6 +40,21 @@ def test_what_works_for_one_version_alone_is_said(capsys, monkeypatch):
     assert "no: wkv6 compiling wkv6.cpp failed; wkv7 works" in out and out.split()[-1] == "torch"
 
 
+def test_a_driver_that_torch_cannot_use_is_told(capsys, monkeypatch):
+    """torch counts GPUs without it. Commands run on the CPU then."""
+
+    def fail(_):
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert "driver on your system is too old (found version 11040)" in facts["found"]["GPU"]
+    assert facts["found"]["backend cuda"] == facts["found"]["backend fla"] == "no: torch cannot use the GPU"
+    assert facts["chosen"] in ("cpu", "torch")
+
+
 def gpu_of_amd(monkeypatch) -> None:
     properties = SimpleNamespace(name="MI300X", gcnArchName="gfx942", total_memory=192 * 2**30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
