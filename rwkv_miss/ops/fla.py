@@ -7,6 +7,7 @@ Its functions take (B, T, H, N), decays as logarithms, and states (B, H, N_key, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -52,7 +53,7 @@ def functions_or_reason() -> tuple[dict[str, Callable] | None, str | None]:
         return None, f"fla-core cannot be imported: {error}"
     except Exception as error:  # it looks for a GPU while it is imported
         return None, f"fla-core cannot be imported: {error!r}"
-    if tuple(map(int, fla.__version__.split(".")[:2])) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", fla.__version__)[:2])) < OLDEST:
         return None, f"fla-core {fla.__version__} is older than {'.'.join(map(str, OLDEST))}; {INSTALL}"
     return {"wkv6": chunk_rwkv6, "wkv7": chunk_rwkv7}, None
 

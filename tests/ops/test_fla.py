@@ -94,8 +94,9 @@ def test_installations_that_are_refused(install, monkeypatch):
     assert reason() == "fla-core is not installed; pip install 'rwkv-miss[fla]'"
     install("0.5.2")
     assert reason() == "fla-core 0.5.2 is older than 0.6; pip install 'rwkv-miss[fla]'"
-    install("0.10.0.dev1")
-    assert reason() is None
+    for version in ("0.7rc1", "0.10.0.dev1"):
+        install(version)
+        assert reason() is None
     del sys.modules["fla.ops.rwkv6"].chunk_rwkv6
     assert reason().startswith("fla-core cannot be imported: ImportError(\"cannot import name 'chunk_rwkv6'")
     for missing, found in (("triton", "Triton is not installed;"), ("einops", "fla-core cannot be imported: No")):
