@@ -81,6 +81,7 @@ def test_what_is_on_disk(folder):
         f"base_model.model.blocks.{i}.{name}.miss_block": (5, 32) for i in range(3) for name in ("att.key", "ffn.value")
     }
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode  # readable by whom the umask says
 
 
 @torch.no_grad()
