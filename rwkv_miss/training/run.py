@@ -79,8 +79,9 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     sizes = model.config
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
+    if first:  # alone: the others have no business on its GPU
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
     documents = read_documents(config.data, config, sizes.vocab_size)
     held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
     if config.val_split:

@@ -300,9 +300,18 @@ def test_rows_of_steps_that_are_done_again_leave_metrics_csv(make_config):
 
 def test_every_wrong_setting_is_named_at_once(make_config):
     config = make_config(adapter=AdapterConfig(r=0), lr=-1.0, ctx_len=0, val_every=5, wkv_backend="abacus")
+    config = replace(config, seed=2**32, betas=(0.9, 1.0))
     with pytest.raises(UserError) as e:
         quiet_train(config)
-    for part in ("adapter.r is 0", "lr is -1.0", "ctx_len is 0", "val_every is given", "wkv_backend is 'abacus'"):
+    for part in (
+        "adapter.r is 0",
+        "lr is -1.0",
+        "ctx_len is 0",
+        "val_every is given",
+        "wkv_backend is 'abacus'",
+        "seed is 4294967296",
+        "betas is",
+    ):
         assert part in str(e.value)
     assert not Path(config.out).exists()
 
