@@ -207,8 +207,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes contiguous CPU tensors; OSError where the disk refuses, as everything under `atomic_write` raises it."""
+    path.touch()
+    mode = path.stat().st_mode  # of any new file here; save_file's own is for its owner's eyes alone
     try:
         save_file(tensors, path, metadata)
+        path.chmod(mode)
     except SafetensorError as e:
         raise OSError(str(e)) from None
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.data.tokenizers import END, Tokenizer
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import RunError, UserError
 
 # A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
 STOP = "\n\nUser:"
@@ -34,12 +34,15 @@ def generate(
 
     Raises:
         UserError: an argument out of its range, an empty prompt, or a prompt with tokens the model lacks.
+        RunError: the model's logits are not finite.
     """
     if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:
         raise UserError(
             f"temperature {temperature} must be at least 0, top_p {top_p} above 0 and at most 1, max_tokens "
             f"{max_tokens} at least 1"
         )
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     if not prompts:
         return []
     device = model.emb.weight.device
@@ -76,9 +79,13 @@ def generate(
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """One token id of each row of logits (B, V)."""
+    if not torch.isfinite(logits).all():
+        raise RunError("the model's logits are not finite; its weights, or the state it begins from, are damaged")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True)
+    # The floors keep the tiniest temperature and top_p from 0 / 0: in fp32 they are 0.
+    below_best = logits - logits.amax(dim=-1, keepdim=True)
+    probs, order = torch.softmax(below_best / max(temperature, 1e-30), dim=-1).sort(dim=-1, descending=True)
     # A token stays while those before it have not filled top_p: the likeliest always does.
-    probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
+    probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30), 0)
     return order.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)

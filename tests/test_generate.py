@@ -11,7 +11,7 @@ from rwkv_miss import load_model
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.evaluate import Answer, answers, mean_loss, perplexity
 from rwkv_miss.generate import STOP, _choose, generate
 
@@ -119,6 +119,28 @@ def test_the_distribution_that_is_sampled(temperature, top_p):
     assert {i for i in range(5) if counts[i]} <= set(nucleus)
     chi2 = sum((counts[i] - n * p[i] / mass) ** 2 / (n * p[i] / mass) for i in nucleus)
     assert chi2 < 25  # at most 4 degrees of freedom: p < 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"temperature": 1e-40}, {"temperature": 1e-320}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_the_tiniest_temperature_and_top_p_are_greedy(make_base, arguments):
+    model = load_model(make_base(vocab_size=256))
+    greedy = generate(model, BYTES, PROMPTS, max_tokens=5)
+    assert generate(model, BYTES, PROMPTS, max_tokens=5, **arguments) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite(model, temperature):
+    model.ln_out.weight.data[0] = math.nan
+    with pytest.raises(RunError, match="logits are not finite"):
+        generate(model, BYTES, PROMPTS, max_tokens=5, temperature=temperature)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range(model, seed):
+    with pytest.raises(UserError, match=f"seed is {seed}"):
+        generate(model, BYTES, ["a"], temperature=1.0, seed=seed)
 
 
 def test_a_prompt_beyond_the_vocabulary(make_base):

@@ -118,6 +118,13 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
         raise UserError(f"{folder / CONFIG}: method is {method!r}; this version has: {', '.join(METHODS)}")
     if type(peft.get("r")) is not int:
         raise UserError(f"{folder / CONFIG}: r is {peft.get('r')!r}; expected a whole number")
+    dropout = peft.get("miss_dropout", 0.0)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise UserError(f"{folder / CONFIG}: miss_dropout is {dropout!r}; expected a number in [0, 1)")
+    targets, modules = peft.get("target_modules"), peft.get("modules_to_save")
+    for name, value in (("target_modules", targets), ("modules_to_save", modules)):
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise UserError(f"{folder / CONFIG}: {name} is {value}; expected names")
     if not isinstance(peft.get("init_weights", True), bool):
         raise UserError(
             f"{folder / CONFIG}: init_weights is {peft['init_weights']!r}, a variant of MiSS; only the standard form "
@@ -143,12 +150,13 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
                 f"{CONFIG} says r = {peft.get('r')}"
             )
         blocks[name.removesuffix(_SUFFIX)] = tensor
-    targets, modules = peft.get("target_modules"), peft.get("modules_to_save")
+    # PEFT's further ways to choose: a pattern, and what to leave out of a list. The blocks say what they came to.
+    is_limited = any(peft.get(name) is not None for name in ("layers_to_transform", "exclude_modules"))
     config = AdapterConfig(
         method=method,
         r=peft["r"],
-        dropout=peft.get("miss_dropout", 0.0),
-        target_modules=sorted(targets) if isinstance(targets, list) else sorted(blocks) or None,
+        dropout=dropout,
+        target_modules=sorted(targets) if isinstance(targets, list) and not is_limited else sorted(blocks) or None,
         modules_to_save=sorted(modules) if isinstance(modules, list) and modules else None,
     )
     return AdapterFile(config, blocks, whole, read_facts(folder).get("base_fingerprint"))

@@ -36,18 +36,23 @@ def dispatch(
     Raises:
         UserError: there is no such backend, or it cannot be used here.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     batch, _, n_head, n = v.shape
     kind = v.device, v.dtype, operator.index(n)  # index: a constant under torch.compile(dynamic=True)
+    check_usable(op, backend, *kind)
     if backend == "auto":
         backend = choose(op, *kind)
-    elif reason := unusable(op, backend, *kind):
-        raise UserError(f"{op}: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
     if state is None:
         state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
     y, last = functions[backend](*inputs, state, seq_start)
     return y, last.clone() if last is state else last
+
+
+def check_usable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n: int) -> None:
+    """UserError unless there is such a backend and it can take tensors of that device, dtype and head size here."""
+    if backend not in BACKENDS:
+        raise UserError(f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if reason := unusable(op, backend, device, dtype, n):
+        raise UserError(f"{op}: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
 
 
 @torch.compiler.assume_constant_result

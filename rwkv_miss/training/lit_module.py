@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.errors import UserError
 from rwkv_miss.model.loss import loss_sum
 from rwkv_miss.model.state import State
 from rwkv_miss.training import optim
@@ -72,9 +73,18 @@ class LitRWKV(L.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["base_fingerprint"] = self.model.fingerprint
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found, here = checkpoint.get("base_fingerprint"), self.model.fingerprint
+        if found not in (None, here):  # None: from before it was recorded
+            raise UserError(
+                f"{self.config.base}: the checkpoint was trained on another base (fingerprint {found[:12]}; this one "
+                f"has {here[:12]}); resume with the base that the run began with"
+            )
 
 
 def _columns(batch: dict[str, Any], wanted: slice) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
 from rwkv_miss.adapters.inject import inject
 from rwkv_miss.checkpoint import atomic_write
-from rwkv_miss.config import TrainConfig, check
+from rwkv_miss.config import AdapterConfig, TrainConfig, check
 from rwkv_miss.data.batches import count_segments
 from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.documents import Document, encode_record, split_validation
@@ -27,6 +29,7 @@ from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.model import load_model
+from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training import strategies
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
@@ -34,22 +37,12 @@ from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.saving import Saver, last_checkpoint
 
 _OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
-# What a resumed run must have in common with the run that it goes on with.
+# What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
+# whatever is given; the base is told by its fingerprint, since its file may have moved.
 _SAME = (
-    "data",
-    "tokenizer",
-    "adapter",
-    "val_data",
-    "val_split",
-    "ctx_len",
-    "long_documents",
-    "chunk_len",
-    "bptt_chunks",
-    "batch_size",
-    "accumulate",
-    "precision",
-    "seed",
-    "packing",
+    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "val_data", "val_split"),
+    *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
+    *("adapter", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices", "num_nodes"),
 )
 
 
@@ -86,6 +79,9 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     sizes = model.config
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter)
+    if first:  # alone: the others have no business on its GPU
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
     documents = read_documents(config.data, config, sizes.vocab_size)
     held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
     if config.val_split:
@@ -116,15 +112,14 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         raise UserError(
             f"{out}: the run is done ({resume[1]} of {total_steps} steps); raise epochs or max_steps to go on"
         )
-    if first:
-        _start_folder(out, config)
-
     extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
     saver = Saver(out, config.save_every, total_steps, val_rows is not None, extra)
     reporter = Reporter(out, config.log_every, total_steps, console)
     micro_batches = config.accumulate * count_segments(rows, config.segment_len)
+    # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
+    starter = LambdaCallback(on_train_start=lambda trainer, _: trainer.is_global_zero and _start_folder(out, config))
     trainer = _trainer(
-        config, micro_batches, [reporter, saver], has_val=val_rows is not None, resumed=resume is not None
+        config, micro_batches, [starter, reporter, saver], has_val=val_rows is not None, resumed=resume is not None
     )
     module = LitRWKV(model, config, total_steps)
     try:
@@ -201,12 +196,25 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
             "--overwrite true to replace it"
         )
     if (out / "config.yaml").is_file():
-        # A setting that the run did not have yet was at its default.
-        before = {f.name: f.default for f in fields(config)} | yaml.safe_load((out / "config.yaml").read_text())
-        now = _as_yaml(config)
+        before, now = _read_settings(out / "config.yaml"), _as_yaml(config)
         if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
-    return last_checkpoint(out / "checkpoints")
+    checkpoint = last_checkpoint(out / "checkpoints")
+    if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
+        raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
+    return checkpoint
+
+
+def _read_settings(path: Path) -> dict:
+    """A run's settings; those that it did not have yet were at their defaults."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
+        raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    return defaults | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}
 
 
 def _start_folder(out: Path, config: TrainConfig) -> None:

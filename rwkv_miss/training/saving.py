@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from rwkv_miss.adapters.files import read_facts, save_adapter
+from rwkv_miss.adapters.full import checkpoint_key
+from rwkv_miss.errors import RunError
 from rwkv_miss.training.strategies import gathered
 
 
@@ -73,12 +77,18 @@ class Saver(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        if not math.isfinite(module.val_loss):
+            raise RunError(
+                f"step {trainer.global_step}: the validation loss is {module.val_loss}; the adapter of this step is "
+                "not saved. Lower lr, or add warmup_steps"
+            )
         if self.best is None or module.val_loss < self.best:
             self.best, self.best_step = module.val_loss, trainer.global_step
             self._save_adapter(trainer, module, {"val_loss": module.val_loss})
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         step = trainer.global_step
+        _check_trained(trainer, module)
         if not self.validates:
             self._save_adapter(trainer, module, {})
         folder = self.out / "checkpoints"
@@ -103,6 +113,18 @@ class Saver(L.Callback):
         with gathered(trainer.strategy, [p for p in module.parameters() if p.requires_grad]):
             if trainer.is_global_zero:
                 save_adapter(module.model, self.out / "adapter", self.extra | {"step": trainer.global_step} | facts)
+
+
+def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """RunError on every rank if an optimizer step has left a trained value that is not finite."""
+    trained = {checkpoint_key(name): p for name, p in module.model.named_parameters() if p.requires_grad}
+    with gathered(trainer.strategy, trained.values()):
+        bad = next((name for name, p in trained.items() if not torch.isfinite(p).all()), None)
+    if bad:
+        raise RunError(
+            f"step {trainer.global_step}: {bad} is not finite after the step; what was saved before it is kept. Lower "
+            "lr, or add warmup_steps"
+        )
 
 
 def _remove(path: Path) -> None:

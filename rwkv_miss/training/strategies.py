@@ -53,7 +53,6 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     if name == "single":
         return "auto", []
     if name == "ddp":
-        # static: the trained parameters all take part in every step, in the same order.
         return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", gradient_as_bucket_view=True), []
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own switch, read when it is imported

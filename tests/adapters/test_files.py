@@ -81,6 +81,7 @@ def test_what_is_on_disk(folder):
         f"base_model.model.blocks.{i}.{name}.miss_block": (5, 32) for i in range(3) for name in ("att.key", "ffn.value")
     }
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode  # readable by whom the umask says
 
 
 @torch.no_grad()
@@ -98,10 +99,18 @@ def test_hf_peft_reads_ours(base, tmp_path, targets):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("targets", [["att.key", "ffn.value"], r".*\.att\.(key|value)"])
-def test_ours_reads_hf_pefts(base, tmp_path, targets):
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": ["att.key", "ffn.value"]},
+        {"target_modules": r".*\.att\.(key|value)"},
+        {"target_modules": ["key"], "layers_to_transform": 0, "layers_pattern": "blocks"},
+        {"target_modules": ["key"], "exclude_modules": ["blocks.0.att.key"]},
+    ],
+)
+def test_ours_reads_hf_pefts(base, tmp_path, chosen):
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(load_model(base), peft.MissConfig(r=5, miss_dropout=0.1, target_modules=targets))
+    theirs = peft.get_peft_model(load_model(base), peft.MissConfig(r=5, miss_dropout=0.1, **chosen))
     rng = torch.Generator().manual_seed(5)
     for name, p in theirs.named_parameters():
         if "miss_block" in name:
@@ -194,6 +203,10 @@ def test_values_that_are_not_finite(base, folder, value):
         ({"peft_type": None}, ["peft_type is None"]),
         ({"r": 6}, ["r = 6", "(5, 32)"]),
         ({"r": None}, ["None"]),
+        ({"miss_dropout": None}, ["miss_dropout is None"]),
+        ({"miss_dropout": 1.0}, ["miss_dropout is 1.0"]),
+        ({"target_modules": [1]}, ["target_modules is [1]"]),
+        ({"modules_to_save": [None]}, ["modules_to_save is [None]"]),
     ],
 )
 def test_a_config_of_another_adapter(base, folder, changes, words):

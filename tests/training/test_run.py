@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,35 @@ def test_a_loss_that_is_not_finite_names_the_module(make_config, tmp_path):
     assert not (Path(config.out) / "adapter").exists()
 
 
+def test_a_step_that_makes_weights_that_are_not_finite_is_not_saved(make_config, monkeypatch):
+    from rwkv_miss.training import lit_module
+
+    config = make_config(max_steps=2, save_every=1)
+    before, loss_sum, calls = None, lit_module.loss_sum, []
+
+    def second_has_no_gradient(*arguments):
+        nonlocal before
+        loss, state = loss_sum(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            before = adapter(config.out)
+            loss.register_hook(lambda g: g * math.nan)
+        return loss, state
+
+    monkeypatch.setattr(lit_module, "loss_sum", second_has_no_gradient)
+    with pytest.raises(RunError, match=r"^step 2: blocks\.0\.att\.receptance\.miss_block is not finite after the step"):
+        quiet_train(config)
+    assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1
+    assert all(torch.equal(b, adapter(config.out)[n]) for n, b in before.items())
+
+
+def test_a_validation_loss_that_is_not_finite_saves_no_adapter(make_config):
+    config = make_config(max_steps=1, val_split=0.2, lr=1e30, grad_clip=0.0)
+    with pytest.raises(RunError, match=r"^step 1: the validation loss is nan; the adapter of this step is not saved"):
+        quiet_train(config)
+    assert not (Path(config.out) / "adapter").exists()
+
+
 def test_a_full_gpu_says_which_step_and_what_to_lower(make_config, monkeypatch):
     from rwkv_miss.training import lit_module
 
@@ -173,13 +204,74 @@ def test_overwrite_loses_nothing_when_the_input_is_wrong(make_config, tmp_path):
     assert (Path(config.out) / "adapter").is_dir()
 
 
+@pytest.mark.parametrize("changes", [{"wkv_backend": "cuda"}, {"strategy": "deepspeed_stage_2"}])
+def test_overwrite_loses_nothing_where_the_run_cannot_start(make_config, monkeypatch, changes):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # not installed
+    before = tree(Path(config.out))
+    with pytest.raises(UserError, match="cannot be"):
+        quiet_train(replace(config, overwrite=True, **changes))
+    assert tree(Path(config.out)) == before
+
+
 def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     config = make_config(max_steps=1)
     quiet_train(config)
-    with pytest.raises(UserError, match="cannot resume with other settings: ctx_len was 64, is 32"):
-        quiet_train(replace(config, resume="auto", ctx_len=32))
+    kept = Path(config.out, "config.yaml").read_text()
+    # AdamW's come from the checkpoint: others would be taken for those that are used.
+    for name, value in (("ctx_len", 32), ("lr", 1.0), ("weight_decay", 0.5), ("prompt_field", "q"), ("devices", 2)):
+        with pytest.raises(UserError, match=f"cannot resume with other settings: {name} was .*, is {value}$"):
+            quiet_train(replace(config, resume="auto", max_steps=2, **{name: value}))
+    with pytest.raises(UserError, match=r"strategy was auto, is deepspeed_stage_2$"):
+        quiet_train(replace(config, resume="auto", max_steps=2, strategy="deepspeed_stage_2"))
+    assert Path(config.out, "config.yaml").read_text() == kept
     with pytest.raises(UserError, match=r"the run is done \(1 of 1 steps\)"):
         quiet_train(replace(config, resume="auto"))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
+def test_resume_refuses_another_base(make_config, tmp_path, strategy):
+    config = make_config(max_steps=1, strategy=strategy)
+    quiet_train(config)
+    kept = Path(config.out, "config.yaml").read_text()
+    weights = dict(read_checkpoint(config.base))
+    weights["ln_out.bias"] = weights["ln_out.bias"] + 1
+    other, moved = tmp_path / "other.pth", tmp_path / "moved.pth"
+    write_pth(other, {k: TensorSpec(t.shape, t.dtype) for k, t in weights.items()}, weights.__getitem__)
+    shutil.copy(config.base, moved)
+    with pytest.raises(UserError, match=r"other\.pth: the checkpoint was trained on another base"):
+        quiet_train(replace(config, max_steps=2, resume="auto", base=str(other)))
+    assert Path(config.out, "config.yaml").read_text() == kept
+    assert quiet_train(replace(config, max_steps=2, resume="auto", base=str(moved))).steps == 2
+
+
+def test_a_run_from_before_a_setting_was_there_resumes(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    path = Path(config.out) / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    del settings["adapter"]["modules_to_save"], settings["lr_state"]
+    path.write_text(yaml.safe_dump(settings))
+    assert quiet_train(replace(config, max_steps=2, resume="auto")).steps == 2
+
+
+@pytest.mark.parametrize("content", ["", "a: [b", "- 1", "adapter: 1"])
+def test_resume_with_broken_settings(make_config, content):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    Path(config.out, "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml: not the settings of a run"):
+        quiet_train(replace(config, max_steps=2, resume="auto"))
+
+
+def test_resume_with_a_truncated_checkpoint(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    path, _ = last_checkpoint(Path(config.out) / "checkpoints")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="step-00000001: not a whole checkpoint"):
+        quiet_train(replace(config, max_steps=2, resume="auto"))
 
 
 def test_resume_of_an_empty_folder_starts(make_config):
@@ -208,9 +300,18 @@ def test_rows_of_steps_that_are_done_again_leave_metrics_csv(make_config):
 
 def test_every_wrong_setting_is_named_at_once(make_config):
     config = make_config(adapter=AdapterConfig(r=0), lr=-1.0, ctx_len=0, val_every=5, wkv_backend="abacus")
+    config = replace(config, seed=2**32, betas=(0.9, 1.0))
     with pytest.raises(UserError) as e:
         quiet_train(config)
-    for part in ("adapter.r is 0", "lr is -1.0", "ctx_len is 0", "val_every is given", "wkv_backend is 'abacus'"):
+    for part in (
+        "adapter.r is 0",
+        "lr is -1.0",
+        "ctx_len is 0",
+        "val_every is given",
+        "wkv_backend is 'abacus'",
+        "seed is 4294967296",
+        "betas is",
+    ):
         assert part in str(e.value)
     assert not Path(config.out).exists()
 
