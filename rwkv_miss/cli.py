@@ -265,8 +265,8 @@ def run_init(
     """
     from rwkv_miss.model.init import new_config, write_initial
 
-    if seed < 0:
-        raise UserError(f"seed is {seed}; it cannot be negative")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2**64")
     config = new_config(version, n_layer, n_embd, vocab_size, head_size, dim_ffn, low_rank)
     parameters = write_initial(config, seed, out, dtype)
     print(f"{out}: RWKV-{version}, {n_layer} layers of {n_embd}, vocabulary {vocab_size:,}: {parameters:,} parameters")
@@ -293,6 +293,8 @@ def run_binidx(
         answer_field: Field that holds the answer.
         separator: What parts the documents of a .txt file.
     """
+    from itertools import chain
+
     import numpy as np
 
     from rwkv_miss.data.binidx import write_binidx
@@ -300,6 +302,8 @@ def run_binidx(
     from rwkv_miss.data.records import read_records
     from rwkv_miss.data.tokenizers import load_tokenizer
 
+    if out.endswith((".bin", ".idx")) or out.rpartition("/")[2] in ("", ".", ".."):
+        raise UserError(f"out is {out!r}; give what comes before .bin and .idx in the names of the files to write")
     for path in (f"{out}.bin", f"{out}.idx"):
         if Path(path).exists():
             raise UserError(f"{path}: exists already; give another out, or remove it first")
@@ -314,7 +318,9 @@ def run_binidx(
             with_prompts += not record.is_text
             yield encode_record(record, tok, tok.vocab_size).ids
 
-    tokens = write_binidx(out, ids(), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
+    documents = ids()
+    first = next(documents)  # no folder is made for data that cannot be read
+    tokens = write_binidx(out, chain([first], documents), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
     print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
     if with_prompts:
         print(

@@ -162,6 +162,8 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
         found = self.adapter.problems()
+        if not self.out:
+            found.append("out is empty; give a folder")
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -177,6 +179,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 found.append(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.seed >= 2**32:
+            found.append(f"seed is {self.seed}; it must be below 2**32")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"betas are {list(self.betas)}; both must be in [0, 1)")
         for name in ("lr_min", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

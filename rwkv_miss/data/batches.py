@@ -28,8 +28,9 @@ class BatchStream:
 
     A micro-batch is a dict: `tokens` and `targets` int64 (b, T), `seq_start` bool (b, T), as in `Rows`;
     `step_tokens` int, the loss tokens in the whole optimizer step over all its micro-batches and ranks: the sum
-    of the loss over `step_tokens` adds up to the step's exact mean over tokens; `has_loss` bool, whether any
-    rank has a target in these columns; `last` bool, whether they are the last of their rows: otherwise the next
+    of the loss over `step_tokens` adds up to the step's exact mean over tokens; `positions` int, those of all
+    ranks' rows in these columns, without the padding of empty shares; `has_loss` bool, whether any rank has a
+    target in these columns; `last` bool, whether they are the last of their rows: otherwise the next
     micro-batch goes on with the same rows.
 
     All ranks have the same T. With `trim` (for rows of one document each) the columns after the last target of
@@ -126,6 +127,7 @@ class BatchStream:
             "targets": torch.from_numpy(targets.astype(np.int64)),
             "seq_start": torch.from_numpy(seq_start.copy()),
             "step_tokens": int(self._loss_tokens[step_rows].sum()),
+            "positions": len(of_all_ranks) * max(columns.stop - columns.start, 0),
             "has_loss": self._rows.has_loss(of_all_ranks, columns),
             "last": segment + 1 == self._segments,
         }

@@ -42,12 +42,18 @@ def dispatch(
     kind = v.device, v.dtype, operator.index(n)  # index: a constant under torch.compile(dynamic=True)
     if backend == "auto":
         backend = choose(op, *kind)
-    elif reason := unusable(op, backend, *kind):
-        raise UserError(f"{op}: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
+    else:
+        check_usable(op, backend, *kind)
     if state is None:
         state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
     y, last = functions[backend](*inputs, state, seq_start)
     return y, last.clone() if last is state else last
+
+
+def check_usable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n: int) -> None:
+    """UserError where `unusable` says why not; "auto" can always be used."""
+    if reason := unusable(op, backend, device, dtype, n):
+        raise UserError(f"{op}: backend {backend!r} cannot be used: {reason}; use backend 'torch' or 'auto'")
 
 
 @torch.compiler.assume_constant_result

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.errors import UserError
 from rwkv_miss.model.loss import loss_sum
 from rwkv_miss.model.state import State
 from rwkv_miss.training import optim
@@ -75,6 +76,15 @@ class LitRWKV(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["base_fingerprint"] = self.model.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        mark = checkpoint.get("base_fingerprint", self.model.fingerprint)
+        if mark != self.model.fingerprint:
+            raise UserError(
+                f"{self.config.base}: is not the base of the run to resume (fingerprint {self.model.fingerprint[:12]}, "
+                f"not {mark[:12]}); resume with that base, or give another out"
+            )
 
 
 def _columns(batch: dict[str, Any], wanted: slice) -> dict[str, Tensor]:

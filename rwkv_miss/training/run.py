@@ -27,6 +27,7 @@ from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.model import load_model
+from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training import strategies
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
@@ -39,6 +40,10 @@ _SAME = (
     "data",
     "tokenizer",
     "adapter",
+    "text_field",
+    "prompt_field",
+    "answer_field",
+    "separator",
     "val_data",
     "val_split",
     "ctx_len",
@@ -85,6 +90,8 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     model = load_model(config.base, None if config.precision == "auto" else config.precision, "cpu", config.wkv_backend)
     sizes = model.config
     model.gradient_checkpointing = config.gradient_checkpointing
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
     inject(model, config.adapter)
     documents = read_documents(config.data, config, sizes.vocab_size)
     held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
@@ -201,8 +208,14 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
             "--overwrite true to replace it"
         )
     if (out / "config.yaml").is_file():
+        try:
+            settings = yaml.safe_load((out / "config.yaml").read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise UserError(f"{out / 'config.yaml'}: is damaged; restore it, give another out, or --overwrite true")
         # A setting that the run did not have yet was at its default.
-        before = {f.name: f.default for f in fields(config)} | yaml.safe_load((out / "config.yaml").read_text())
+        before = {f.name: f.default for f in fields(config)} | settings
         now = _as_yaml(config)
         if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
