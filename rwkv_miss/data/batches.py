@@ -112,6 +112,8 @@ class BatchStream:
 
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
+        if self._world_size > 1 and segment == 0 and isinstance(self._rows, MappedRows):
+            self._rows.check(of_all_ranks)  # a bad token ends all ranks alike; else they wait for the one that met it
         width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
         columns = slice(segment * self._segment_len, min((segment + 1) * self._segment_len, width))
         rows = self._rows.take(mine)

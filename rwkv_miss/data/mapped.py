@@ -134,6 +134,12 @@ class MappedRows:
         pieces = (self.members[self.bounds[row] : self.bounds[row + 1]] for row in rows)
         return any(self.lengths[members].sum() > columns.start for members in pieces)
 
+    def check(self, rows: np.ndarray) -> None:
+        """UserError where a token of these rows is not in the vocabulary."""
+        for row in rows:
+            for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
+                self.documents.tokens(self.starts[piece], self.starts[piece] + self.lengths[piece] + 1)
+
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
         shape = len(rows), self.width

@@ -183,6 +183,8 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     quiet_train(config)
     with pytest.raises(UserError, match="cannot resume with other settings: ctx_len was 64, is 32"):
         quiet_train(replace(config, resume="auto", ctx_len=32))
+    with pytest.raises(UserError, match="cannot resume with other settings: text_field was text, is body"):
+        quiet_train(replace(config, resume="auto", text_field="body"))
     with pytest.raises(UserError, match=r"the run is done \(1 of 1 steps\)"):
         quiet_train(replace(config, resume="auto"))
 
