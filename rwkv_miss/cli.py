@@ -102,7 +102,7 @@ def run_evaluate(
         prompt_field: Field that holds the prompt.
         answer_field: Field that holds the answer.
         limit: Use the first records (of a binidx: documents) only.
-        ctx_len: Tokens in a row, for the loss.
+        ctx_len: Tokens in a row, for the loss; longer conversations lose their ends.
         batch_size: Rows or questions run together.
         max_tokens: Longest answer.
         show: Answers to print.
@@ -257,7 +257,8 @@ def run_init(
         out: The file to write, ending in .pth.
         version: Of RWKV.
         head_size: Channels in a head.
-        dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd (RWKV-6) when not given.
+        dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd rounded down to a multiple of
+            32 (RWKV-6) when not given.
         low_rank: Widths of low-rank matrices to have instead of BlinkDL's, such as {w: 64}. RWKV-7 has w, a, v and g,
             RWKV-6 maa and decay.
         seed: Of the random matrices.
@@ -282,7 +283,7 @@ def run_binidx(
     answer_field: str | None = None,
     separator: str | None = None,
 ) -> int:
-    """Write data as a binidx, token ids that training maps into memory. Every token of it is learned.
+    """Write data as a binidx, token ids that training maps into memory. Prompts in it are learned as answers are.
 
     Args:
         data: .jsonl or .txt, as for train.
