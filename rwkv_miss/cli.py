@@ -102,7 +102,7 @@ def run_evaluate(
         prompt_field: Field that holds the prompt.
         answer_field: Field that holds the answer.
         limit: Use the first records (of a binidx: documents) only.
-        ctx_len: Tokens in a row, for the loss.
+        ctx_len: Tokens in a row, for the loss; longer conversations lose their ends.
         batch_size: Rows or questions run together.
         max_tokens: Longest answer.
         show: Answers to print.
@@ -257,7 +257,8 @@ def run_init(
         out: The file to write, ending in .pth.
         version: Of RWKV.
         head_size: Channels in a head.
-        dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd (RWKV-6) when not given.
+        dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd rounded down to a multiple of
+            32 (RWKV-6) when not given.
         low_rank: Widths of low-rank matrices to have instead of BlinkDL's, such as {w: 64}. RWKV-7 has w, a, v and g,
             RWKV-6 maa and decay.
         seed: Of the random matrices.
@@ -265,8 +266,8 @@ def run_init(
     """
     from rwkv_miss.model.init import new_config, write_initial
 
-    if seed < 0:
-        raise UserError(f"seed is {seed}; it cannot be negative")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must be at least 0 and below 2**64")
     config = new_config(version, n_layer, n_embd, vocab_size, head_size, dim_ffn, low_rank)
     parameters = write_initial(config, seed, out, dtype)
     print(f"{out}: RWKV-{version}, {n_layer} layers of {n_embd}, vocabulary {vocab_size:,}: {parameters:,} parameters")
@@ -282,7 +283,7 @@ def run_binidx(
     answer_field: str | None = None,
     separator: str | None = None,
 ) -> int:
-    """Write data as a binidx, token ids that training maps into memory. Every token of it is learned.
+    """Write data as a binidx, token ids that training maps into memory. Prompts in it are learned as answers are.
 
     Args:
         data: .jsonl or .txt, as for train.
@@ -293,6 +294,8 @@ def run_binidx(
         answer_field: Field that holds the answer.
         separator: What parts the documents of a .txt file.
     """
+    from itertools import chain
+
     import numpy as np
 
     from rwkv_miss.data.binidx import write_binidx
@@ -300,6 +303,8 @@ def run_binidx(
     from rwkv_miss.data.records import read_records
     from rwkv_miss.data.tokenizers import load_tokenizer
 
+    if out.endswith((".bin", ".idx")) or out.rpartition("/")[2] in ("", ".", ".."):
+        raise UserError(f"out is {out!r}; give what comes before .bin and .idx in the names of the files to write")
     for path in (f"{out}.bin", f"{out}.idx"):
         if Path(path).exists():
             raise UserError(f"{path}: exists already; give another out, or remove it first")
@@ -314,7 +319,9 @@ def run_binidx(
             with_prompts += not record.is_text
             yield encode_record(record, tok, tok.vocab_size).ids
 
-    tokens = write_binidx(out, ids(), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
+    documents = ids()
+    first = next(documents)  # no folder is made for data that cannot be read
+    tokens = write_binidx(out, chain([first], documents), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
     print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
     if with_prompts:
         print(

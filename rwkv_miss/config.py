@@ -162,6 +162,8 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
         found = self.adapter.problems()
+        if not self.out:
+            found.append("out is empty; give a folder")
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from rwkv_miss.data.templates import answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generate import generate
 from rwkv_miss.model.loss import loss_sum
+
+_log = logging.getLogger("rwkv_miss")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,14 @@ def mean_loss(
 
 @torch.no_grad()
 def documents_loss(model: nn.Module, documents: Sequence[Document], ctx_len: int, batch_size: int) -> tuple[float, int]:
-    """(mean of -log p over the tokens that carry loss, their number), rows packed as training packs them."""
+    """(mean of -log p over the tokens that carry loss, their number), rows packed as training packs them.
+    Warns where ctx_len cuts documents off, or all of their loss."""
     rows, report = make_rows(documents, ctx_len, packing=True)
+    if report.truncated or report.dropped:
+        _log.warning(
+            "of %s records, %s lose their ends to ctx_len %s and %s have no token with loss in it",
+            *(report.records, report.truncated, ctx_len, report.dropped),
+        )
     stream = BatchStream(
         rows, batch_size=batch_size, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False
     )

@@ -137,7 +137,12 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"learning_rate": "1"}, ["learning_rate"]),
         ({"ctx_len": 2}, ["ctx_len 2 is too short"]),
         ({"wkv_backend": "cuda9"}, ["cuda9"]),
+        ({"wkv_backend": "cuda"}, ["backend 'cuda' cannot be used", "'auto'"]),
         ({"strategy": "fsdp"}, ["fsdp"]),
+        ({"betas": "[0.9,1]"}, ["betas are [0.9, 1.0]; both must be in [0, 1)"]),
+        ({"betas": "[-0.1,0.9]"}, ["betas are [-0.1, 0.9]"]),
+        ({"seed": 2**32}, ["seed is 4294967296; it must be below 2**32"]),
+        ({"out": ""}, ["out is empty"]),
     ],
 )
 def test_a_wrong_setting(arguments, tmp_path, capsys, changes, parts):
@@ -250,6 +255,7 @@ def test_a_new_model_is_made_and_trained_on_a_binidx(tmp_path, capsys, version):
     assert f"RWKV-{version}, 2 layers of 32" in capsys.readouterr().out
     refused(capsys, [*new, f"--out={base}"], "new.pth", "exists already")
     refused(capsys, [*new, f"--out={tmp_path}/x.pth", "--head_size=20"], "n_embd 32", "head_size 20")
+    refused(capsys, [*new, f"--out={tmp_path}/x.pth", f"--seed={2**64}"], "seed is 18446744073709551616")
 
     text = tmp_path / "data.jsonl"
     text.write_text("".join(json.dumps({"text": "tick " * n}) + "\n" for n in range(1, 9)) + GOOD + "\n")
@@ -284,6 +290,17 @@ def test_a_binidx_is_written_whole_or_not_at_all(tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text(f"{GOOD}\nnot JSON\n")
     argv = ["data", "binidx", f"--data={tmp_path}/data.jsonl", "--tokenizer=bytes", f"--out={tmp_path}/corpus"]
     refused(capsys, argv, "data.jsonl:2", "not JSON")
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
+    argv = ["data", "binidx", f"--data={tmp_path}/none.jsonl", "--tokenizer=bytes", f"--out={tmp_path}/new/corpus"]
+    refused(capsys, argv, "none.jsonl", "No such file")
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
+
+
+@pytest.mark.parametrize("out", ["", "corpus.bin", "corpus.idx", "folder/", "folder/..", "."])
+def test_a_prefix_that_is_none(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text(GOOD)
+    refused(capsys, ["data", "binidx", "--data=data.jsonl", "--tokenizer=bytes", f"--out={out}"], f"out is {out!r}")
     assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
 
 

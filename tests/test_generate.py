@@ -211,3 +211,12 @@ def test_a_right_answer_is_an_equal_one():
     given = answers(said, BYTES, [record("a", "42"), record("b", "42")], max_tokens=9, batch_size=2)
     assert given == [Answer("User: a\n\nAssistant:", "42", "42"), Answer("User: b\n\nAssistant:", "42", "41")]
     assert [a.is_right for a in given] == [True, False]
+
+
+def test_a_loss_of_a_part_says_so(model, caplog):
+    records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
+    records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))
+    mean_loss(model, BYTES, records[:1], ctx_len=64, batch_size=2)
+    assert not caplog.messages
+    mean_loss(model, BYTES, records, ctx_len=64, batch_size=2)
+    assert caplog.messages == ["of 4 records, 2 lose their ends to ctx_len 64 and 1 have no token with loss in it"]

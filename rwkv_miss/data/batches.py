@@ -28,8 +28,9 @@ class BatchStream:
 
     A micro-batch is a dict: `tokens` and `targets` int64 (b, T), `seq_start` bool (b, T), as in `Rows`;
     `step_tokens` int, the loss tokens in the whole optimizer step over all its micro-batches and ranks: the sum
-    of the loss over `step_tokens` adds up to the step's exact mean over tokens; `has_loss` bool, whether any
-    rank has a target in these columns; `last` bool, whether they are the last of their rows: otherwise the next
+    of the loss over `step_tokens` adds up to the step's exact mean over tokens; `positions` int, those of all
+    ranks' rows in these columns, without the padding of empty shares; `has_loss` bool, whether any rank has a
+    target in these columns; `last` bool, whether they are the last of their rows: otherwise the next
     micro-batch goes on with the same rows.
 
     All ranks have the same T. With `trim` (for rows of one document each) the columns after the last target of
@@ -111,6 +112,8 @@ class BatchStream:
 
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
+        if self._world_size > 1 and segment == 0 and isinstance(self._rows, MappedRows):
+            self._rows.check(of_all_ranks)  # a bad token ends all ranks alike; else they wait for the one that met it
         width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
         columns = slice(segment * self._segment_len, min((segment + 1) * self._segment_len, width))
         rows = self._rows.take(mine)
@@ -126,6 +129,7 @@ class BatchStream:
             "targets": torch.from_numpy(targets.astype(np.int64)),
             "seq_start": torch.from_numpy(seq_start.copy()),
             "step_tokens": int(self._loss_tokens[step_rows].sum()),
+            "positions": len(of_all_ranks) * max(columns.stop - columns.start, 0),
             "has_loss": self._rows.has_loss(of_all_ranks, columns),
             "last": segment + 1 == self._segments,
         }

@@ -48,11 +48,12 @@ class BinIdx:
 
 
 def binidx_prefix(path: str | Path) -> str | None:
-    """PREFIX where `path` is PREFIX.bin or PREFIX.idx, or the PREFIX of a file so named; None for other files."""
+    """PREFIX where `path` is PREFIX.bin or PREFIX.idx, or the PREFIX of a file so named; None for other files. A file
+    PREFIX is itself; a folder PREFIX is no data, so the pair beside it is meant."""
     name = str(path)
     if name.endswith((".bin", ".idx")):
         return name[:-4]
-    if not Path(name).exists() and (Path(f"{name}.idx").is_file() or Path(f"{name}.bin").is_file()):
+    if not Path(name).is_file() and (Path(f"{name}.idx").is_file() or Path(f"{name}.bin").is_file()):
         return name
     return None
 
@@ -128,7 +129,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
         raise refuse("lists no document")
     if boundaries[0] != 0 or boundaries[-1] != n:
         raise refuse(f"its documents span sequences {boundaries[0]} to {boundaries[-1]}, not 0 to {n}; it is corrupt")
-    if (wrong := _first(np.diff(boundaries) < 0)) is not None:
+    if (wrong := _first(boundaries[1:] < boundaries[:-1])) is not None:
         raise refuse(f"document {wrong} ends before it begins; the file is corrupt")
     return np.dtype(_DTYPES[code]), sizes, pointers, boundaries
 

@@ -131,7 +131,14 @@ class MappedRows:
 
     def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
         """Whether any of these rows has a target in these columns."""
-        return bool((self.loss_tokens[rows] > columns.start).any())
+        pieces = (self.members[self.bounds[row] : self.bounds[row + 1]] for row in rows)
+        return any(self.lengths[members].sum() > columns.start for members in pieces)
+
+    def check(self, rows: np.ndarray) -> None:
+        """UserError where a token of these rows is not in the vocabulary."""
+        for row in rows:
+            for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
+                self.documents.tokens(self.starts[piece], self.starts[piece] + self.lengths[piece] + 1)
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
@@ -158,7 +165,10 @@ def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = Fal
     targets = documents.stops - documents.starts - 1
     learned = targets > 0
     if not learned.any():
-        raise UserError(f"{documents.file.prefix}.bin: no document has two tokens, so there is nothing to learn")
+        raise UserError(
+            f"{documents.file.prefix}.bin: none of {len(documents)} documents has two tokens, so there is nothing to "
+            "learn"
+        )
     targets, begins = targets[learned], documents.starts[learned]
     # Longer documents in pieces of ctx_len targets that share one token, the last with the rest.
     pieces = -(-targets // ctx_len)

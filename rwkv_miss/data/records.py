@@ -66,7 +66,7 @@ def read_records(
     if prompt_field is not None and own_text:
         raise UserError("text_field cannot be combined with prompt_field and answer_field: give one kind")
     if path.is_dir():
-        raise UserError(f"{path}: is a directory; give a .jsonl or .txt file")
+        raise UserError(f"{path}: is a directory; give a .jsonl or .txt file, or a binidx")
     if path.suffix not in (".jsonl", ".txt"):
         raise UserError(f"{path}: suffix {path.suffix!r} is not known; give a .jsonl or .txt file, or a binidx")
     if path.suffix == ".jsonl" and separator is not None:

@@ -86,11 +86,21 @@ def _hugging_face(name: str) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         message = f"tokenizer {name!r}: is not a Hugging Face tokenizer.json ({error})"
         raise UserError(message) from error
+    ids = inner.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise UserError(f"tokenizer {name!r}: has no tokens")
     inner.no_truncation()
     inner.no_padding()
+
+    def encode(text: str) -> list[int]:
+        try:
+            return inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # for one, an unknown word and no token for it
+            raise UserError(f"tokenizer {name!r}: cannot encode {text[:40]!r} ({error})") from error
+
     return Tokenizer(
         name,
-        max(inner.get_vocab(with_added_tokens=True).values()) + 1,
-        lambda text: inner.encode(text, add_special_tokens=False).ids,
+        max(ids) + 1,
+        encode,
         lambda ids: inner.decode([i for i in ids if i != END], skip_special_tokens=False),
     )

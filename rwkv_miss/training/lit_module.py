@@ -73,10 +73,10 @@ class LitRWKV(L.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["base_fingerprint"] = self.model.fingerprint
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["base_fingerprint"] = self.model.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found, here = checkpoint.get("base_fingerprint"), self.model.fingerprint

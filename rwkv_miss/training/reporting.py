@@ -27,6 +27,7 @@ class Reporter(L.Callback):
         self.base_val_loss: float | None = None
         self.last_loss: float | None = None
         self._tokens = self._tokens_at_row = 0
+        self._csv = self._board = self._bar = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"tokens": self._tokens, "base_val_loss": self.base_val_loss}
@@ -36,7 +37,6 @@ class Reporter(L.Callback):
         self.base_val_loss = state_dict["base_val_loss"]
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self._csv = self._board = self._bar = None
         self._start = self._row_time = time.monotonic()
 
     def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -78,7 +78,7 @@ class Reporter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._tokens += batch["tokens"].numel() * trainer.world_size
+        self._tokens += batch["positions"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
@@ -103,7 +103,11 @@ class Reporter(L.Callback):
             self._bar.stop()
         if self._csv:
             self._csv.close()
+        if self._board:
             self._board.close()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # which Lightning leaves out then: the bar would hide the cursor for good
 
     def _row(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
         if not trainer.is_global_zero:

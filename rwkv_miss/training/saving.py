@@ -58,6 +58,9 @@ class Saver(L.Callback):
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, module, "fit")  # which Lightning leaves out then
+
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signal = signum
 

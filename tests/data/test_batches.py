@@ -107,6 +107,7 @@ def test_a_micro_batch():
     assert batch["seq_start"].int().tolist() == [[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]]
     assert batch["step_tokens"] == 4 and type(batch["step_tokens"]) is int
     trimmed = next(iter(make_stream(shuffle=False, batch_size=3)))
+    assert batch["positions"] == 18 and trimmed["positions"] == 9
     for name in ("tokens", "targets", "seq_start"):
         assert torch.equal(trimmed[name], batch[name][:, :3])
 
@@ -153,6 +154,9 @@ def test_segments_are_the_columns_of_the_rows_in_turn(count, batch_size, accumul
     for parts in zip(*ranks, strict=True):
         assert {part["has_loss"] for part in parts} == {sum(map(loss_tokens, parts)) > 0}
         assert len({part["tokens"].shape[1] for part in parts}) == 1
+        assert len({part["positions"] for part in parts}) == 1
+    for rank in ranks if not trim else []:  # trimmed, rows that are shared out otherwise have other widths
+        assert sum(part["positions"] for part in rank) == count * CTX_LEN
 
 
 @pytest.mark.parametrize("segment_len", [None, 4])

@@ -193,5 +193,8 @@ def test_what_a_path_means(tmp_path):
     assert binidx_prefix(tmp_path / "my") is None
     (tmp_path / "my.corpus.bin").unlink()
     assert binidx_prefix(prefix) == prefix  # to be told that its .bin is missing
+    (tmp_path / "my.corpus").mkdir()
+    assert binidx_prefix(prefix) == prefix
+    (tmp_path / "my.corpus").rmdir()
     (tmp_path / "my.corpus").write_text("")
     assert binidx_prefix(prefix) is None

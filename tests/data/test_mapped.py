@@ -81,7 +81,7 @@ def test_an_end_inside_a_document_begins_a_new_one(opened):
 
 
 def test_too_short_to_learn_anything(opened):
-    with pytest.raises(UserError, match=r"p\.bin: no document has two tokens"):
+    with pytest.raises(UserError, match=r"p\.bin: none of 3 documents has two tokens"):
         make_rows(opened([[1], [], [2]]), 8, packing=True)
 
 

@@ -108,3 +108,14 @@ def test_a_tokenizer_that_cannot_be_read(tmp_path):
     path.write_text('{"model": 3}')
     with pytest.raises(UserError, match=r"tokenizer\.json': is not a Hugging Face tokenizer\.json \("):
         load_tokenizer(str(path))
+    tokenizers.Tokenizer(models.WordLevel({}, unk_token="[UNK]")).save(str(path))
+    with pytest.raises(UserError, match=r"tokenizer\.json': has no tokens"):
+        load_tokenizer(str(path))
+
+
+def test_a_word_that_a_tokenizer_has_no_token_for(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "known": 1}, unk_token="[UNK]")).save(path)
+    assert load_tokenizer(path).encode("known") == [1]
+    with pytest.raises(UserError, match=r"tokenizer\.json': cannot encode 'unknown' \(.*UNK"):
+        load_tokenizer(path).encode("unknown")

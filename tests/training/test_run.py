@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
+import io
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +24,8 @@ from rwkv_miss import load_adapter, load_model
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.training.lit_module import LitRWKV
+from rwkv_miss.training.run import train
 from rwkv_miss.training.saving import last_checkpoint
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
@@ -256,11 +261,11 @@ def test_a_run_from_before_a_setting_was_there_resumes(make_config):
     assert quiet_train(replace(config, max_steps=2, resume="auto")).steps == 2
 
 
-@pytest.mark.parametrize("content", ["", "a: [b", "- 1", "adapter: 1"])
+@pytest.mark.parametrize("content", [b"", b"a: [b", b"- 1", b"adapter: 1", b"\x80"])
 def test_resume_with_broken_settings(make_config, content):
     config = make_config(max_steps=1)
     quiet_train(config)
-    Path(config.out, "config.yaml").write_text(content)
+    Path(config.out, "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.yaml: not the settings of a run"):
         quiet_train(replace(config, max_steps=2, resume="auto"))
 
@@ -272,6 +277,27 @@ def test_resume_with_a_truncated_checkpoint(make_config):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="step-00000001: not a whole checkpoint"):
         quiet_train(replace(config, max_steps=2, resume="auto"))
+
+
+def test_an_error_leaves_the_terminal_and_the_signals_as_they_were(make_config, monkeypatch):
+    monkeypatch.setattr(LitRWKV, "training_step", lambda *_: 1 / 0)
+    terminal = io.StringIO()
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError):
+        train(make_config(), Console(file=terminal, force_terminal=True))
+    hide, show = "\x1b[?25l", "\x1b[?25h"
+    assert terminal.getvalue().count(hide) == terminal.getvalue().count(show) == 1
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(8, 1), (3, 3)])
+def test_tokens_are_those_of_the_rows(make_config, batch_size, accumulate):
+    """However the rows are shared out, and though those of the last step of an epoch are fewer."""
+    config = make_config(packing=True, batch_size=batch_size, accumulate=accumulate, max_steps=0, epochs=2)
+    said = io.StringIO()
+    train(config, Console(file=said))
+    [rows] = re.findall(r"in (\d+) rows of 64", said.getvalue())
+    assert losses(config.out, "tokens")[-1] == 2 * 64 * int(rows) and int(rows) % (batch_size * accumulate)
 
 
 def test_resume_of_an_empty_folder_starts(make_config):
