@@ -182,7 +182,7 @@ class TrainConfig:
         if self.seed >= 2**32:
             found.append(f"seed is {self.seed}; it must be below 2^32")
         if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"betas is {list(self.betas)}; both must be in [0, 1)")
+            found.append(f"betas are {list(self.betas)}; both must be in [0, 1)")
         for name in ("lr_min", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

@@ -141,7 +141,7 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"strategy": "fsdp"}, ["fsdp"]),
         ({"betas": "[0.9,1]"}, ["betas are [0.9, 1.0]; both must be in [0, 1)"]),
         ({"betas": "[-0.1,0.9]"}, ["betas are [-0.1, 0.9]"]),
-        ({"seed": 2**32}, ["seed is 4294967296; it must be below 2**32"]),
+        ({"seed": 2**32}, ["seed is 4294967296; it must be below 2^32"]),
         ({"out": ""}, ["out is empty"]),
     ],
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import io
+import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,7 +336,7 @@ def test_every_wrong_setting_is_named_at_once(make_config):
         "val_every is given",
         "wkv_backend is 'abacus'",
         "seed is 4294967296",
-        "betas is",
+        "betas are",
     ):
         assert part in str(e.value)
     assert not Path(config.out).exists()
