@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
+from rwkv_miss.adapters.full import whole_parameters
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.checkpoint import atomic_write
+from rwkv_miss.checkpoint import atomic_write, read_checkpoint
 from rwkv_miss.config import AdapterConfig, TrainConfig, check
 from rwkv_miss.data.batches import count_segments
 from rwkv_miss.data.binidx import binidx_prefix
@@ -29,6 +30,7 @@ from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.model import load_model
+from rwkv_miss.model.initial_state import is_state
 from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training import strategies
 from rwkv_miss.training.data_module import PackedData
@@ -79,6 +81,10 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     sizes = model.config
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter)
+    in_file = read_checkpoint(config.base)
+    for key, parameter in whole_parameters(model).items():
+        if not is_state(key):  # which begins at zero, or is fp32 in the model too
+            parameter.data.copy_(in_file[key])  # the model's own may be rounded to `precision`
     if first:  # alone: the others have no business on its GPU
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
