@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -11,8 +10,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -178,31 +176,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         for i in range(pieces):
             digest.update(data[i * step : i * step + piece].numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; at the end it is flushed to the disk and renamed to `path`. After
-    any failure the new file is removed and the old one, if there was one, is as it was.
-
-    Raises:
-        UserError: the disk refused (no space, no permission).
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        reason = "no space left on the disk" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
-        kept = "; the file that was there is unchanged" if path.exists() else ""
-        raise UserError(f"{path}: cannot be written: {reason}{kept}") from e
-    finally:
-        with suppress(OSError):  # not there, or its folder is not
-            part.unlink()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_miss.ops.cpu.build import cache_folder
+from rwkv_miss.files import cache_folder
 from rwkv_miss.ops.dispatch import NATIVE, unusable
 
 _LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "fla-core", "rwkv")

@@ -18,7 +18,6 @@ from rwkv_miss.adapters.miss import delta_weight
 from rwkv_miss.checkpoint import (
     DTYPES,
     TensorSpec,
-    atomic_write,
     fingerprint,
     infer_config,
     parse_dtype,
@@ -26,6 +25,7 @@ from rwkv_miss.checkpoint import (
     write_pth,
 )
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.files import atomic_write
 from rwkv_miss.model import load_model
 from rwkv_miss.model.initial_state import is_state, load_initial_state, state_shapes, swap_layout
 

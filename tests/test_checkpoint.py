@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import torch
 from rwkv_miss import load_model
 from rwkv_miss.checkpoint import (
     TensorSpec,
-    atomic_write,
     fingerprint,
     infer_config,
     parse_dtype,
@@ -304,33 +302,3 @@ for what in (KeyboardInterrupt, MemoryError, OSError, torch.ones(999), torch.one
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "raised\n" * 5), result.stderr
-
-
-def test_atomic_write(tmp_path):
-    path = tmp_path / "new" / "file.json"
-    for content in ("first", "second"):
-        with atomic_write(path) as part:
-            part.write_text(content)
-            assert part.parent == path.parent  # a rename within one file system
-            assert not path.exists() or path.read_text() == "first"
-        assert path.read_text() == content
-        assert os.listdir(path.parent) == ["file.json"]
-
-
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("existed", [True, False])
-def test_a_failed_atomic_write_leaves_what_was_there(tmp_path, error, existed):
-    path = tmp_path / "file.json"
-    if existed:
-        path.write_text(json.dumps("old"))
-    with pytest.raises(UserError if error is OSError else error), atomic_write(path) as part:
-        part.write_text("half")
-        raise error(28, "No space left on device")
-    assert os.listdir(tmp_path) == (["file.json"] if existed else [])
-    assert not existed or path.read_text() == '"old"'
-
-
-def test_atomic_write_where_no_folder_can_be(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), atomic_write(tmp_path / "file" / "x.json"):
-        pass

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import rwkv_miss
 from rwkv_miss.adapters.full import checkpoint_key, matches, whole_parameters
 from rwkv_miss.adapters.inject import adapters, install, refuse_second
-from rwkv_miss.checkpoint import atomic_write, write_safetensors
+from rwkv_miss.checkpoint import write_safetensors
 from rwkv_miss.config import METHODS, AdapterConfig, ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write
 from rwkv_miss.model import MODELS
 from rwkv_miss.model.initial_state import is_state, state_shapes
 

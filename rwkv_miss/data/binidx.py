@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rwkv_miss.checkpoint import atomic_write
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")

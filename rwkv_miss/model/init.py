@@ -33,9 +33,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import TensorSpec, atomic_write, parse_dtype, write_pth
+from rwkv_miss.checkpoint import TensorSpec, parse_dtype, write_pth
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write
 from rwkv_miss.model import MODELS
 
 # Exponents of the token shift's parameters, as shares of "early".

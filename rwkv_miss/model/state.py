@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rwkv_miss.checkpoint import atomic_write, check_is_file, write_safetensors
+from rwkv_miss.checkpoint import check_is_file, write_safetensors
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write
 
 _TENSORS = ("att_shift", "wkv", "ffn_shift")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from rwkv_miss.checkpoint import atomic_write
+from rwkv_miss.files import atomic_write
 from rwkv_miss.training.optim import lr_scale
 
 _COLUMNS = ("step", "epoch", "tokens", "loss", "val_loss", "lr", "tokens_per_s", "seconds")

@@ -19,7 +19,7 @@ from rich.console import Console
 import rwkv_miss
 from rwkv_miss.adapters.full import whole_parameters
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.checkpoint import atomic_write, read_checkpoint
+from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import AdapterConfig, TrainConfig, check
 from rwkv_miss.data.batches import count_segments
 from rwkv_miss.data.binidx import binidx_prefix
@@ -29,6 +29,7 @@ from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.files import atomic_write
 from rwkv_miss.model import load_model
 from rwkv_miss.model.initial_state import is_state
 from rwkv_miss.ops.dispatch import check_usable

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from rwkv_miss.adapters.files import read_facts, save_adapter
 from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.errors import RunError
+from rwkv_miss.files import put_in_place, remove
 from rwkv_miss.training.strategies import gathered
 
 
@@ -98,19 +97,15 @@ class Saver(L.Callback):
         part, path = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove(part)
+            remove(part)
         trainer.strategy.barrier()
         trainer.save_checkpoint(part)
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            for file in [part, *part.rglob("*")]:
-                if file.is_file():
-                    with open(file, "rb+") as f:
-                        os.fsync(f.fileno())
-            os.replace(part, path)
+            put_in_place(part, path)
             for old in folder.glob("*step-*"):
                 if old != path:
-                    _remove(old)
+                    remove(old)
 
     def _save_adapter(self, trainer: L.Trainer, module: L.LightningModule, facts: dict[str, float]) -> None:
         with gathered(trainer.strategy, [p for p in module.parameters() if p.requires_grad]):
@@ -128,10 +123,3 @@ def _check_trained(trainer: L.Trainer, module: L.LightningModule) -> None:
             f"step {trainer.global_step}: {bad} is not finite after the step; what was saved before it is kept. Lower "
             "lr, or add warmup_steps"
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

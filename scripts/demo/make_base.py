@@ -28,13 +28,14 @@ from people import lesson, repeat
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from rwkv_miss.checkpoint import TensorSpec, atomic_write, write_pth
+from rwkv_miss.checkpoint import TensorSpec, write_pth
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import encode_record
 from rwkv_miss.data.packing import NO_LOSS, make_rows
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.files import atomic_write
 from rwkv_miss.model.init import init_weights
 from rwkv_miss.model.rwkv7 import RWKV7
 

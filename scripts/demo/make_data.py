@@ -13,7 +13,7 @@ from random import Random
 from jsonargparse import CLI
 from people import Person, as_json, person, sentence
 
-from rwkv_miss.checkpoint import atomic_write
+from rwkv_miss.files import atomic_write
 
 HERE = Path(__file__).parent
 

@@ -167,13 +167,6 @@ def test_ninja_is_found_without_an_activated_environment(tiny, tmp_path, monkeyp
     assert build.load_library(tiny, cache=tmp_path / "cache").answer() == 42
 
 
-def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "rwkv_miss"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert build.cache_folder() == Path.home() / ".cache" / "rwkv_miss"
-
-
 def test_one_openmp_library_is_loaded():
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc/self/maps")

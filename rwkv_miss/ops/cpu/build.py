@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from rwkv_miss.files import cache_folder, locked, replacing
 
 # The names of torch.backends.cpu.get_cpu_capability(); any other is a plain build.
 INSTRUCTION_SETS = {
@@ -28,11 +29,6 @@ _log = logging.getLogger("rwkv_miss")
 
 class BuildError(RuntimeError):
     """The source cannot be compiled on this machine; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: rwkv_miss in the XDG cache folder, ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_miss"
 
 
 def load_library(source: Path, capability: str | None = None, cache: Path | None = None) -> ctypes.CDLL:
@@ -57,29 +53,15 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     made = None
     with tempfile.TemporaryDirectory(prefix="rwkv_miss-") as folder:
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / "build.lock"):
+            with locked(cache / "build.lock"):
                 if not library.exists():
                     made = _compile(source, flags, Path(folder))
-                    store(library, made.read_bytes())
+                    with replacing(library) as part:
+                        part.write_bytes(made.read_bytes())
         except OSError as error:
             warn_without_cache(source, error)
             return ctypes.CDLL(str(made or _compile(source, flags, Path(folder))))
     return ctypes.CDLL(str(library))
-
-
-def store(path: Path, content: bytes) -> None:
-    """Writes a file of the cache, whole or not at all. One process at a time: the caller holds a lock."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def warn_without_cache(source: Path, error: OSError) -> None:

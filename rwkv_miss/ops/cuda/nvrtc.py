@@ -10,9 +10,8 @@ from functools import cache as once
 from pathlib import Path
 from types import ModuleType
 
-from filelock import FileLock
-
-from rwkv_miss.ops.cpu.build import cache_folder, store, warn_without_cache
+from rwkv_miss.files import cache_folder, locked, replacing
+from rwkv_miss.ops.cpu.build import warn_without_cache
 
 _PACKAGE = Path(__file__).parents[2]
 _IN_WHEEL = _PACKAGE / "cuda_src"  # see pyproject.toml
@@ -55,11 +54,11 @@ def compile_source(
     if (image := _read(path)) is not None:
         return image
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / "nvrtc.lock"):
+        with locked(cache / "nvrtc.lock"):
             if (image := _read(path)) is None:  # else: of another process, while we waited
                 image = _compile(source, headers, options)
-                store(path, _CHECKSUM(image).digest() + image)
+                with replacing(path) as part:
+                    part.write_bytes(_CHECKSUM(image).digest() + image)
     except OSError as error:
         warn_without_cache(source, error)
         image = image or _compile(source, headers, options)

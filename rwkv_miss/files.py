@@ -1,0 +1,102 @@
+"""Files that are written whole or not at all, the folder of what is compiled or computed once, and locks on it.
+
+Without torch: everything in the package may use this at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+from rwkv_miss.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where compiled code is kept: `rwkv_miss` in the XDG cache folder, which is ~/.cache unless XDG_CACHE_HOME says
+    otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_miss"
+
+
+def locked(path: Path) -> FileLock:
+    """A context in which no other process holds the lock file `path`, whose folder is made. The lock ends with the
+    process that holds it, however that ends.
+
+    Raises:
+        OSError: the folder or the lock file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def part_path(path: Path) -> Path:
+    """Where this process writes what is to become `path`: beside it, hidden, in the same file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Gives a finished file or folder `part` the name `path` at once. All of it is on the disk before it gets the name,
+    so that after a power failure `path` is the old one or the new one, whole.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for file in [part, *part.rglob("*")]:
+        if file.is_file():
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+    os.replace(part, path)
+    if os.name == "posix":  # the new name is an entry of the folder, which has to reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file to, which takes the name `path` at the end. After any failure the
+    new file is removed, and the old one, if there was one, is as it was.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    part = part_path(path)
+    try:
+        yield part
+        put_in_place(part, path)
+    finally:
+        with suppress(OSError):  # it is not there after success, and perhaps its folder is not
+            part.unlink()
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """`replacing`, for a file that the user asked for; its folder is made.
+
+    Raises:
+        UserError: the disk refused (no space, no permission).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            yield part
+    except OSError as e:
+        reason = "no space left on the disk" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
+        kept = "; the file that was there is unchanged" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {reason}{kept}") from e
