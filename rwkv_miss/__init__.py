@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_miss.adapters.files import load_adapter, save_adapter
     from rwkv_miss.adapters.inject import inject
-    from rwkv_miss.config import AdapterConfig, ModelConfig
+    from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
     from rwkv_miss.merging import MergeReport, merge
-    from rwkv_miss.model import load_model
+    from rwkv_miss.model.load import load_model
+    from rwkv_miss.training.start import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -19,10 +20,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterConfig": "config",
     "ModelConfig": "config",
-    "load_model": "model",
+    "TrainConfig": "config",
+    "load_model": "model.load",
     "inject": "adapters.inject",
     "save_adapter": "adapters.files",
     "load_adapter": "adapters.files",
+    "train": "training.start",
+    "TrainResult": "training.start",
     "merge": "merging",
     "MergeReport": "merging",
 }
@@ -30,11 +34,14 @@ __all__ = [
     "AdapterConfig",
     "MergeReport",
     "ModelConfig",
+    "TrainConfig",
+    "TrainResult",
     "inject",
     "load_adapter",
     "load_model",
     "merge",
     "save_adapter",
+    "train",
 ]
 
 
@@ -42,3 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rwkv_miss' has no attribute {name!r}")
     return getattr(importlib.import_module(f"rwkv_miss.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,5 @@
-"""RWKV checkpoints on disk: read without copying, recognised by their keys, written beside and renamed."""
+"""Checkpoints on disk: dicts of named tensors, read without copying and without running code, and written one tensor at
+a time."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import check_is_file
 
 # The storage classes that PyTorch's pickles name, for the dtypes that an RWKV checkpoint may have.
 _STORAGES = {
@@ -78,86 +79,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
         raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
     return loaded
-
-
-def check_is_file(path: Path, what: str) -> None:
-    """UserError unless `path` is a file; `what` names its role in the message."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; the {what} must be a file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file ({what})")
-
-
-def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> ModelConfig:
-    """Everything that the keys and shapes of a checkpoint say (shared key layout: BlinkDL's RWKV-LM).
-
-    Raises:
-        UserError: another architecture or layout, named, with the way out; or a key that is missing.
-    """
-    version = _recognise(tensors, path)
-
-    def shape(key: str) -> torch.Size:
-        if key not in tensors:
-            raise UserError(f"{path}: RWKV-{version} checkpoint without {key}; the file is incomplete")
-        if tensors[key].ndim != 2:
-            raise UserError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected two dimensions")
-        return tensors[key].shape
-
-    layers = {int(m.group(1)) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
-    if layers != set(range(len(layers))):
-        missing = min(set(range(max(layers))) - layers)
-        raise UserError(f"{path}: blocks.{missing}.* is missing between 0 and {max(layers)}")
-    heads_key = "blocks.0.att.r_k" if version == 7 else "blocks.0.att.time_faaaa"
-    heads = shape(heads_key)
-    vocab_size, n_embd = shape("emb.weight")
-    if heads[0] * heads[1] != n_embd:
-        raise UserError(f"{path}: {heads[0]} heads of {heads[1]} ({heads_key}) do not make up n_embd {n_embd}")
-    if version == 6:
-        low_rank = {
-            "maa": int(shape("blocks.0.att.time_maa_w1")[1]) // 5,
-            "decay": int(shape("blocks.0.att.time_decay_w1")[1]),
-        }
-    else:
-        low_rank = {name: int(shape(f"blocks.0.att.{name}1")[1]) for name in ("w", "a", "g")}
-        if len(layers) > 1:  # layer 0 has no use for v1 and may lack it
-            low_rank["v"] = int(shape("blocks.1.att.v1")[1])
-    return ModelConfig(
-        version=version,
-        n_layer=len(layers),
-        n_embd=int(n_embd),
-        n_head=int(heads[0]),
-        head_size=int(heads[1]),
-        dim_ffn=int(shape("blocks.0.ffn.key.weight")[0]),
-        vocab_size=int(vocab_size),
-        low_rank=low_rank,
-    )
-
-
-def _recognise(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> int:
-    def refuse(what: str, way_out: str) -> UserError:
-        return UserError(f"{path}: {what}; {way_out}")
-
-    names = set(tensors)
-    if any(name.startswith(("model.layers.", "model.embeddings.", "rwkv.", "model.blocks.")) for name in names):
-        raise refuse(
-            "a Hugging Face layout (keys such as " + next(n for n in names if n.startswith(("model.", "rwkv."))) + ")",
-            "use the .pth it was converted from, in BlinkDL's layout (emb.weight, blocks.0.att...)",
-        )
-    if any(name.endswith((".disha", ".bone", ".miss_block")) for name in names) or any("lora_A" in n for n in names):
-        raise refuse("an adapter, not a model", "give the base checkpoint here")
-    if names and all(name.endswith(".att.time_state") for name in names):
-        raise refuse("a learned initial state, not a model", "give the base here, and this file as --state to generate")
-    if not any(name.startswith("blocks.0.att.") for name in names):
-        found = ", ".join(sorted(names)[:3])
-        raise refuse(f"not an RWKV checkpoint (keys such as {found})", "expected blocks.0.att.* and emb.weight")
-    if any(".ffn.s_emb" in name for name in names):
-        raise refuse("an RWKV-7a/7b (DeepEmbed) checkpoint", "only plain RWKV-7 is supported")
-    if "blocks.0.att.k_k" in names:
-        return 7
-    if "blocks.0.att.time_maa_x" in names:
-        return 6
-    old = 5 if "blocks.0.att.ln_x.weight" in names else 4
-    raise refuse(f"an RWKV-{old} checkpoint", "RWKV-6 and RWKV-7 are supported; fine-tune from a newer base")
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
-
-from rwkv_miss.errors import UserError
+from typing import Any, Literal
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
-METHODS = ("miss", "state", "miss+state", "full")
-"""What can be trained; see `AdapterConfig`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The sizes of an RWKV model, as its checkpoint says them."""
 
-    version: int
+    version: int | str
+    """6, 7, or the name of a variant."""
     n_layer: int
     n_embd: int
     n_head: int
@@ -33,37 +30,37 @@ class ModelConfig:
 class AdapterConfig:
     """What is trained."""
 
-    method: Literal["miss", "state", "miss+state", "full"] = "miss"
-    """miss: Matrix Shard Sharing, one trainable (r, out) matrix a linear. state: the state that sequences begin
-    from; it is zero at first and wants a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter."""
+    method: str = "miss"
+    """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear. state: the state that sequences
+    begin from; it is zero at first and wants a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter of
+    the base. Several methods are joined by +, such as miss+state."""
     r: int = 64
-    """Rank of MiSS: rows of the trainable matrix, and the size of the blocks that the input is summed over."""
+    """Rank of a method that goes beside linears. Of MiSS: the rows of the trainable matrix, and the size of the blocks
+    that the input is summed over."""
     dropout: float = 0.0
-    """Probability of dropping an element of MiSS's input while training."""
+    """Probability of dropping an element of the adapter's input while training."""
     target_modules: list[str] | None = None
-    """Ends of the names of the linears that MiSS goes beside, such as [att.key, ffn.value]; all time-mix and
+    """Ends of the names of the linears that the adapter goes beside, such as [att.key, ffn.value]; all time-mix and
     channel-mix linears when not given."""
     modules_to_save: list[str] | None = None
-    """Parts of the base to train beside MiSS or the state: ln (every normalisation), time (the time mix's and channel
-    mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in target_modules.
-    HF PEFT has no form for parameters that are not whole modules, such as time's: it cannot load such an adapter."""
+    """Parts of the base to train beside the adapter or the state: ln (every normalisation), time (the time mix's and
+    channel mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in
+    target_modules. HF PEFT has no form for parameters that are not whole modules, such as time's: it cannot load such
+    an adapter."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options that only the chosen method has, by name."""
 
     def problems(self) -> list[str]:
+        """Every mistake that can be told without knowing the methods (`rwkv_miss.adapters.method` knows them)."""
         found = []
-        if self.method not in METHODS:
-            found.append(f"adapter.method is {self.method!r}; this version has: {', '.join(METHODS)}")
         if self.r < 1:
             found.append(f"adapter.r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             found.append(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
         if self.target_modules is not None and not self.target_modules:
             found.append("adapter.target_modules is empty; leave it out to adapt every linear")
-        if "miss" not in self.method and (self.target_modules or self.dropout):
-            found.append(f"adapter.target_modules and dropout are MiSS's; method {self.method} has no use for them")
         if self.modules_to_save is not None and not self.modules_to_save:
             found.append("adapter.modules_to_save is empty; leave it out to train nothing more")
-        if self.method == "full" and self.modules_to_save:
-            found.append("adapter.modules_to_save is given, but method full trains every part of the base already")
         return found
 
 
@@ -145,15 +142,23 @@ class TrainConfig:
     """Machines."""
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
+    meet_minutes: float = 10.0
+    """Minutes that the processes of several machines wait for each other at the start before the run is given up."""
     wkv_backend: str = "auto"
     """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU of Triton's), cpu (C++),
     torch, or reference (slow, for checks)."""
+    objective: str = "cross_entropy"
+    """What is minimised. cross_entropy: the mean of -log p over the tokens that carry loss."""
     seed: int = 42
-    """Seeds the order of the data, the validation split and dropout."""
+    """Seed of the order of the data, the validation split and dropout."""
+    loggers: list[str] = field(default_factory=lambda: ["csv", "tensorboard"])
+    """Where the run's figures are written: csv (metrics.csv), tensorboard (tensorboard/)."""
     log_every: int = 10
     """Optimizer steps between the rows of metrics.csv."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 saves at the end of each epoch."""
+    save_minutes: float = 10.0
+    """A checkpoint is also saved when this many minutes have gone by without one; 0 never does so."""
     resume: Literal["never", "auto"] = "never"
     """auto goes on from the output folder's last checkpoint, or starts where there is none."""
     overwrite: bool = False
@@ -161,7 +166,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
-        found = self.adapter.problems()
+        found = []
         if not self.out:
             found.append("out is empty; give a folder")
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
@@ -176,6 +181,7 @@ class TrainConfig:
             "weight_decay",
             "grad_clip",
             "seed",
+            "save_minutes",
         ):
             if getattr(self, name) < 0:
                 found.append(f"{name} is {getattr(self, name)}; it cannot be negative")
@@ -188,11 +194,9 @@ class TrainConfig:
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.val_split < 1:
             found.append(f"val_split is {self.val_split}; it must be in [0, 1)")
-        for name in ("lr", "lr_state"):
+        for name in ("lr", "lr_state", "meet_minutes"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 found.append(f"{name} is {value}; it must be above 0")
-        if self.lr_state is not None and "state" not in self.adapter.method:
-            found.append(f"lr_state is given, but adapter.method {self.adapter.method} trains no state")
         if self.val_data and self.val_split:
             found.append("val_data and val_split are both given; choose one")
         if self.val_every and not (self.val_data or self.val_split):
@@ -217,9 +221,3 @@ class TrainConfig:
     def segment_len(self) -> int | None:
         """Columns of a row between the places where the gradient is cut; None where it is not."""
         return self.chunk_len * self.bptt_chunks if self.chunk_len and self.bptt_chunks else None
-
-
-def check(config: TrainConfig | AdapterConfig) -> None:
-    """Raises one UserError that lists every problem of `config`."""
-    if found := config.problems():
-        raise UserError("; ".join(found))

@@ -1,4 +1,8 @@
-"""What is wrong in the user's input, said in one message."""
+"""What ends a command with a message of its own."""
+
+from __future__ import annotations
+
+import signal
 
 
 class UserError(ValueError):
@@ -9,3 +13,11 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, no memory): the command line prints the message
     alone and exits with 1."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop by a signal and has saved a checkpoint; the command line exits with 128 + signum."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum

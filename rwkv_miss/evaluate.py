@@ -17,7 +17,7 @@ from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generate import generate
-from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.log_probs import batch_log_probs
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -58,7 +58,7 @@ def documents_loss(model: nn.Module, documents: Sequence[Document], ctx_len: int
     total = 0.0
     for batch in stream:
         on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        total += loss_sum(model, on_device)[0].item()
+        total -= batch_log_probs(model, on_device)[0].item()
     return total / report.loss_tokens, report.loss_tokens
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from rwkv_miss.errors import UserError
+
+# A name such as BlinkDL/rwkv-7-world: an owner and a model, without the suffix of a file.
+_HUB_ID = re.compile(r"[\w-]+/[\w-]+")
 
 
 def cache_folder() -> Path:
@@ -32,6 +36,20 @@ def locked(path: Path) -> FileLock:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
+
+
+def check_is_file(path: Path, what: str) -> None:
+    """UserError unless `path` is a file; `what` names its role in the message."""
+    if path.is_dir():
+        hint = ""
+        if (path / "config.json").is_file():
+            hint = ". This one is a Hugging Face model's: give the .pth in BlinkDL's layout that it was converted from"
+        raise UserError(f"{path}: is a folder; the {what} must be a file{hint}")
+    if not path.is_file():
+        hint = ""
+        if _HUB_ID.fullmatch(str(path)):
+            hint = "; if this is the name of a model on a hub, download its .pth and give that file"
+        raise UserError(f"{path}: no such file ({what}){hint}")
 
 
 def part_path(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Merging: base + adapter -> one .pth for any RWKV runtime, or its learned state alone, tensor by tensor, verified
+"""Merging: base + adapter -> one file for any RWKV runtime, or its learned state alone, tensor by tensor, verified
 before it gets its name."""
 
 from __future__ import annotations
@@ -6,28 +6,25 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapters.files import check_fits, load_adapter, read_adapter
-from rwkv_miss.adapters.miss import delta_weight
-from rwkv_miss.checkpoint import (
-    DTYPES,
-    TensorSpec,
-    fingerprint,
-    infer_config,
-    parse_dtype,
-    read_checkpoint,
-    write_pth,
-)
+from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
+from rwkv_miss.adapters.plan import Plan
+from rwkv_miss.checkpoint import DTYPES, TensorSpec, fingerprint, parse_dtype, read_checkpoint
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.export.table import target_of
+from rwkv_miss.export.target import Target, Weights
 from rwkv_miss.files import atomic_write
-from rwkv_miss.model import load_model
-from rwkv_miss.model.initial_state import is_state, load_initial_state, state_shapes, swap_layout
+from rwkv_miss.model.initial_state import file_layout, is_state, load_initial_state, state_shapes
+from rwkv_miss.model.load import build_model, load_model
+from rwkv_miss.model.recognise import infer_config
+from rwkv_miss.model.versions import MODELS
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -41,23 +38,39 @@ _PIECE = 2**14
 
 @dataclass(frozen=True)
 class MergedLayer:
+    """What merging did to one tensor.
+
+    name: a linear's path, or the key of a tensor that was trained itself.
+    delta_norm: || dW ||, Frobenius: what was added, or trained minus base.
+    cast_loss: || cast(W + dW) - (W + dW) || / || dW ||: the share of what was learned that the cast to the file's dtype
+        could have changed.
+    """
+
     name: str
-    """A linear's path, or the key of a tensor that was trained itself."""
     delta_norm: float
-    """|| dW ||, Frobenius: what was added, or trained minus base."""
     cast_loss: float
-    """|| cast(W + dW) - (W + dW) || / || dW ||: the share of what was learned that the cast could have changed."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
+    """What was written.
+
+    logits_error: root mean square of (merged - (base + adapter)) logits, relative to that of the logits.
+    logits_effect: the same of ((base + adapter) - base): how much the adapter changes.
+    """
+
     out: Path
     dtype: str
     layers: list[MergedLayer]
     logits_error: float
-    """Root mean square of (merged - (base + adapter)) logits, relative to that of the logits."""
     logits_effect: float
-    """The same of ((base + adapter) - base): what the adapter changes."""
+
+    def kinds(self) -> dict[str, list[MergedLayer]]:
+        """The layers by their names without the number of the block: all that are `att.key`, and so on."""
+        found: dict[str, list[MergedLayer]] = {}
+        for layer in self.layers:
+            found.setdefault(re.sub(r"^blocks\.\d+\.", "", layer.name), []).append(layer)
+        return found
 
 
 def merge(
@@ -66,6 +79,8 @@ def merge(
     out_path: str | os.PathLike,
     dtype: str | torch.dtype | None = None,
     state_only: bool = False,
+    overwrite: bool = False,
+    on_tensor: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained themselves, and everything else as it is:
     the base's keys, shapes and order. A learned state that the base has not comes last, in the layout of state files.
@@ -76,32 +91,33 @@ def merge(
     Args:
         dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are fp32.
         state_only: write the learned state and nothing else: a state file, which is loaded beside the base.
+        overwrite: replace `out_path` if it is there.
+        on_tensor: called with (tensors done, all) after each tensor that is written, and again for each that is read
+            back.
 
     Raises:
         UserError: the adapter was made for another base, does not fit, or a file cannot be read or written.
         RunError: the written file does not compute what base + adapter computes.
     """
     base_path, out_path = Path(base_path), Path(out_path)
-    if out_path.suffix != ".pth":
-        raise UserError(f"{out_path}: the merged model is written as .pth; give a name that ends so")
-    if out_path.is_dir():
-        raise UserError(f"{out_path}: is a folder; give the name of the file to write")
-    if out_path.exists() and base_path.exists() and out_path.samefile(base_path):
-        raise UserError(f"{out_path}: is the base itself; give another name for the merged model")
+    target = target_of(out_path)
+    _check_out(out_path, base_path, overwrite)
     cast_to = None if dtype is None else parse_dtype(dtype)
     base = read_checkpoint(base_path)
-    config = infer_config(base, base_path)
+    sizes = infer_config(base, base_path)
+    kind = MODELS[sizes.version]
     adapter = read_adapter(adapter_folder)
-    check_fits(adapter, config, {key: t.shape for key, t in base.items()}, fingerprint(base), adapter_folder)
-    states = {key: shape for key, shape in state_shapes(config).items() if key in adapter.tensors}
+    plan = check_fits(adapter, sizes, {key: t.shape for key, t in base.items()}, fingerprint(base), adapter_folder)
+    states = {key: shape for key, shape in state_shapes(sizes).items() if key in plan.whole}
     if state_only and not states:
         raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
     if state_only and dtype is not None:
         raise UserError(f"dtype is {dtype}, but a state is written in fp32; leave dtype out")
-    if states and not state_only and config.version == 7:
+    if states and not state_only and not kind.runtimes_find_state:
         _log.warning(
-            "RWKV-7 runtimes do not look for a state in the model's file: write it to a file of its own too, with "
-            "--state_only, and load that as their state"
+            "RWKV-%s runtimes do not look for a state in the model's file: write it to a file of its own too, with "
+            "--state_only, and load that as their state",
+            sizes.version,
         )
 
     shapes = states if state_only else {key: t.shape for key, t in base.items()} | states
@@ -112,31 +128,57 @@ def merge(
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
     layers: dict[str, MergedLayer] = {}
+    total, done = 2 * len(specs), 0
     # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
     # the number of tensors (glibc).
-    nbytes = {name: s.shape.numel() * s.dtype.itemsize for name, s in specs.items()}
-    buffer = torch.empty(max(nbytes.values()), dtype=torch.uint8)
+    buffer = torch.empty(max(s.shape.numel() * s.dtype.itemsize for s in specs.values()), dtype=torch.uint8)
 
     def compute(name: str) -> Tensor:
-        out = buffer[: nbytes[name]].view(specs[name].dtype).view(specs[name].shape)
-        module = name.removesuffix(".weight")
-        if module in adapter.blocks:
-            layers[module] = _merge_one(module, _sums(base[name], adapter.blocks[module]), out)
-        elif name in adapter.tensors:
-            trained = swap_layout(adapter.tensors[name], config.version) if is_state(name) else adapter.tensors[name]
+        nonlocal done
+        spec = specs[name]
+        out = buffer[: spec.shape.numel() * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
+        path = name.removesuffix(".weight")
+        if path in plan.linears:
+            layers[path] = _write_rows(path, _sums(base[name], path, plan, adapter), out)
+        elif name in plan.whole:
+            trained = adapter.tensors[name]
+            trained = file_layout(trained, kind) if is_state(name) else trained
             W = base.get(name, torch.zeros(()).expand(trained.shape))
-            layers[name] = _merge_one(name, _replacements(W, trained), out)
+            layers[name] = _write_rows(name, _replacements(W, trained), out)
         else:
             out.copy_(base[name])
+        done += 1
+        if on_tensor:
+            on_tensor(done, total)
         return out
 
     with atomic_write(out_path) as part:
-        write_pth(part, specs, compute)
-        if wrong := [name for name, t in read_checkpoint(part).items() if not torch.equal(t, compute(name))]:
+        target.write(part, Weights(sizes, specs, compute))
+        written = target.read(part)
+        if wrong := [name for name, t in written.items() if not _same_bits(t, compute(name))]:
             raise RunError(f"{out_path}: {wrong[0]} was read back changed (a faulty disk?); nothing was written")
-        error, effect = _verify(base_path, adapter_folder, part, state_only)
-    written = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
-    return MergeReport(out_path, ", ".join(sorted(written)), list(layers.values()), error, effect)
+        error, effect = _verify(base_path, adapter_folder, written, part, target, state_only)
+    names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
+    return MergeReport(out_path, ", ".join(sorted(names)), list(layers.values()), error, effect)
+
+
+def _check_out(out: Path, base: Path, overwrite: bool) -> None:
+    """UserError where `out` may not be written."""
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give the name of the file to write")
+    if not out.exists():
+        return
+    if base.exists() and out.samefile(base):
+        raise UserError(f"{out}: is the base itself; give another name for the merged model")
+    if not overwrite:
+        raise UserError(f"{out}: exists already; give another name, or --overwrite true to replace it")
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, values that are not numbers included."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
@@ -145,22 +187,27 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _PIECE // x.shape[1]))
 
 
-def _sums(W: Tensor, D: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """(dW, W + dW) of each piece of W's rows."""
-    pieces = _rows(W)
-    for W_rows, D_rows in zip(pieces, D.float().split(len(pieces[0]), dim=1), strict=True):
-        delta = delta_weight(D_rows, W.shape[1])
-        yield delta, W_rows.float() + delta
+def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of the rows of a linear's weight."""
+    method = plan.linears[path]
+    tensors = {name: adapter.tensors[f"{path}.{name}"] for name in method.names}
+    start = 0
+    for rows in _rows(W):
+        wide = rows.float()
+        delta = method.delta(wide, start, tensors, adapter.config)
+        start += len(rows)
+        yield delta, wide + delta
 
 
 def _replacements(W: Tensor, trained: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """(trained - W, trained) of each piece of the rows of a tensor that was trained itself."""
     for W_rows, trained_rows in zip(_rows(W), _rows(trained), strict=True):
         exact = trained_rows.float()
         yield exact - W_rows.float(), exact
 
 
-def _merge_one(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
-    """Writes the second of each pair to `out`."""
+def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
+    """Writes the second of each pair to `out`; the first is what it differs by from the base."""
     delta_squares = lost_squares = 0.0
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
         out_rows.copy_(exact)
@@ -171,7 +218,14 @@ def _merge_one(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) 
 
 
 @torch.no_grad()
-def _verify(base_path: Path, adapter_folder: str | os.PathLike, written: Path, state_only: bool) -> tuple[float, float]:
+def _verify(
+    base_path: Path,
+    adapter_folder: str | os.PathLike,
+    written: Mapping[str, Tensor],
+    part: Path,
+    target: Target,
+    state_only: bool,
+) -> tuple[float, float]:
     """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
     model = load_model(base_path).eval()
     vocab_size = model.config.vocab_size
@@ -181,16 +235,19 @@ def _verify(base_path: Path, adapter_folder: str | os.PathLike, written: Path, s
     if state_only:  # in the place of the adapter's own: the same numbers
         for block in model.blocks:
             block.att.time_state = None
-        load_initial_state(model, written)
+        load_initial_state(model, part)
         merged, tolerance = model(tokens)[0].float(), 0.0
     else:
-        merged = load_model(written).eval()(tokens)[0].float()
+        merged = build_model(written, part).eval()(tokens)[0].float()
         # The coarser of the two files' dtypes says how far rounding may carry them apart.
-        tolerance = max(_TOLERANCE[t.dtype] for path in (base_path, written) for t in read_checkpoint(path).values())
+        tolerance = max(_TOLERANCE[t.dtype] for file in (read_checkpoint(base_path), written) for t in file.values())
+    for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
+        if not torch.isfinite(logits).all():
+            raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")
     scale = adapted.square().mean().sqrt()
     error = ((merged - adapted).square().mean().sqrt() / scale).item()
     effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
-    if not error <= tolerance:  # also when it is not a number
+    if not error <= tolerance:  # also where it is not a number, as for logits that are all zero
         raise RunError(
             f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
             f"({tolerance:.0e}); nothing was written"

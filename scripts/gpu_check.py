@@ -80,8 +80,8 @@ def training_step(sizes: ModelConfig, backend: str, B: int, T: int, device: str)
     """Forward and backward of a MiSS fine-tune of a model of that shape, in bf16. The time does not depend on the
     weights: they are small random numbers."""
     from rwkv_miss.adapters.inject import inject
-    from rwkv_miss.model import MODELS
-    from rwkv_miss.model.loss import loss_sum
+    from rwkv_miss.model.versions import MODELS
+    from tests.helpers import loss_sum
 
     with torch.device("meta"):
         model = MODELS[sizes.version](sizes, backend)

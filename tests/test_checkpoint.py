@@ -15,12 +15,12 @@ from rwkv_miss import load_model
 from rwkv_miss.checkpoint import (
     TensorSpec,
     fingerprint,
-    infer_config,
     parse_dtype,
     read_checkpoint,
     write_pth,
 )
 from rwkv_miss.errors import UserError
+from rwkv_miss.model.recognise import infer_config
 
 
 class RunsCode:

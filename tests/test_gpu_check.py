@@ -115,7 +115,7 @@ def test_a_gpu_that_the_kernels_cannot_use_is_a_status_of_1(as_on_a_gpu, monkeyp
 
 @pytest.mark.parametrize("op", ["wkv6", "wkv7"])
 def test_the_shape_that_is_timed_has_a_tenth_of_a_billion_parameters(gpu_check, op):
-    from rwkv_miss.model import MODELS
+    from rwkv_miss.model.versions import MODELS
 
     sizes = gpu_check.SIZES[op]
     with torch.device("meta"):

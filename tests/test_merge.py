@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import adapters
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import RunError, UserError
+from tests.helpers import adapters
 
 # The function's module: its name in the package is the function's.
 MODULE = sys.modules[merge.__module__]
@@ -240,7 +240,7 @@ def test_a_state_in_the_wrong_layout_is_found(random_weights6, tmp_path, monkeyp
     base = tmp_path / "base.pth"
     torch.save(random_weights6, base)
     folder = make_trained(base, tmp_path / "adapter", AdapterConfig("state"))
-    monkeypatch.setattr(MODULE, "swap_layout", lambda state, version: state)
+    monkeypatch.setattr(MODULE, "file_layout", lambda state, kind: state)
     with pytest.raises(RunError, match="nothing was written"):
         merge(base, folder, tmp_path / "out.pth", state_only=state_only)
     assert not (tmp_path / "out.pth").exists()
@@ -310,7 +310,7 @@ def test_a_missing_key(base, folder, tmp_path, out):
     tensors = load_file(folder / WEIGHTS)
     del tensors["base_model.model.blocks.2.ffn.value.miss_block"]
     save_file(tensors, folder / WEIGHTS)
-    assert_refused(tmp_path, base, folder, out, "blocks.2.ffn.value", "has no block")
+    assert_refused(tmp_path, base, folder, out, "blocks.2.ffn.value", "has no miss_block")
 
 
 def test_a_base_that_is_no_model(folder, tmp_path, out):

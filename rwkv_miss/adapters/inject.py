@@ -1,88 +1,89 @@
-"""Chooses what of a model is trained: adapters beside its linears, its initial state, its own parameters."""
+"""Puts what is trained into a model: adapters beside its linears, its initial state, its own parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from rwkv_miss.adapters.full import matches, train_whole
-from rwkv_miss.adapters.miss import MissLinear
-from rwkv_miss.config import AdapterConfig, check
+from rwkv_miss.adapters.method import check
+from rwkv_miss.adapters.plan import Plan, make_plan
+from rwkv_miss.adapters.whole import train_whole
+from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.initial_state import add_initial_state, has_initial_state, is_state, state_shapes
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.initial_state import add_initial_state, has_initial_state, is_state
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> nn.Module:
+@dataclass(frozen=True)
+class Installed:
+    """What `inject` or `load_adapter` has put into a model."""
+
+    config: AdapterConfig
+    plan: Plan
+
+
+def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | None = None) -> RWKV:
     """Freezes the model and adds what `config` trains, in place. Adapters and states start at zero: the model computes
     what it did, to the bit (packed documents, which a state makes sequences of their own: to rounding).
 
+    Args:
+        masters: the base's tensors in the precision of its file, by key: parameters of the base that are trained
+            themselves begin from these. None: from the model's own, which may have been rounded when it was loaded.
+
     Raises:
-        UserError: a setting is wrong, a name matches nothing, r is larger than a linear's input, or the model has
+        UserError: a setting is wrong, a name matches nothing, a method cannot go beside a linear, or the model has
             an adapter already.
     """
     check(config)
     refuse_second(model)
-    methods = config.method.split("+")
-    parameters = [name for name, _ in model.named_parameters()]
-    ranks = {name: config.r for name in _targets(model, config)} if "miss" in methods else {}
-    keys = parameters if "full" in methods else _chosen(parameters, config.modules_to_save or [], ranks)
-    if "state" in methods:
-        keys = [*keys, *state_shapes(model.config)]
-    install(model, ranks, config.dropout, keys)
-    model.adapter_config = config
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    install(model, config, make_plan(config, model.config, shapes), masters)
     return model
 
 
-def install(model: nn.Module, ranks: dict[str, int], dropout: float, keys: Collection[str]) -> None:
-    """Freezes the model, then replaces each linear named in `ranks` by a `MissLinear` of that rank and trains the
-    parameters of `keys`; those of a learned state are added to a model that has none."""
-    for name, r in ranks.items():
-        if r > (n := model.get_submodule(name).in_features):
-            raise UserError(f"{name}: r is {r} but the linear has only {n} inputs; lower adapter.r")
+def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str, Tensor] | None = None) -> None:
+    """Freezes the model, then puts `plan.linears`' adapters in the linears' places and trains `plan.whole`; a learned
+    state is added to a model that has none."""
     model.requires_grad_(False)
-    for name, r in ranks.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, MissLinear(model.get_submodule(name), r, dropout))
-    if any(map(is_state, keys)) and not has_initial_state(model):
+    for path, method in plan.linears.items():
+        parent, _, name = path.rpartition(".")
+        linear = model.get_submodule(path)
+        wrapped = method.wrap(linear, config)
+        wrapped.train(linear.training)  # a new module is in training mode: its dropout would act in an eval model
+        setattr(model.get_submodule(parent), name, wrapped)
+    if any(map(is_state, plan.whole)) and not has_initial_state(model):
         add_initial_state(model)
-    train_whole(model, keys)
+    train_whole(model, plan.whole, masters)
+    model.adapter = Installed(config, plan)
 
 
-def refuse_second(model: nn.Module) -> None:
-    if hasattr(model, "adapter_config"):
+def refuse_second(model: RWKV) -> None:
+    """UserError where the model has an adapter already."""
+    if model.adapter is not None:
         raise UserError("the model has an adapter already; load the base again for another")
 
 
-def adapters(model: nn.Module) -> dict[str, MissLinear]:
-    """The adapted linears by the path of their module, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MissLinear)}
+def installed(model: RWKV) -> Installed:
+    """What has been put into the model.
+
+    Raises:
+        UserError: nothing has.
+    """
+    if not isinstance(model.adapter, Installed):
+        raise UserError("the model has no adapter to save; call inject first")
+    return model.adapter
 
 
-def _targets(model: nn.Module, config: AdapterConfig) -> list[str]:
-    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    targets = config.target_modules or list(model.linears)
-    matched = {t: [n for n in linears if n != "head" and (n == t or n.endswith("." + t))] for t in targets}
-    if unmatched := [t for t, names in matched.items() if not names]:
-        raise UserError(
-            f"adapter.target_modules: {', '.join(unmatched)} matches no linear; there are: {', '.join(model.linears)}"
-        )
-    names = {n for found in matched.values() for n in found}
-    return [n for n in linears if n in names]
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, in the model's order: parameters of the base and learned states by their checkpoint keys, those
+    of adapters by their linear's path and their name in `LinearMethod.names`."""
+    return {checkpoint_key(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _chosen(parameters: list[str], names: list[str], adapted: Collection[str]) -> list[str]:
-    """The parameters that `modules_to_save` means."""
-    for name in names:
-        found = [key for key in parameters if matches(key, name)]
-        if not found:
-            raise UserError(
-                f"adapter.modules_to_save: {name} matches no part of the model; give ln, time, emb, head or the end of "
-                "a name such as ln_out or att.w0"
-            )
-        if twice := [key for key in found if key.removesuffix(".weight") in adapted]:
-            raise UserError(
-                f"adapter.modules_to_save: {name} means {twice[0]}, which MiSS adapts; leave its linear out of "
-                "target_modules to train it whole"
-            )
-    return [key for key in parameters if any(matches(key, name) for name in names)]
+def checkpoint_key(name: str) -> str:
+    """The checkpoint's key of a parameter's name in the model. It is another where the parameter is cast
+    (`train_whole`) or is that of a linear that a method has wrapped."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name).replace(".base_layer.", ".")

@@ -7,13 +7,21 @@ meets D's first (in mod r) rows, as if the input were padded with zeros.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_miss.adapters.method import LinearMethod
+from rwkv_miss.config import AdapterConfig
+from rwkv_miss.errors import UserError
+from rwkv_miss.model.linear import FrozenLinear
+
 
 def block_sum(x: Tensor, r: int) -> Tensor:
-    """S (M, r) of x (M, in), in x's dtype: the sum of x's blocks of r."""
+    """S (M, r) of x (M, in), in x's dtype: the sum of x's blocks of r columns."""
     M, n = x.shape
     whole = n - n % r
     S = x[:, :whole].view(M, -1, r).sum(dim=1)
@@ -34,7 +42,8 @@ def add_to_blocks(x: Tensor, block: Tensor) -> Tensor:
 
 
 def delta_weight(D: Tensor, in_features: int) -> Tensor:
-    """dW (out, in) with dW[o, c] = D[c mod r, o]: what merging adds to W."""
+    """dW (out, in) with dW[o, c] = D[c mod r, o]: what merging adds to W. Of some columns of D (r, out) it is the same
+    rows of dW."""
     r = D.shape[0]
     return D.T.repeat(1, -(-in_features // r))[:, :in_features]
 
@@ -43,23 +52,23 @@ class _MissFunction(torch.autograd.Function):
     """y = x W^T + S D in one node of the graph: beside the weights it keeps S alone (and a dropout mask)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, linear: FrozenLinear, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         S = block_sum(rows if keep is None else rows * keep * scale, D.shape[0])
-        y = torch.mm(rows, W.T)
+        y = linear.forward(rows)
         y.addmm_(S, D.to(y.dtype))
-        ctx.save_for_backward(S, W, D, keep)
-        ctx.scale, ctx.x_shape = scale, x.shape
-        return y.view(*x.shape[:-1], W.shape[0])
+        ctx.save_for_backward(S, D, keep)
+        ctx.linear, ctx.scale, ctx.x_shape = linear, scale, x.shape
+        return y.view(*x.shape[:-1], linear.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        S, W, D, keep = ctx.saved_tensors
+        S, D, keep = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dD = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, W)
+            dx = ctx.linear.input_gradient(dy)
             dS = torch.mm(dy, D.to(dy.dtype).T)
             if keep is None:
                 add_to_blocks(dx, dS)
@@ -73,24 +82,61 @@ class _MissFunction(torch.autograd.Function):
 
 
 class MissLinear(nn.Module):
-    """A linear without bias, frozen, with a MiSS adapter beside it. Its state dict is the linear's plus
-    `miss_block`, HF PEFT's name for D."""
+    """A frozen linear with a MiSS adapter beside it. `miss_block` is D (r, out), by HF PEFT's name for it."""
 
-    def __init__(self, linear: nn.Linear, r: int, dropout: float) -> None:
+    def __init__(self, linear: FrozenLinear, r: int, dropout: float) -> None:
         super().__init__()
-        assert linear.bias is None, "RWKV's linears have no bias"
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.r, self.dropout = r, dropout
-        self.weight = linear.weight.requires_grad_(False)
-        # fp32 whatever the base's dtype: updates of a bf16 parameter would be lost to rounding.
-        zeros = torch.zeros(r, linear.out_features, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
-        self.miss_block = nn.Parameter(zeros.to(linear.weight.device))
+        like = linear.rows(0, 0)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.miss_block = nn.Parameter(torch.zeros(r, linear.out_features, dtype=wide, device=like.device))
+        self.base_layer = linear
 
     def forward(self, x: Tensor) -> Tensor:
         keep = None
         if self.training and self.dropout > 0:
             keep = torch.rand(x.numel() // x.shape[-1], x.shape[-1], device=x.device) >= self.dropout
-        return _MissFunction.apply(x, self.weight, self.miss_block, keep, 1 / (1 - self.dropout))
+        return _MissFunction.apply(x, self.base_layer, self.miss_block, keep, 1 / (1 - self.dropout))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+
+
+class Miss(LinearMethod):
+    names = ("miss_block",)
+    peft_type = "MISS"
+
+    def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
+        return MissLinear(linear, config.r, config.dropout)
+
+    def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+        return {"miss_block": (config.r, out_features)}
+
+    def refuses(self, in_features: int, out_features: int, config: AdapterConfig) -> str | None:
+        if config.r <= in_features:
+            return None
+        return f"r is {config.r} but the linear has only {in_features} inputs; lower adapter.r"
+
+    def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+        D = tensors["miss_block"].float()
+        return delta_weight(D[:, start : start + len(W)], W.shape[1])
+
+    def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
+        return {"r": config.r, "mini_r": 1, "miss_dropout": config.dropout, "init_weights": True, "bias": "none"}
+
+    def from_peft(self, fields: Mapping[str, Any], file: str) -> dict[str, Any]:
+        r, dropout = fields.get("r"), fields.get("miss_dropout", 0.0)
+        if type(r) is not int or r < 1:
+            raise UserError(f"{file}: r is {r!r}; expected a whole number of at least 1")
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            raise UserError(f"{file}: miss_dropout is {dropout!r}; expected a number in [0, 1)")
+        if not isinstance(fields.get("init_weights", True), bool):
+            raise UserError(
+                f"{file}: init_weights is {fields['init_weights']!r}, a variant of MiSS; only the standard form can be "
+                "read"
+            )
+        return {"r": r, "dropout": float(dropout)}
+
+
+METHOD = Miss()

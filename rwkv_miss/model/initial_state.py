@@ -2,7 +2,8 @@
 
 In files, alone or beside a model's weights, it is `blocks.{i}.att.time_state` with the value's index before the key's,
 whatever the version: the `rwkv` package transposes RWKV-6's into its own state, (key, value), and takes RWKV-7's as
-its state, (value, key), as it is; RWKV-PEFT trains both in that layout. Ours is that of each version's recurrence.
+its state, (value, key), as it is; RWKV-PEFT trains both in that layout. In memory it has the layout of the version's
+recurrence (`RWKV.key_first`).
 """
 
 from __future__ import annotations
@@ -14,27 +15,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import check_is_file, read_checkpoint
+from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.rwkv import RWKV
+from rwkv_miss.files import check_is_file
+from rwkv_miss.model.base import RWKV
 
 _NAME = "att.time_state"
 
 
 def is_state(key: str) -> bool:
+    """Whether a checkpoint's key is that of a layer's learned state."""
     return key.endswith("." + _NAME)
 
 
 def state_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The keys of a learned state, and their shape."""
+    """The keys of a learned state, and their shape, which is the same in memory and in files."""
     shape = torch.Size((config.n_head, config.head_size, config.head_size))
     return {f"blocks.{i}.{_NAME}": shape for i in range(config.n_layer)}
 
 
-def swap_layout(state: Tensor, version: int) -> Tensor:
-    """A layer's state (H, N, N) from our layout to that of files, or back."""
-    return state.transpose(1, 2).contiguous() if version == 6 else state
+def file_layout(state: Tensor, kind: type[RWKV]) -> Tensor:
+    """A layer's state (H, N, N) from the layout in memory to that of files, or back: for each version the two are the
+    same or each other's transpose."""
+    return state.transpose(1, 2).contiguous() if kind.key_first else state
 
 
 def has_initial_state(model: RWKV) -> bool:
@@ -62,7 +66,7 @@ def load_initial_state(model: RWKV, path: str | os.PathLike) -> None:
     check_states(found, model.config, path)
     add_initial_state(model)
     for key, tensor in found.items():
-        model.get_parameter(key).data.copy_(swap_layout(tensor, model.config.version))
+        model.get_parameter(key).data.copy_(file_layout(tensor, type(model)))
 
 
 def check_states(found: Mapping[str, Tensor], config: ModelConfig, path: str | os.PathLike) -> None:

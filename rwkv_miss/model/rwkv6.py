@@ -1,4 +1,4 @@
-"""RWKV-6 "Finch": the whole architecture.
+"""RWKV-6 "Finch": the whole architecture, and all that is true of this version alone.
 
 Equations: the Eagle and Finch paper (arXiv 2404.05892, section 4), BlinkDL's RWKV-LM (RWKV-v5, x060) for the names of
 parameters, which are the checkpoint's keys. B batch, T tokens, C = n_embd, H heads of N = head_size.
@@ -6,22 +6,25 @@ parameters, which are the checkpoint's keys. B batch, T tokens, C = n_embd, H he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.rwkv import RWKV, matrix, token_shift, vector
-from rwkv_miss.model.segments import run_from
+from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, matrix, token_shift, vector
+from rwkv_miss.model.documents import run_from
+from rwkv_miss.model.initial_values import orthogonal, shift
+from rwkv_miss.model.linear import Linear
 from rwkv_miss.ops import wkv6
 
 # A step of r, k, v, w that leaves the state as it is: decay 1, nothing written.
 _PADDING = (0.0, 0.0, 0.0, -1e4)
 
 
-class TimeMix(nn.Module):
+class TimeMix(TimeMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, rank = config.n_embd, config.low_rank
@@ -32,28 +35,21 @@ class TimeMix(nn.Module):
         self.time_decay = vector(C)
         self.time_decay_w1, self.time_decay_w2 = matrix(C, rank["decay"]), matrix(rank["decay"], C)
         self.time_faaaa = matrix(config.n_head, config.head_size)
-        self.receptance = nn.Linear(C, C, bias=False)
-        self.key = nn.Linear(C, C, bias=False)
-        self.value = nn.Linear(C, C, bias=False)
-        self.output = nn.Linear(C, C, bias=False)
-        self.gate = nn.Linear(C, C, bias=False)
+        self.receptance = Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.output = Linear(C, C)
+        self.gate = Linear(C, C)
         self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
-        self.register_parameter("time_state", None)  # see model/initial_state.py
+        self.register_parameter("time_state", None)
 
     def forward(
-        self,
-        x: Tensor,
-        last: Tensor,
-        wkv_state: Tensor | None,
-        v_first: None,
-        seq_start: Tensor | None,
-        wkv_backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        """x (B, T, C) -> out (B, T, C), the new shift (B, C) and WKV state (None: the initial one); v_first is
-        RWKV-7's alone."""
+        self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `TimeMixBase` says; layer 0 hands nothing on."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        xx = token_shift(x, last, seq_start) - x
+        xx = token_shift(x, last, context.seq_start) - x
         low = torch.tanh(torch.addcmul(x, xx, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 L)
         low = low.view(B * T, 5, -1).transpose(0, 1)  # (5, B T, L): for w, k, v, r, g
         m_w, m_k, m_v, m_r, m_g = (low @ self.time_maa_w2).view(5, B, T, C).unbind(0)
@@ -67,32 +63,102 @@ class TimeMix(nn.Module):
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
 
         def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-            return wkv6(*x, self.time_faaaa, state, starts, wkv_backend)
+            r, k, v, w = x
+            return wkv6(r, k, v, w, self.time_faaaa, state, starts, context.wkv_backend)
 
-        inputs = (r, k, v, w)
-        y, wkv_state = run_from(op, inputs, _PADDING, wkv_state, self.time_state, seq_start)
+        y, wkv = run_from(op, (r, k, v, w), _PADDING, wkv, self.time_state, context.seq_start)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * g), x[:, -1], wkv_state, None
+        return self.output(y * g), x[:, -1], wkv, None
 
 
-class ChannelMix(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+class ChannelMix(ChannelMixBase):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.time_maa_k, self.time_maa_r = vector(config.n_embd), vector(config.n_embd)
-        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
-        self.receptance = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.receptance = Linear(config.n_embd, config.n_embd)
+        self.value = Linear(config.dim_ffn, config.n_embd)
 
-    def forward(self, x: Tensor, last: Tensor, seq_start: Tensor | None) -> tuple[Tensor, Tensor]:
-        xx = token_shift(x, last, seq_start) - x
+    def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
+        xx = token_shift(x, last, context.seq_start) - x
         k = torch.relu(self.key(torch.addcmul(x, xx, self.time_maa_k))).square()
         r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r)))
         return r * self.value(k), x[:, -1]
 
 
 class RWKV6(RWKV):
+    version, op = 6, "wkv6"
     time_mix, channel_mix = TimeMix, ChannelMix
     linears = (
         *("att.receptance", "att.key", "att.value", "att.gate", "att.output"),
         *("ffn.key", "ffn.receptance", "ffn.value"),
     )
+    # RWKV-LM, configure_optimizers with layerwise_lr in RWKV-v5/src/model.py.
+    lr_scales: ClassVar[dict[str, float]] = {"att.time_decay": 2.0}
+    key_first = True
+    runtimes_find_state = True
+
+    @classmethod
+    def recognises(cls, keys: Collection[str]) -> bool:
+        return "blocks.0.att.time_maa_x" in keys
+
+    @classmethod
+    def find_sizes(cls, shape: Callable[[str], torch.Size], keys: Collection[str], n_layer: int) -> Sizes:
+        n_head, head_size = shape("blocks.0.att.time_faaaa")
+        low_rank = {"maa": shape("blocks.0.att.time_maa_w1")[1] // 5, "decay": shape("blocks.0.att.time_decay_w1")[1]}
+        return Sizes("blocks.0.att.time_faaaa", n_head, head_size, low_rank)
+
+    @classmethod
+    def default_sizes(cls, n_embd: int) -> tuple[int, dict[str, int]]:
+        """dim_ffn is 3.5 n_embd rounded down to a multiple of 32. The widths are the constants of x060, doubled from
+        4096 on, as the published World models of that size (7B, 14B) have them."""
+        factor = 2 if n_embd >= 4096 else 1
+        return 7 * n_embd // 2 // 32 * 32, {"maa": 32 * factor, "decay": 64 * factor}
+
+    @classmethod
+    def initial(
+        cls, part: str, shape: torch.Size, layer: int, config: ModelConfig, rng: torch.Generator
+    ) -> Tensor | None:
+        """BlinkDL's values (RWKV-LM, RWKV-v5/src/model.py, x060; its channel mix as since 2024-11). c is the channel
+        from 0 to 1 (i / (C - 1)), i / C the same without its end; "late" goes from 0 in the first layer to 1 in the
+        last, "early" is 1 - layer / n_layer.
+
+            time_maa_x, _w, _k / _r, _g      1 - (i / C) ** (early / 0.5 early)
+            time_maa_v                       1 - (i / C) ** early - 0.3 late
+            time_decay                       -6 + 5 c ** (0.7 + 1.3 late)
+            time_faaaa                       late (1 - c) + 0.1, -0.1 or 0 (in turn 0, 0.1, -0.1)
+            time_maa_w1, time_decay_w1       0; time_maa_w2, time_decay_w2 uniform in +-0.01
+            ffn.time_maa_k, ffn.time_maa_r   1 - (i / C) ** (early ** 3)
+
+        The linears are orthogonal; with att.output, ffn.receptance and ffn.value at zero, each block starts as the
+        identity.
+        """
+        early, late = 1 - layer / config.n_layer, layer / max(config.n_layer - 1, 1)
+        gains = {
+            **{"att.receptance.weight": 1.0, "att.key.weight": 0.1, "att.value.weight": 1.0},
+            **{"att.gate.weight": 0.1, "att.output.weight": 0.0},
+            **{"ffn.key.weight": 1.0, "ffn.receptance.weight": 0.0, "ffn.value.weight": 0.0},
+        }
+        if part in gains:
+            return orthogonal(shape, gains[part], rng)
+        if part in ("ffn.time_maa_k", "ffn.time_maa_r"):
+            return shift(shape, early**3)
+        name = part.removeprefix("att.")
+        if name in ("time_maa_x", "time_maa_w", "time_maa_k"):
+            return shift(shape, early)
+        if name in ("time_maa_r", "time_maa_g"):
+            return shift(shape, 0.5 * early)
+        if name == "time_maa_v":
+            return shift(shape, early) - 0.3 * late
+        channel = torch.arange(config.n_embd) / (config.n_embd - 1)
+        if name == "time_decay":
+            # w of the decay exp(-exp(w)), from -6 (0.998) to -1 (0.69); the deeper, the fewer fast channels.
+            return (-6 + 5 * channel.pow(0.7 + 1.3 * late)).view(shape)
+        if name == "time_faaaa":
+            zigzag = (torch.arange(len(channel)) + 1) % 3 - 1
+            return (late * (1 - channel) + 0.1 * zigzag).view(shape)
+        if name in ("time_maa_w1", "time_decay_w1"):
+            return torch.zeros(shape)
+        if name in ("time_maa_w2", "time_decay_w2"):
+            return torch.empty(shape).uniform_(-0.01, 0.01, generator=rng)
+        return None

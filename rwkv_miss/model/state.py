@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rwkv_miss.checkpoint import check_is_file, write_safetensors
+from rwkv_miss.checkpoint import write_safetensors
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, check_is_file
 
 _TENSORS = ("att_shift", "wkv", "ffn_shift")
 
@@ -26,13 +26,13 @@ class State:
     att_shift: (L, B, C) the last token's input of each time mix, in the model's dtype.
     wkv: (L, B, H, N_value, N_key) in RWKV-7, (L, B, H, N_key, N_value) in RWKV-6; fp32 (float64 in a float64 model).
     ffn_shift: (L, B, C) the last token's input of each channel mix.
-    version: of the model that made it, 6 or 7.
+    version: of the model that made it (`ModelConfig.version`).
     """
 
     att_shift: Tensor
     wkv: Tensor
     ffn_shift: Tensor
-    version: int
+    version: int | str
 
     def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.att_shift[i], self.wkv[i], self.ffn_shift[i]
@@ -68,12 +68,12 @@ class State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         except SafetensorError as e:
             raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
-        if set(tensors) != set(_TENSORS) or version not in ("6", "7"):
+        if set(tensors) != set(_TENSORS) or not version:
             raise UserError(
                 f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'} of RWKV version {version or 'unknown'}; "
                 f"expected a state that State.save wrote: {', '.join(_TENSORS)}"
             )
-        return cls(*(tensors[name] for name in _TENSORS), int(version))
+        return cls(*(tensors[name] for name in _TENSORS), int(version) if version.isdigit() else version)
 
     def check(self, config: ModelConfig, batch: int, like: Tensor) -> None:
         """UserError unless this is a state of `batch` sequences for a model of `config` with activations as `like`."""

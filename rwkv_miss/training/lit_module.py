@@ -6,46 +6,56 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.model.state import State
 from rwkv_miss.training import optim
 from rwkv_miss.training.nonfinite import check_finite
+from rwkv_miss.training.objective import Objective
 
 
 class LitRWKV(L.LightningModule):
     """Trains the model's trainable parameters on batches of `rwkv_miss.data.batches`.
 
-    After each optimizer step `step_loss` is this rank's share of the loss averaged over the step's tokens;
-    after each validation `val_loss` is the mean over all its tokens, on every rank.
+    After each optimizer step `step_loss` is this rank's share of the mean of the objective's terms over the step;
+    after each validation `val_loss` is the mean over all of the validation's terms, on every rank.
     """
 
     # Checkpoints hold what is trained alone; the frozen weights come from the base's file.
     strict_loading = False
 
-    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int) -> None:
+    def __init__(self, model: RWKV, objective: Objective, config: TrainConfig, total_steps: int) -> None:
         super().__init__()
-        self.model, self.config, self.total_steps = model, config, total_steps
+        self.model, self.objective, self.config, self.total_steps = model, objective, config, total_steps
         self.step_loss = torch.zeros(())
         self.val_loss: float | None = None
-        self._carried: State | None = None  # into the next segment of the same rows
-        self._val_sums: Tensor | None = None
+        self.lr_columns: list[str] = []
+        self._carried: State | None = None  # into the next window of the same rows
+        self._val_sums = torch.zeros(2)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer, schedule = optim.configure(self.model.named_parameters(), self.total_steps, self.config)
+        groups = optim.parameter_groups(self.model, self.config)
+        self.lr_columns = optim.lr_columns(groups)
+        optimizer, schedule = optim.configure(groups, self.total_steps, self.config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rates that the optimizer's next step will use, by the columns of metrics.csv."""
+        groups = self.trainer.optimizers[0].param_groups
+        return {column: group["lr"] for column, group in zip(self.lr_columns, groups, strict=True)}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         before = self._carried
-        share = self._loss_sum(batch) / batch["step_tokens"]
-        check_finite(self, share, lambda: loss_sum(self.model, batch, before, self.config.chunk_len))
+        share = self._loss_sum(batch) / self.objective.terms_of_step(batch)
+        check_finite(self.trainer, self.model, share, lambda: self._log_probs(batch, before))
         micro_batches = self.trainer.accumulate_grad_batches
         self.step_loss = share.detach() + (0 if batch_idx % micro_batches == 0 else self.step_loss)
-        # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged; step_tokens counts
-        # the tokens of the whole step, so both are undone and the gradient is that of the mean over its tokens.
+        # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged; the share is of the
+        # whole step's terms, so both are undone and the gradient is that of the mean over them.
         return share * (micro_batches * self.trainer.world_size)
 
     def on_validation_epoch_start(self) -> None:
@@ -53,24 +63,28 @@ class LitRWKV(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._val_sums[0] += self._loss_sum(batch)
-        self._val_sums[1] += (batch["targets"] >= 0).sum()
+        self._val_sums[1] += self.objective.terms(batch)
 
     def on_validation_epoch_end(self) -> None:
-        loss, tokens = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
-        self.val_loss = loss / tokens
+        loss, terms = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
+        self.val_loss = loss / terms
 
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        """`loss_sum` of a segment, from the state that the segment before it left."""
+        """The sum of the objective's terms in a window, from the state that the window before it left."""
         state, last = self._carried, batch["last"]
         if torch.is_grad_enabled() and not batch["has_loss"] and batch["tokens"].shape[1] > 1:
             # Only the state is wanted, without a gradient. But DDP and DeepSpeed want a backward pass through all
             # parameters in every micro-batch: the last column's is enough.
             with torch.no_grad():
-                _, state = loss_sum(self.model, _columns(batch, slice(-1)), state, self.config.chunk_len)
-            batch = _columns(batch, slice(-1, None))
-        loss, state = loss_sum(self.model, batch, state, self.config.chunk_len)
+                _, state = self._log_probs(_columns(batch, slice(-1)), state)
+            batch = batch | _columns(batch, slice(-1, None))
+        log_probs, state = self._log_probs(batch, state)
         self._carried = None if last else state.detach()
-        return loss
+        return self.objective.loss_sum(log_probs, batch)
+
+    def _log_probs(self, batch: dict[str, Any], state: State | None) -> tuple[Tensor, State]:
+        reduction = "sum" if self.objective.group_size is None else "none"
+        return batch_log_probs(self.model, batch, state, self.config.chunk_len, reduction)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, p in self.named_parameters() if p.requires_grad}

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
-from rwkv_miss.adapters.full import checkpoint_key
+from rwkv_miss.adapters.inject import checkpoint_key
 from rwkv_miss.errors import RunError
 
-if TYPE_CHECKING:
-    from rwkv_miss.training.lit_module import LitRWKV
 
+def check_finite(trainer: L.Trainer, model: nn.Module, loss: Tensor, again: Callable[[], Any]) -> None:
+    """Ends the run on every rank when the loss of any is not finite.
 
-def check_finite(module: LitRWKV, loss: Tensor, again: Callable[[], Any]) -> None:
-    """Raises RunError on every rank when the loss of any is not finite, naming the first module, in the order of
-    the forward pass, that made a value that is not. `again` runs the forward pass of the loss once more."""
-    trainer = module.trainer
+    Args:
+        again: runs the forward pass of the loss once more.
+
+    Raises:
+        RunError: it names the first module of `model`, in the order of the forward pass, that made a value that is not
+            finite.
+    """
     finite = bool(torch.isfinite(loss))
     if trainer.strategy.reduce_boolean_decision(finite, all=True):
         return
     # All ranks run it again: under ZeRO-3 a forward needs every one of them.
-    culprit = first_nonfinite(module.model, again)
+    culprit = first_nonfinite(model, again)
     where = f"step {trainer.global_step + 1}"
     if finite:
         raise RunError(f"{where}: the loss is not finite on another rank")
@@ -44,15 +48,16 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
             outputs = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
             if found or all(torch.isfinite(t).all() for t in outputs):
                 return
-            own = {checkpoint_key(n): p for n, p in child.named_parameters() if "." not in checkpoint_key(n)}
-            bad = [n for n, p in own.items() if not torch.isfinite(p).all()]
+            # With its name as a path, the parameters of the linear that a method has wrapped are the module's own.
+            own = {checkpoint_key(f"x.{n}").removeprefix("x."): p for n, p in child.named_parameters()}
+            bad = [n for n, p in own.items() if "." not in n and not torch.isfinite(p).all()]
             found.append(
                 f"{name} ({type(child).__name__}{', its ' + ', '.join(bad) + ' is not finite' if bad else ''})"
             )
 
         return hook
 
-    # A parameter is a module of its own where it is cast: its value is told with the module that it belongs to.
+    # A parameter that is cast is a module of its own; its value is told with the module that it belongs to.
     modules = {n: m for n, m in model.named_modules() if n and "parametrizations" not in n}
     handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from rwkv_miss.adapters.full import checkpoint_key
+from rwkv_miss.adapters.inject import installed, trained_parameters
+from rwkv_miss.adapters.method import Group
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.model.initial_state import is_state
+from rwkv_miss.model.base import RWKV
 
 
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
@@ -32,32 +33,33 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
     return 1 - (1 - config.lr_min) * fall
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
-    """AdamW's groups of the trainable parameters, given with their names in the model.
-
-    MiSS's matrices and learned states: lr (or lr_state) and weight_decay as they are. The base's own parameters as
-    BlinkDL trains them (RWKV-LM, configure_optimizers in RWKV-v7/train_temp/src/model.py and, for RWKV-6, with
-    layerwise_lr in RWKV-v5/src/model.py): twice the lr for the decay's base, weight decay on the matrices named
-    .weight alone.
-    """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, p in parameters:
-        if not p.requires_grad:
-            continue
-        key = checkpoint_key(name)
-        is_adapter = key.endswith(".miss_block") or is_state(key)
-        is_decay_base = key.endswith((".att.w0", ".att.time_decay"))
-        is_matrix = key.endswith(".weight") and p.squeeze().ndim >= 2
-        lr = config.lr_state if is_state(key) and config.lr_state else config.lr * (1 + is_decay_base)
-        decay = config.weight_decay if is_adapter or is_matrix else 0.0
-        group = {"params": [], "lr": lr, "weight_decay": decay}
-        groups.setdefault((lr, decay), group)["params"].append(p)
-    return list(groups.values())
+def parameter_groups(model: RWKV, config: TrainConfig) -> dict[Group, dict[str, nn.Parameter]]:
+    """What is trained, by the group that its method puts it into (`Method.group`) and by key, in the model's order."""
+    plan = installed(model).plan
+    groups: dict[Group, dict[str, nn.Parameter]] = {}
+    for key, parameter in trained_parameters(model).items():
+        group = plan.method_of(key).group(key, parameter, type(model), config)
+        groups.setdefault(group, {})[key] = parameter
+    return groups
 
 
 def configure(
-    parameters: Iterable[tuple[str, nn.Parameter]], total_steps: int, config: TrainConfig
+    groups: Mapping[Group, Mapping[str, nn.Parameter]], total_steps: int, config: TrainConfig
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW over the trainable parameters, and its schedule, stepped once per optimizer step."""
-    optimizer = AdamW(parameter_groups(parameters, config), betas=config.betas)
+    """AdamW over the groups of `parameter_groups`, in their order, and its schedule, which is stepped once in each
+    optimizer step."""
+    settings: list[dict[str, Any]] = [
+        {"params": list(parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
+        for group, parameters in groups.items()
+    ]
+    optimizer = AdamW(settings, betas=config.betas)
     return optimizer, LambdaLR(optimizer, lambda step: lr_scale(step, total_steps, config))
+
+
+def lr_columns(groups: Mapping[Group, Any]) -> list[str]:
+    """The column of each group's learning rate in a run's metrics, in the groups' order: `lr` for the run's own,
+    `lr_{name}` for another; groups of the same name have the same. The only or first rate of a run that has no group
+    of the run's own is `lr`."""
+    names = [group.name for group in groups]
+    first = "" if "" in names else names[0]
+    return ["lr" if name == first else f"lr_{name}" for name in names]

@@ -1,135 +1,109 @@
-"""How a run is going: a progress bar (or lines, where the output is no terminal), metrics.csv, TensorBoard."""
+"""Takes a run's figures and gives them to its loggers and its display."""
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from rwkv_miss.files import atomic_write
-from rwkv_miss.training.optim import lr_scale
-
-_COLUMNS = ("step", "epoch", "tokens", "loss", "val_loss", "lr", "tokens_per_s", "seconds")
+from rwkv_miss.training.lit_module import LitRWKV
+from rwkv_miss.training.loggers import LOGGERS
+from rwkv_miss.training.progress import TrainingDisplay
 
 
 class Reporter(L.Callback):
-    """One row every `every` optimizer steps and one for each validation. `tokens` counts the positions of all
-    rows so far, on every rank; `seconds` are those of this process. Rank 0 writes."""
+    """One report every `every` optimizer steps, at the first and the last, and one for each validation.
 
-    def __init__(self, out: Path, every: int, total_steps: int, console: Console) -> None:
-        self.out, self.every, self.total_steps, self.console = out, every, total_steps, console
+    `tokens` counts the tokens of the documents in all rows so far, on every rank, `positions` those and the rows'
+    padding; `tokens_per_s` and `positions_per_s` are of the steps since the last report; `seconds` are those of this
+    process.
+    """
+
+    def __init__(self, out: Path, loggers: list[str], every: int, total_steps: int, display: TrainingDisplay) -> None:
+        self.out, self.loggers, self.every, self.total_steps, self.display = out, loggers, every, total_steps, display
         self.base_val_loss: float | None = None
+        self.first_loss: float | None = None
         self.last_loss: float | None = None
-        self._tokens = self._tokens_at_row = 0
-        self._csv = self._board = self._bar = None
+        self._tokens = self._positions = 0
+        self._at_report = (0, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self._tokens, "base_val_loss": self.base_val_loss}
+        return {
+            "tokens": self._tokens,
+            "positions": self._positions,
+            "base_val_loss": self.base_val_loss,
+            "first_loss": self.first_loss,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._tokens = self._tokens_at_row = state_dict["tokens"]
+        self._tokens = state_dict["tokens"]
+        # Runs from before the two were told apart counted positions as tokens, and kept no first loss.
+        self._positions = state_dict.get("positions", self._tokens)
+        self._at_report = self._tokens, self._positions
         self.base_val_loss = state_dict["base_val_loss"]
+        self.first_loss = state_dict.get("first_loss")
 
-    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self._start = self._row_time = time.monotonic()
+    def setup(self, trainer: L.Trainer, module: LitRWKV, stage: str) -> None:
+        self._start = self._report_time = time.monotonic()
 
-    def on_sanity_check_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: L.Trainer, module: LitRWKV) -> None:
         self.base_val_loss = module.val_loss
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        step = trainer.global_step
-        self._first_step, self._train_time = step, time.monotonic()
-        self._row_time = self._train_time
-        if not trainer.is_global_zero:
-            return
-        path = self.out / "metrics.csv"
-        rows = []
-        if path.exists():  # resumed: what came after the checkpoint is about to be done again
-            with path.open(newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        with atomic_write(path) as part, part.open("w", newline="") as f:
-            writer = csv.DictWriter(f, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        self._csv = path.open("a", newline="")
-        self._board = SummaryWriter(self.out / "tensorboard", purge_step=step + 1)
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._task = self._bar.add_task("training", total=self.total_steps, completed=step, figures="")
-            self._bar.start()
-        if self.base_val_loss is not None and step == 0:
-            self._row(trainer, {"val_loss": self.base_val_loss})
+    def on_train_start(self, trainer: L.Trainer, module: LitRWKV) -> None:
+        self._report_time = time.monotonic()
+        rates = list(dict.fromkeys(module.lr_columns))
+        columns = ["epoch", "tokens", "positions", "loss", "val_loss", *rates]
+        columns += ["tokens_per_s", "positions_per_s", "seconds"]
+        # Only here: a logger touches the run's folder, and whatever is wrong is found before.
+        trainer.loggers = [LOGGERS[name](self.out, columns, trainer.global_step) for name in self.loggers]
+        if trainer.is_global_zero:
+            self.display.start(trainer.global_step)
+        if self.base_val_loss is not None and trainer.global_step == 0:
+            self._report(trainer, {"val_loss": self.base_val_loss})
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: LitRWKV, batch: Any, batch_idx: int) -> None:
+        self._rates = module.learning_rates()  # of the step under way: the schedule goes on with its last micro-batch
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: L.Trainer, module: LitRWKV, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._tokens += batch["positions"]
+        self._tokens += batch.get("filled", batch["positions"])
+        self._positions += batch["positions"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self.display.step(step)
         if step % self.every and step != self.total_steps and step != 1:
             return
         self.last_loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="sum"))
+        if self.first_loss is None:
+            self.first_loss = self.last_loss
         now = time.monotonic()
-        rate = (self._tokens - self._tokens_at_row) / max(now - self._row_time, 1e-9)
-        self._tokens_at_row, self._row_time = self._tokens, now
-        lr = module.config.lr * lr_scale(step - 1, self.total_steps, module.config)  # of the step just taken
-        self._row(trainer, {"loss": self.last_loss, "lr": lr, "tokens_per_s": rate})
+        seconds = max(now - self._report_time, 1e-9)
+        tokens, positions = self._tokens - self._at_report[0], self._positions - self._at_report[1]
+        speeds = {"tokens_per_s": tokens / seconds, "positions_per_s": positions / seconds}
+        self._at_report, self._report_time = (self._tokens, self._positions), now
+        self._report(trainer, {"loss": self.last_loss, **self._rates, **speeds})
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: LitRWKV) -> None:
         if not trainer.sanity_checking:
-            self._row(trainer, {"val_loss": module.val_loss})
-        self._row_time = time.monotonic()
+            assert module.val_loss is not None
+            self._report(trainer, {"val_loss": module.val_loss})
+        self._report_time = time.monotonic()
 
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        if self._bar:
-            self._bar.stop()
-        if self._csv:
-            self._csv.close()
-        if self._board:
-            self._board.close()
+    def teardown(self, trainer: L.Trainer, module: LitRWKV, stage: str) -> None:
+        self.display.stop()
 
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")  # which Lightning leaves out then: the bar would hide the cursor for good
+    def on_exception(self, trainer: L.Trainer, module: LitRWKV, exception: BaseException) -> None:
+        self.display.stop()  # Lightning leaves `teardown` out then, and the bar would hide the cursor for good
 
-    def _row(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
-            return
-        step, seconds = trainer.global_step, time.monotonic() - self._start
-        row = {"step": step, "epoch": trainer.current_epoch, "tokens": self._tokens, **figures}
-        csv.DictWriter(self._csv, _COLUMNS).writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} | {"seconds": f"{seconds:.1f}"}
-        )
-        self._csv.flush()
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
-        if "val_loss" in figures:
-            self.console.print(f"step {step}: validation loss {figures['val_loss']:.4f}")
-        elif self._bar:
-            text = f"loss {figures['loss']:.4f}  {figures['tokens_per_s']:,.0f} tokens/s"
-            self._bar.update(self._task, figures=text)
-        else:
-            a_step = (time.monotonic() - self._train_time) / (step - self._first_step)
-            self.console.print(
-                f"step {step}/{self.total_steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
-                f"{figures['tokens_per_s']:,.0f} tokens/s  ETA {(self.total_steps - step) * a_step:.0f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
+    def _report(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
+        step = trainer.global_step
+        counts = {"epoch": trainer.current_epoch, "tokens": self._tokens, "positions": self._positions}
+        row = {**counts, **figures, "seconds": round(time.monotonic() - self._start, 1)}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+        if trainer.is_global_zero:
+            self.display.report(step, figures)

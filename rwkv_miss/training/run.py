@@ -1,13 +1,8 @@
-"""A training run from its settings to its output folder."""
+"""A training run: the model, the data and Lightning's trainer put together, into the run's folder."""
 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import zipfile
-from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -17,149 +12,94 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
-from rwkv_miss.adapters.full import whole_parameters
-from rwkv_miss.adapters.inject import inject
-from rwkv_miss.checkpoint import read_checkpoint
-from rwkv_miss.config import AdapterConfig, TrainConfig, check
-from rwkv_miss.data.batches import count_segments
-from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record, split_validation
-from rwkv_miss.data.mapped import MappedDocuments, open_documents
-from rwkv_miss.data.packing import make_rows
-from rwkv_miss.data.records import read_records
-from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.adapters.inject import inject, trained_parameters
+from rwkv_miss.config import TrainConfig
+from rwkv_miss.data.packing import PackReport
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.files import atomic_write
-from rwkv_miss.model import load_model
-from rwkv_miss.model.initial_state import is_state
-from rwkv_miss.ops.dispatch import check_usable
+from rwkv_miss.files import atomic_write, remove
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.load import build_model
 from rwkv_miss.training import strategies
+from rwkv_miss.training.checks import OURS, as_yaml
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
+from rwkv_miss.training.prepare import Prepared, prepare
+from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.reporting import Reporter
-from rwkv_miss.training.saving import Saver, last_checkpoint
-
-_OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
-# What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
-# whatever is given; the base is told by its fingerprint, since its file may have moved.
-_SAME = (
-    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "val_data", "val_split"),
-    *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
-    *("adapter", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices", "num_nodes"),
-)
+from rwkv_miss.training.saving import Saver
+from rwkv_miss.training.start import TrainResult
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    steps: int
-    loss: float | None
-    base_val_loss: float | None
-    best_val_loss: float | None
-    best_step: int
+def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:
+    """As `rwkv_miss.train`, whose checks have been made.
 
-
-def train(config: TrainConfig, console: Console) -> TrainResult:
-    """Fine-tunes as `config` says. Everything the user gave is checked before anything is written.
-
-    Raises:
-        UserError: something in the settings, the base, the data or the output folder is wrong.
-        RunError: the loss was not finite, or the GPU's memory too small.
-        Stopped: a signal ended the run, after a checkpoint.
+    Args:
+        resume: the checkpoint to go on from and its optimizer step.
     """
-    check(config)
-    _check_devices(config)
     out = Path(config.out)
-    # Lightning starts the other ranks by running the command again; only the first looks at the folder.
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-    if not first:
-        console = Console(quiet=True)
-    resume = (
-        _check_out(out, config) if first else last_checkpoint(out / "checkpoints") if config.resume == "auto" else None
-    )
+    prepared = prepare(config)
+    if resume and resume[1] >= prepared.total_steps:
+        raise UserError(
+            f"{out}: the run is done ({resume[1]} of {prepared.total_steps} steps); raise epochs or max_steps to go on"
+        )
     L.seed_everything(config.seed, verbose=False)
-
-    model = load_model(config.base, None if config.precision == "auto" else config.precision, "cpu", config.wkv_backend)
-    sizes = model.config
+    model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
     model.gradient_checkpointing = config.gradient_checkpointing
-    inject(model, config.adapter)
-    in_file = read_checkpoint(config.base)
-    for key, parameter in whole_parameters(model).items():
-        if not is_state(key):  # which begins at zero, or is fp32 in the model too
-            parameter.data.copy_(in_file[key])  # the model's own may be rounded to `precision`
-    if first:  # alone: the others have no business on its GPU
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
-    documents = read_documents(config.data, config, sizes.vocab_size)
-    held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
-    if config.val_split:
-        documents, held_out = split_validation(documents, config.val_split, config.seed)
-    fit = partial(make_rows, ctx_len=config.ctx_len, packing=config.packing, carry=config.long_documents == "carry")
-    rows, report = fit(documents)
-    if config.chunk_len and report.longest <= config.chunk_len:
-        raise UserError(
-            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
-            f"{report.longest} tokens); lower chunk_len, or leave it out"
-        )
-    val_rows, val_report = fit(held_out) if held_out else (None, None)
+    inject(model, config.adapter, masters=prepared.tensors)
+    _introduce(console, model, prepared.report, prepared.val_report)
 
-    rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    total_steps = config.max_steps or config.epochs * -(-len(rows) // rows_a_step)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    console.print(
-        f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
-        f"{sum(p.numel() for p in model.parameters()) - trainable:,} parameters frozen in "
-        f"{str(model.emb.weight.dtype).removeprefix('torch.')}, {trainable:,} trained",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"training: {report}", highlight=False, soft_wrap=True)
-    if val_report:
-        console.print(f"validation: {val_report}", highlight=False, soft_wrap=True)
-    if resume and resume[1] >= total_steps:
-        raise UserError(
-            f"{out}: the run is done ({resume[1]} of {total_steps} steps); raise epochs or max_steps to go on"
-        )
+    validates = prepared.val_rows is not None
+    display = TrainingDisplay(console, prepared.total_steps)
+    reporter = Reporter(out, config.loggers, config.log_every, prepared.total_steps, display)
     extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
-    saver = Saver(out, config.save_every, total_steps, val_rows is not None, extra)
-    reporter = Reporter(out, config.log_every, total_steps, console)
-    micro_batches = config.accumulate * count_segments(rows, config.segment_len)
+    saver = Saver(out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
     # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
     starter = LambdaCallback(on_train_start=lambda trainer, _: trainer.is_global_zero and _start_folder(out, config))
-    trainer = _trainer(
-        config, micro_batches, [starter, reporter, saver], has_val=val_rows is not None, resumed=resume is not None
-    )
-    module = LitRWKV(model, config, total_steps)
+    trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
+    module = LitRWKV(model, prepared.objective, config, prepared.total_steps)
+    data = PackedData(prepared.rows, prepared.val_rows, config)
     try:
-        trainer.fit(
-            module, PackedData(rows, val_rows, config), ckpt_path=resume[0] if resume else None, weights_only=False
-        )
+        trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=False)
     except torch.OutOfMemoryError as e:
         raise RunError(
             f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower batch_size "
             f"({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
             "--chunk_len or --gradient_checkpointing true"
         ) from None
-    return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
+    return TrainResult(
+        trainer.global_step,
+        reporter.first_loss,
+        reporter.last_loss,
+        reporter.base_val_loss,
+        saver.best,
+        saver.best_step,
+    )
 
 
-def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document] | MappedDocuments:
-    """The file's records as token ids and loss masks; a binidx has them already."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
-    if prefix := binidx_prefix(path):
-        return open_documents(prefix, vocab_size, **options)
-    records = read_records(path, **options)
-    return [encode_record(record, tokenizer, vocab_size) for record in records]
+def _introduce(console: Console, model: RWKV, report: PackReport, val_report: PackReport | None) -> None:
+    """Says what is trained, and on what."""
+    sizes = model.config
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
+    lines = [
+        f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
+        f"{sum(p.numel() for p in frozen):,} parameters frozen{' in ' + ', '.join(dtypes) if dtypes else ''}, "
+        f"{trained:,} trained",
+        f"training: {report}",
+    ]
+    if val_report:
+        lines.append(f"validation: {val_report}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def _trainer(
-    config: TrainConfig, micro_batches: int, callbacks: list[L.Callback], has_val: bool, resumed: bool
-) -> L.Trainer:
-    """micro_batches: in an optimizer step, on each device."""
+def _trainer(config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback], resumed: bool) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     on_gpu = torch.cuda.is_available()
     strategy, plugins = strategies.build(config, on_gpu)
-    every = config.val_every * micro_batches
+    every = config.val_every * prepared.micro_batches
+    validates = prepared.val_rows is not None
     return L.Trainer(
         accelerator="cuda" if on_gpu else "cpu",
         devices=config.devices,
@@ -168,15 +108,15 @@ def _trainer(
         plugins=plugins,
         precision=None if plugins else "32-true",
         max_epochs=-1,
-        accumulate_grad_batches=micro_batches,
+        accumulate_grad_batches=prepared.micro_batches,
         gradient_clip_val=config.grad_clip or None,
         val_check_interval=every or None,
         check_val_every_n_epoch=None if every else 1,
-        limit_val_batches=None if has_val else 0,
+        limit_val_batches=None if validates else 0,
         # The whole validation before the first step: the base's own loss.
-        num_sanity_val_steps=-1 if has_val and not resumed else 0,
+        num_sanity_val_steps=-1 if validates and not resumed else 0,
         callbacks=callbacks,
-        logger=False,
+        logger=False,  # the Reporter sets the loggers once the run has begun
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -184,56 +124,10 @@ def _trainer(
     )
 
 
-def _check_devices(config: TrainConfig) -> None:
-    here = torch.cuda.device_count()
-    if torch.cuda.is_available() and config.devices > here:
-        raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
-
-
-def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
-    """The checkpoint to resume from, if any; UserError where the folder may not be used."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; out must be a folder")
-    found = [name for name in _OURS if (out / name).exists()]
-    if not found or config.overwrite:
-        return None
-    if config.resume != "auto":
-        raise UserError(
-            f"{out}: holds another run ({', '.join(found)}); give another out, --resume auto to go on with it, or "
-            "--overwrite true to replace it"
-        )
-    if (out / "config.yaml").is_file():
-        before, now = _read_settings(out / "config.yaml"), _as_yaml(config)
-        if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
-            raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
-    checkpoint = last_checkpoint(out / "checkpoints")
-    if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
-        raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
-    return checkpoint
-
-
-def _read_settings(path: Path) -> dict:
-    """A run's settings; those that it did not have yet were at their defaults."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
-        raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
-    defaults = {f.name: f.default for f in fields(TrainConfig)}
-    return defaults | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}
-
-
 def _start_folder(out: Path, config: TrainConfig) -> None:
+    """Removes what an earlier run left, where it is to be replaced, and writes the settings."""
     if config.overwrite:
-        for name in _OURS:
-            if (out / name).is_dir():
-                shutil.rmtree(out / name)
-            else:
-                (out / name).unlink(missing_ok=True)
+        for name in OURS:
+            remove(out / name)
     with atomic_write(out / "config.yaml") as part:
-        part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(_as_yaml(config), sort_keys=False))
-
-
-def _as_yaml(config: TrainConfig) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+        part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(as_yaml(config), sort_keys=False))

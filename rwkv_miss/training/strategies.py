@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.errors import UserError
+from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.files import cache_folder, locked
+from rwkv_miss.training.meeting import Meeting
+
+_log = logging.getLogger("rwkv_miss")
 
 
 class _KeepDtypes(DeepSpeedPrecision):
@@ -31,7 +36,27 @@ class _KeepDtypes(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class _CPUDeepSpeed(DeepSpeedStrategy):
+class _Meeting:
+    """Before the process group is made, on several machines: `Meeting.attend`."""
+
+    meeting: Meeting | None = None
+
+    def setup_distributed(self) -> None:
+        if self.meeting:
+            self.set_world_ranks()
+            self.meeting.attend(self)
+        super().setup_distributed()
+
+
+class _DDP(_Meeting, DDPStrategy):
+    pass
+
+
+class _DeepSpeed(_Meeting, DeepSpeedStrategy):
+    pass
+
+
+class _CPUDeepSpeed(_DeepSpeed):
     """DeepSpeed on the CPU over gloo. DeepSpeed supports it; Lightning's strategy refuses (2.6.6)."""
 
     def setup_environment(self) -> None:
@@ -52,22 +77,68 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
         name = "ddp" if several else "single"
     if name == "single":
         return "auto", []
+    backend = "nccl" if on_gpu else "gloo"
+    strategy: _DDP | _DeepSpeed
     if name == "ddp":
-        return DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", gradient_as_bucket_view=True), []
+        strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), []
+    else:
+        _import_deepspeed(name, on_gpu)
+        cls = _DeepSpeed if on_gpu else _CPUDeepSpeed
+        strategy = cls(
+            stage=int(name[-1]), exclude_frozen_parameters=True, process_group_backend=backend, logging_level=40
+        )
+        plugins = [_KeepDtypes()]
+    # torchrun's own rendezvous has its own time limit, and its store is not ours to open.
+    if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        strategy.meeting = Meeting(config.meet_minutes)
+    return strategy, plugins
+
+
+def _import_deepspeed(strategy: str, on_gpu: bool) -> None:
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own switch, read when it is imported
     try:
         import deepspeed  # noqa: F401
     except ImportError as e:
-        raise UserError(f"strategy is {name} but deepspeed cannot be imported ({e}); install it or use ddp") from None
-    cls = DeepSpeedStrategy if on_gpu else _CPUDeepSpeed
-    strategy = cls(
-        stage=int(name[-1]),
-        exclude_frozen_parameters=True,
-        process_group_backend="nccl" if on_gpu else "gloo",
-        logging_level=40,
-    )
-    return strategy, [_KeepDtypes()]
+        raise UserError(
+            f"strategy is {strategy} but deepspeed cannot be imported ({e}); install it or use ddp"
+        ) from None
+    if not on_gpu:
+        _load_shared_memory_op()
+
+
+def _load_shared_memory_op() -> None:
+    """Compiles and loads the op by which DeepSpeed's processes on a CPU talk to each other, before it asks for it.
+
+    DeepSpeed leaves that to PyTorch, which marks a build by a file: when a build is killed the file stays, and every
+    later process waits for ever for it to go. Here one process at a time builds or loads it, under a lock that ends
+    with its process, in a folder that no other program builds in: so a file that is there is of a dead process.
+
+    Raises:
+        RunError: it cannot be compiled.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = cache_folder() / "deepspeed" / torch.__version__
+    with locked(folder / "build.lock"):
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        if not list(folder.glob(f"{builder.name}/*.so")):
+            _log.info("compiling DeepSpeed's communication between processes on a CPU (once, about half a minute)")
+        before = os.environ.get("TORCH_EXTENSIONS_DIR")
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)  # read by PyTorch when it builds
+        try:
+            builder.load(verbose=False)
+        except Exception as e:  # PyTorch raises what the compiler, the linker or the import say
+            raise RunError(
+                f"DeepSpeed's communication between processes on a CPU cannot be compiled ({e}); use --strategy ddp"
+            ) from None
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
 
 
 def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContextManager:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, save_adapter
 from rwkv_miss.adapters.files import read_adapter
-from rwkv_miss.adapters.inject import adapters
+from rwkv_miss.adapters.inject import installed
 from rwkv_miss.errors import UserError
+from tests.helpers import adapters
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 TOKENS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -68,7 +69,7 @@ def test_a_saved_adapter_loads_as_it_was(base, folder):
     model = load_adapter(load_model(base), folder).eval()
     assert torch.equal(model(TOKENS)[0], saved(TOKENS)[0])
     assert not torch.equal(model(TOKENS)[0], load_model(base)(TOKENS)[0])
-    assert model.adapter_config == AdapterConfig(r=5, dropout=0.25, target_modules=["att.key", "ffn.value"])
+    assert installed(model).config == AdapterConfig(r=5, dropout=0.25, target_modules=["att.key", "ffn.value"])
     assert {layer.dropout for layer in adapters(model).values()} == {0.25}
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{n}.miss_block" for n in adapters(model)]
 
@@ -122,7 +123,7 @@ def test_ours_reads_hf_pefts(base, tmp_path, chosen):
     assert all(torch.equal(m.miss_block, state[f"base_model.model.{n}.miss_block"]) for n, m in adapters(model).items())
     expected = theirs.eval()(TOKENS)[0]
     assert (model(TOKENS)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert model.adapter_config.dropout == 0.1
+    assert installed(model).config.dropout == 0.1
 
 
 def test_another_base_is_refused(make_base, folder):
@@ -154,12 +155,12 @@ def test_there_is_nothing_to_save(base, tmp_path):
 
 def test_a_missing_block(base, folder):
     edit_weights(folder, lambda t: t.pop(KEY))
-    assert_refused(base, folder, str(folder), "blocks.0.att.key", "has no block")
+    assert_refused(base, folder, str(folder), "blocks.0.att.key", "has no miss_block")
 
 
 def test_no_blocks_at_all(base, folder):
     edit_weights(folder, lambda t: t.clear())
-    assert_refused(base, folder, str(folder), "has no block")
+    assert_refused(base, folder, str(folder), "has no miss_block")
 
 
 @pytest.mark.parametrize("extra", ["blocks.0.att.gate", "blocks.7.att.key", "head", "blocks.0.ln1"])
@@ -183,9 +184,9 @@ def test_a_block_of_the_wrong_shape(base, folder, shape):
 def test_r_larger_than_the_input(base, folder):
     edit_config(folder, r=33, target_modules=["att.key"])
     edit_weights(folder, lambda t: (t.clear(), t.update({KEY: torch.ones(33, 32)})))
-    assert_refused(base, folder, "blocks.1.att.key", "has no block")
+    assert_refused(base, folder, "blocks.1.att.key", "has no miss_block")
     edit_config(folder, target_modules="blocks.0.att.key")
-    assert_refused(base, folder, "blocks.0.att.key", "(33, 32)", "r <= 32")
+    assert_refused(base, folder, "blocks.0.att.key", "r is 33 but the linear has only 32 inputs")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -246,7 +247,7 @@ def test_a_missing_file(base, folder, name):
 
 def test_no_folder(base, folder):
     assert_refused(base, folder / "nothing", "no such folder")
-    assert_refused(base, folder / CONFIG, "no such folder")
+    assert_refused(base, folder / CONFIG, "is a file; an adapter is a folder with adapter_config.json")
 
 
 @pytest.mark.parametrize(("r", "limit"), [(5, 4096), (8, 4096), (8, 20)])

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, save_adapter
 from rwkv_miss.adapters.files import read_adapter
-from rwkv_miss.adapters.full import whole_parameters
-from rwkv_miss.adapters.inject import adapters
+from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.errors import UserError
+from tests.helpers import adapters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -24,6 +25,11 @@ CONFIGS = {
     "parts": AdapterConfig("miss", r=5, modules_to_save=["time", "ln_out"]),
     "everything beside": AdapterConfig("miss+state", r=5, modules_to_save=["ln", "time", "emb", "head"]),
 }
+
+
+def whole_parameters(model) -> dict[str, nn.Parameter]:
+    """What is trained itself, by checkpoint key."""
+    return {key: p for key, p in trained_parameters(model).items() if key in installed(model).plan.whole}
 
 
 def randomise(model):
@@ -102,19 +108,25 @@ def test_time_is_every_parameter_of_the_mixes_that_is_no_linear_norm_or_state(ei
     ("config", "words"),
     [
         (AdapterConfig(modules_to_save=["norm"]), "norm matches no part of the model; give ln, time, emb, head"),
-        (AdapterConfig(r=4, modules_to_save=["ffn.key"]), "ffn.key means blocks.0.ffn.key.weight, which MiSS adapts"),
-        (AdapterConfig("full", modules_to_save=["ln"]), "modules_to_save is given, but method full"),
+        (
+            AdapterConfig(r=4, modules_to_save=["ffn.key"]),
+            "ffn.key means blocks.0.ffn.key.weight, beside which the adapter goes",
+        ),
+        (AdapterConfig("full", modules_to_save=["ln"]), "modules_to_save is given, but adapter.method full"),
         (AdapterConfig(modules_to_save=[]), "modules_to_save is empty"),
-        (AdapterConfig("state", target_modules=["att.key"]), "method state has no use for them"),
-        (AdapterConfig("full", dropout=0.1), "method full has no use for them"),
-        (AdapterConfig("bone"), "adapter.method is 'bone'; this version has: miss, state, miss.state, full"),
+        (
+            AdapterConfig("state", target_modules=["att.key"]),
+            "target_modules is given, but adapter.method state has no",
+        ),
+        (AdapterConfig("full", dropout=0.1), "dropout is given, but adapter.method full has no use for it"),
+        (AdapterConfig("bone"), "adapter.method is 'bone'; this version has: miss, state, full"),
     ],
 )
 def test_settings_that_are_wrong(either_base, config, words):
     model = load_model(either_base)
     with pytest.raises(UserError, match=words):
         inject(model, config)
-    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")
+    assert all(p.requires_grad for p in model.parameters()) and model.adapter is None
 
 
 def test_a_linear_that_miss_leaves_out_can_be_trained_whole(either_base):
@@ -139,7 +151,7 @@ def test_a_saved_adapter_loads_as_it_was(either_base, tmp_path, config, dtype):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, p in saved.named_parameters() if p.requires_grad
     }
-    assert model.adapter_config.method == config.method
+    assert installed(model).config.method == config.method
     save_adapter(model, tmp_path / "again")
     first, again = (load_file(tmp_path / name / WEIGHTS) for name in ("adapter", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
@@ -191,7 +203,7 @@ def test_ours_reads_whole_modules_of_hf_pefts(either_base, tmp_path, modules):
     model = load_adapter(load_model(either_base), tmp_path / "adapter").eval()
     expected, _ = theirs(TOKENS)
     assert (model(TOKENS)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert model.adapter_config.modules_to_save == sorted(modules)
+    assert installed(model).config.modules_to_save == sorted(modules)
 
 
 @pytest.fixture
@@ -215,7 +227,7 @@ def folder(either_base, tmp_path):
         (lambda t, k: t.pop(k("blocks.1.ln2.bias")), "says that blocks.1.ln2.bias was trained but"),
         (
             lambda t, k: t.update({k("blocks.0.att.key.weight"): torch.zeros(32, 32)}),
-            "blocks.0.att.key.weight, which is there beside a MiSS block",
+            "blocks.0.att.key.weight, which is there beside an adapter",
         ),
     ],
 )
@@ -226,7 +238,7 @@ def test_files_that_do_not_fit(either_base, folder, change, words):
     model = load_model(either_base)
     with pytest.raises(UserError, match=words):
         load_adapter(model, folder)
-    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "adapter_config")
+    assert all(p.requires_grad for p in model.parameters()) and model.adapter is None
 
 
 def test_a_full_adapter_without_a_tensor(either_base, tmp_path):

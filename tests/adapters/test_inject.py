@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rwkv_miss import AdapterConfig, inject, load_model
-from rwkv_miss.adapters.inject import adapters
 from rwkv_miss.errors import UserError
+from tests.helpers import adapters
 
 LINEARS = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
 

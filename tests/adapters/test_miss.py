@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rwkv_miss import AdapterConfig, ModelConfig, inject
 from rwkv_miss.adapters.miss import MissLinear, _MissFunction, add_to_blocks, block_sum, delta_weight
+from rwkv_miss.model.linear import Linear
 from rwkv_miss.model.rwkv7 import RWKV7
 
 # (in, out, r): dividing, ragged, one row, one block, r just below and above a half of `in`.
@@ -24,11 +25,16 @@ def dense_delta(D: Tensor, n_in: int) -> Tensor:
     return torch.stack([torch.stack([D[c % r, o] for c in range(n_in)]) for o in range(out)])
 
 
+def frozen(W: Tensor) -> Linear:
+    """The linear with that weight."""
+    linear = Linear(W.shape[1], W.shape[0])
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    return linear
+
+
 def adapted(n_in: int, out: int, r: int, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> MissLinear:
     """A linear with an adapter that is not zero."""
-    linear = nn.Linear(n_in, out, bias=False, dtype=dtype)
-    linear.weight.data = normal(out, n_in, seed=1, dtype=dtype)
-    layer = MissLinear(linear, r, dropout)
+    layer = MissLinear(frozen(normal(out, n_in, seed=1, dtype=dtype)), r, dropout)
     layer.miss_block.data.copy_(normal(r, out, seed=2))
     return layer
 
@@ -59,7 +65,7 @@ def test_delta_weight(n_in, out, r):
 def test_outputs_and_gradients_of_the_dense_formula(n_in, out, r, lead, dtype):
     x, W, D = normal(*lead, n_in, dtype=dtype), normal(out, n_in, seed=1, dtype=dtype), normal(r, out, seed=2)
     D = D.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    mine = run(lambda x, D: _MissFunction.apply(x, W, D, None, 1.0), x, D)
+    mine = run(lambda x, D: _MissFunction.apply(x, frozen(W), D, None, 1.0), x, D)
     assert [t.dtype for t in mine] == [dtype, dtype, D.dtype]
     exact = run(lambda x, D: x @ (W.double() + dense_delta(D, n_in)).T, x.double(), D.double())
     assert_close(mine, exact, {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype])
@@ -73,7 +79,7 @@ def test_finite_differences(n_in, out, r, dropout):
     keep = normal(6, n_in, seed=4) > 0 if dropout else None
 
     def function(x: Tensor, D: Tensor) -> Tensor:
-        return _MissFunction.apply(x, W, D, keep, 1 / (1 - dropout))
+        return _MissFunction.apply(x, frozen(W), D, keep, 1 / (1 - dropout))
 
     assert torch.autograd.gradcheck(function, (x, D))
 
@@ -81,7 +87,7 @@ def test_finite_differences(n_in, out, r, dropout):
 def test_dropout_of_the_formula_is_on_the_branch_alone():
     x, W, D = normal(6, 7), normal(4, 7, seed=1), normal(3, 4, seed=2)
     keep = normal(6, 7, seed=4) > 0
-    mine = run(lambda x, D: _MissFunction.apply(x, W, D, keep, 2.5), x, D)
+    mine = run(lambda x, D: _MissFunction.apply(x, frozen(W), D, keep, 2.5), x, D)
     exact = run(lambda x, D: x @ W.T + (x * keep * 2.5) @ dense_delta(D, 7).T, x, D)
     assert_close(mine, exact, 1e-14)
 
@@ -90,11 +96,11 @@ def test_not_contiguous_inputs():
     W, D = normal(4, 7, seed=1), normal(3, 4, seed=2)
     x = normal(7, 5, 2).transpose(0, 2)
     assert not x.is_contiguous()
-    mine = run(lambda x, D: _MissFunction.apply(x.transpose(0, 1), W, D, None, 1.0), x, D)
+    mine = run(lambda x, D: _MissFunction.apply(x.transpose(0, 1), frozen(W), D, None, 1.0), x, D)
     exact = run(lambda x, D: x.transpose(0, 1) @ (W + dense_delta(D, 7)).T, x, D)
     assert_close(mine, exact, 1e-14)
     expanded = normal(1, 4).expand(9, 4).clone().requires_grad_()
-    _MissFunction.apply(expanded @ normal(4, 7), W, D, None, 1.0).sum().backward()  # dy has strides of 0
+    _MissFunction.apply(expanded @ normal(4, 7), frozen(W), D, None, 1.0).sum().backward()  # dy has strides of 0
     exact_grad = (torch.ones(9, 4) @ (W + dense_delta(D, 7)).float()).double() @ normal(4, 7).T
     assert torch.allclose(expanded.grad, exact_grad, rtol=1e-5)
 
@@ -150,9 +156,7 @@ def test_dropout_is_for_training_alone():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     """With W = 0 and D's one row of ones, y is the dropped x's sum: of ones, 4/3 times the number kept."""
-    linear = nn.Linear(400, 1, bias=False)
-    linear.weight.data.zero_()
-    layer = MissLinear(linear, 1, dropout=0.25)
+    layer = MissLinear(frozen(torch.zeros(1, 400)), 1, dropout=0.25)
     layer.miss_block.data.fill_(1)
     torch.manual_seed(0)
     kept = layer(torch.ones(1000, 400)).flatten() * 0.75
@@ -166,7 +170,7 @@ def test_hf_peft(n_in, out, r, lead):
     miss = pytest.importorskip("peft.tuners.miss")
     layer = adapted(n_in, out, r)
     linear = nn.Linear(n_in, out, bias=False)
-    linear.weight.data = layer.weight.data
+    linear.weight.data = layer.base_layer.weight.data
     theirs = miss.MissLinear(linear, "default", r=r, config=miss.MissConfig(r=r))
     theirs.miss_block["default"].data.copy_(layer.miss_block.data)
     x = torch.randn(*lead, n_in)
@@ -186,11 +190,10 @@ def test_dtypes_of_the_adapter():
         torch.float32: torch.float32,
         torch.float64: torch.float64,
     }.items():
-        layer = MissLinear(nn.Linear(4, 3, bias=False, dtype=weight), 2, 0.0)
-        assert (layer.weight.dtype, layer.miss_block.dtype) == (weight, block)
-        assert not layer.weight.requires_grad and layer.miss_block.requires_grad
-        assert torch.count_nonzero(layer.miss_block) == 0
-        assert set(layer.state_dict()) == {"weight", "miss_block"}
+        layer = MissLinear(frozen(torch.zeros(3, 4, dtype=weight)), 2, 0.0)
+        assert (layer.base_layer.weight.dtype, layer.miss_block.dtype) == (weight, block)
+        assert layer.miss_block.requires_grad and torch.count_nonzero(layer.miss_block) == 0
+        assert set(layer.state_dict()) == {"base_layer.weight", "miss_block"}
 
 
 def test_the_papers_number_of_parameters():

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from rwkv_miss.adapters.inject import inject
 from rwkv_miss.config import AdapterConfig, ModelConfig
-from rwkv_miss.model import MODELS
-from rwkv_miss.model.loss import loss_sum
-from rwkv_miss.model.rwkv import RWKV
+from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.state import State
+from rwkv_miss.model.versions import MODELS
+from tests.helpers import loss_sum
 from tests.model.live_bytes import peak_bytes
 
 LOW_RANK = {7: {"w": 5, "a": 6, "v": 3, "g": 9}, 6: {"maa": 5, "decay": 7}}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rwkv_miss import load_model
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.initial_state import add_initial_state, is_state, load_initial_state, state_shapes, swap_layout
-from rwkv_miss.model.loss import loss_sum
-from rwkv_miss.model.segments import run_from
+from rwkv_miss.model.documents import run_from
+from rwkv_miss.model.initial_state import add_initial_state, file_layout, is_state, load_initial_state, state_shapes
+from tests.helpers import loss_sum
 
 TOKENS = torch.randint(64, (3, 41), generator=torch.Generator().manual_seed(1))
 # Documents of 1 to 41 tokens; the first row begins with the rest of an earlier document, the last has no start at all.
@@ -156,8 +156,7 @@ def test_the_padding_of_segments_is_less_than_half():
 
 
 def write_state(model, path) -> None:
-    version = model.config.version
-    torch.save({k: swap_layout(model.get_parameter(k).data, version) for k in state_shapes(model.config)}, path)
+    torch.save({k: file_layout(model.get_parameter(k).data, type(model)) for k in state_shapes(model.config)}, path)
 
 
 @torch.no_grad()

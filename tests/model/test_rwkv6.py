@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.model.loss import loss_sum
+from tests.helpers import loss_sum
 from tests.training.runs import quiet_train
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rwkv_miss.config import AdapterConfig, TrainConfig
-from rwkv_miss.training.run import TrainResult, train
+from rwkv_miss.training.start import TrainResult, train
 
 
 def small_config(base: Path, data: Path, out: Path) -> TrainConfig:

@@ -17,7 +17,7 @@ import torch
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.training.saving import last_checkpoint
+from rwkv_miss.training.checks import last_checkpoint
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 
@@ -151,14 +151,14 @@ def test_a_run_from_before_chunks_resumes(cut_run, long_config, tmp_path):
 def test_a_state_that_is_not_finite_is_found_in_the_segment_that_reads_it(cut_run, monkeypatch, tmp_path):
     from rwkv_miss.training import lit_module
 
-    loss_sum = lit_module.loss_sum
+    log_probs = lit_module.batch_log_probs
 
     def spoilt(*arguments):
-        loss, state = loss_sum(*arguments)
+        loss, state = log_probs(*arguments)
         state.wkv[1] = float("inf")
         return loss, state
 
-    monkeypatch.setattr(lit_module, "loss_sum", spoilt)
+    monkeypatch.setattr(lit_module, "batch_log_probs", spoilt)
     with pytest.raises(RunError, match=r"step 1: the loss is nan.* is blocks\.1\.att"):
         quiet_train(replace(cut_run, out=str(tmp_path / "spoilt")))
 
@@ -166,7 +166,7 @@ def test_a_state_that_is_not_finite_is_found_in_the_segment_that_reads_it(cut_ru
 def test_long_documents_carried_on(long_config, tmp_path, capsys):
     from rich.console import Console
 
-    from rwkv_miss.training.run import train
+    from rwkv_miss.training.start import train
 
     config = long_config(ctx_len=64, max_steps=1, long_documents="carry")
     with (tmp_path / "said.txt").open("w") as file:

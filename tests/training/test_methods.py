@@ -114,8 +114,8 @@ def test_zero_3_with_a_loss_in_pieces(method_config, tmp_path, method):
     two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_3", devices=2, batch_size=2)
     script = tmp_path / "pieces.py"
     script.write_text(
-        "import sys\nimport rwkv_miss.ops.loss\nfrom rwkv_miss.cli import main\n"
-        "rwkv_miss.ops.loss._MAX_LOGITS = 256 * 20\nsys.exit(main(sys.argv[1:]))\n"
+        "import sys\nimport rwkv_miss.ops.log_probs\nfrom rwkv_miss.cli import main\n"
+        "rwkv_miss.ops.log_probs._MAX_LOGITS = 256 * 20\nsys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, str(script), "train", *as_arguments(two)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

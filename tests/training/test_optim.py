@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from rwkv_miss import AdapterConfig, inject, load_model
-from rwkv_miss.adapters.full import checkpoint_key
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.training.optim import configure, lr_scale, parameter_groups
+from rwkv_miss.training.optim import configure, lr_columns, lr_scale, parameter_groups
 
 
 def scales(total, **settings):
@@ -40,9 +39,7 @@ def test_wsd_that_decays_from_the_first_step_still_warms_up():
 def groups(model, **settings):
     """{(lr, weight decay): the keys of its parameters}"""
     config = TrainConfig(base="b", data="d", tokenizer="t", out="o", **settings)
-    names = {p: checkpoint_key(name) for name, p in model.named_parameters()}
-    found = parameter_groups(model.named_parameters(), config)
-    return {(g["lr"], g["weight_decay"]): {names[p] for p in g["params"]} for g in found}
+    return {(g.lr, g.weight_decay): set(found) for g, found in parameter_groups(model, config).items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,9 +74,22 @@ def test_adapters_and_states_are_one_group_and_parts_of_the_base_follow_the_rule
 def test_the_schedule_keeps_the_ratio_of_the_groups(either_base):
     config = TrainConfig(base="b", data="d", tokenizer="t", out="o", lr=1e-3, warmup_steps=2, lr_min=0.5)
     model = inject(load_model(either_base), AdapterConfig("full"))
-    optimizer, schedule = configure(model.named_parameters(), 4, config)
+    optimizer, schedule = configure(parameter_groups(model, config), 4, config)
     for step in range(5):
         lrs = sorted({g["lr"] for g in optimizer.param_groups})
         assert lrs == pytest.approx([1e-3 * lr_scale(step, 4, config), 2e-3 * lr_scale(step, 4, config)])
         optimizer.step()
         schedule.step()
+
+
+def test_each_learning_rate_has_a_column(either_base):
+    def columns(adapter: AdapterConfig, **settings) -> list[str]:
+        config = TrainConfig(base="b", data="d", tokenizer="t", out="o", **settings)
+        return lr_columns(parameter_groups(inject(load_model(either_base), adapter), config))
+
+    decay = "w0" if load_model(either_base).config.version == 7 else "time_decay"
+    assert columns(AdapterConfig(r=4)) == ["lr"]
+    assert set(columns(AdapterConfig("full"), weight_decay=0.1)) == {"lr", f"lr_{decay}"}
+    assert set(columns(AdapterConfig("miss+state", r=4), lr_state=0.5)) == {"lr", "lr_state"}
+    assert columns(AdapterConfig("miss+state", r=4)) == ["lr"]
+    assert columns(AdapterConfig("state"), lr_state=0.5) == ["lr"]  # the only rate that there is

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rwkv_miss import load_adapter, load_model
+from rwkv_miss.adapters.inject import installed
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
-from rwkv_miss.training.run import train
-from rwkv_miss.training.saving import last_checkpoint
+from rwkv_miss.training.start import train
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 
@@ -57,7 +58,7 @@ def test_what_a_run_leaves(make_config):
     assert all(name.endswith("miss_block") for name in saved["state_dict"])
     assert (out / "checkpoints/step-00000006").stat().st_size < Path(config.base).stat().st_size * 2
     loaded = load_adapter(load_model(config.base), out / "adapter")
-    assert loaded.adapter_config.r == 4
+    assert installed(loaded).config.r == 4
 
 
 def test_the_written_config_makes_the_same_run_again(make_config, tmp_path):
@@ -140,18 +141,18 @@ def test_a_step_that_makes_weights_that_are_not_finite_is_not_saved(make_config,
     from rwkv_miss.training import lit_module
 
     config = make_config(max_steps=2, save_every=1)
-    before, loss_sum, calls = None, lit_module.loss_sum, []
+    before, log_probs, calls = None, lit_module.batch_log_probs, []
 
     def second_has_no_gradient(*arguments):
         nonlocal before
-        loss, state = loss_sum(*arguments)
+        loss, state = log_probs(*arguments)
         calls.append(1)
         if len(calls) == 2:
             before = adapter(config.out)
             loss.register_hook(lambda g: g * math.nan)
         return loss, state
 
-    monkeypatch.setattr(lit_module, "loss_sum", second_has_no_gradient)
+    monkeypatch.setattr(lit_module, "batch_log_probs", second_has_no_gradient)
     with pytest.raises(RunError, match=r"^step 2: blocks\.0\.att\.receptance\.miss_block is not finite after the step"):
         quiet_train(config)
     assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1
@@ -168,15 +169,15 @@ def test_a_validation_loss_that_is_not_finite_saves_no_adapter(make_config):
 def test_a_full_gpu_says_which_step_and_what_to_lower(make_config, monkeypatch):
     from rwkv_miss.training import lit_module
 
-    loss_sum, calls = lit_module.loss_sum, []
+    log_probs, calls = lit_module.batch_log_probs, []
 
     def third_fails(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
-        return loss_sum(*arguments)
+        return log_probs(*arguments)
 
-    monkeypatch.setattr(lit_module, "loss_sum", third_fails)
+    monkeypatch.setattr(lit_module, "batch_log_probs", third_fails)
     with pytest.raises(
         RunError,
         match=r"^step 3: .*2 GiB.*batch_size \(8;.*ctx_len \(64\).*chunk_len or --gradient_checkpointing true$",
@@ -350,10 +351,11 @@ def test_every_wrong_setting_is_named_at_once(make_config):
 
 
 @pytest.mark.parametrize(("gpus", "said"), [(1, "1 GPU"), (2, "2 GPUs")])
-def test_more_devices_than_gpus(make_config, monkeypatch, gpus, said):
+def test_more_devices_than_gpus(make_config, tmp_path, monkeypatch, gpus, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    config = make_config(devices=4, base="no such base")  # found before anything is read
+    (tmp_path / "base.pth").write_bytes(b"")
+    config = make_config(devices=4, base=str(tmp_path / "base.pth"))  # found before anything is read
     with pytest.raises(UserError, match=f"^devices is 4; this machine has {said}$"):
         quiet_train(config)
     assert not Path(config.out).exists()

@@ -11,9 +11,9 @@ import torch
 
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.packing import make_rows
-from rwkv_miss.model import load_model
-from rwkv_miss.model.loss import loss_sum
-from rwkv_miss.training.run import read_documents
+from rwkv_miss.model.load import load_model
+from rwkv_miss.training.prepare import read_documents
+from tests.helpers import loss_sum
 from tests.training.runs import adapter, as_arguments, losses, quiet_train, small_config
 
 

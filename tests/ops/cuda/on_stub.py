@@ -19,9 +19,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.loss import loss_sum
 from rwkv_miss.ops.cuda import driver, kernels, nvrtc
 from rwkv_miss.ops.dispatch import announce, choose
+from tests.helpers import loss_sum
 from tests.model import test_chunks as models
 from tests.ops.cases import WKV6, WKV7, Recurrence, odd_starts, run
 from tests.ops.cuda.stub import connect, read_manifest

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rwkv_miss.adapters.inject import inject
+from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import RunError
 from rwkv_miss.model.init import init_weights
-from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.model.rwkv7 import RWKV7
+from rwkv_miss.model.state import State
 
 LENGTHS = (1024, 4096, 16384, 65536)
 CHUNK_LEN = 512
@@ -25,7 +28,7 @@ MODES = {
 MODEL = ModelConfig(7, 4, 64, 1, 64, 256, 256, {"w": 16, "a": 16, "v": 16, "g": 16})
 
 
-def bench_memory(threads: int) -> list[dict]:
+def bench_memory(thread_count: int) -> Table:
     """Most memory at once, in MB, of a forward and backward pass of one row: a row for each of `MODES`, without and
     with gradient checkpointing, and a column for each of `LENGTHS`.
 
@@ -35,13 +38,14 @@ def bench_memory(threads: int) -> list[dict]:
     rows = []
     for name, (chunk_len, bptt_chunks) in MODES.items():
         for checkpointing in (False, True):
-            row = {"name": name, "gradient_checkpointing": "yes" if checkpointing else "no"}
+            row: dict[str, Any] = {"name": name, "gradient_checkpointing": "yes" if checkpointing else "no"}
             for length in LENGTHS:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    cell = (threads, checkpointing, length, chunk_len, bptt_chunks)
+                    cell = (thread_count, checkpointing, length, chunk_len, bptt_chunks)
                     row[f"T {length}"] = pool.apply(step_bytes, cell) / 1e6
             rows.append(row)
-    return rows
+    kind = "allocated on the GPU" if torch.cuda.is_available() else "resident"
+    return Table(f"A training step on one row of T tokens: MB {kind} at its peak, above what was before", rows)
 
 
 def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int) -> int:
@@ -70,13 +74,13 @@ def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) ->
     """As in training: a backward pass after each segment, the state carried on without its gradient."""
     device = model.emb.weight.device
     tokens = torch.randint(MODEL.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
-    state = None
+    state: State | None = None
     for start in range(0, length, size := chunk_len * bptt_chunks if bptt_chunks else length):
         stop = min(start + size, length)
         batch = {"tokens": tokens[:, start:stop], "targets": tokens[:, start + 1 : stop + 1]}
         batch["seq_start"] = torch.zeros_like(batch["tokens"], dtype=torch.bool)
-        loss, state = loss_sum(model, batch, state, chunk_len)
-        loss.backward()
+        log_prob, state = batch_log_probs(model, batch, state, chunk_len)
+        (-log_prob).backward()
         state = state.detach()
 
 

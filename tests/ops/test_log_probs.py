@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from rwkv_miss.ops import loss
-from rwkv_miss.ops.loss import cross_entropy_sum
+from rwkv_miss.ops import log_probs
+from rwkv_miss.ops.log_probs import target_log_probs
 
 
 @pytest.mark.parametrize("max_logits", [11 * 4, 11, 1, 2**20])
 def test_pieces(monkeypatch, max_logits):
-    monkeypatch.setattr(loss, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(log_probs, "_MAX_LOGITS", max_logits)
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 9, 5, generator=g, requires_grad=True)
     weight = torch.randn(11, 5, generator=g, requires_grad=True)
@@ -24,7 +24,7 @@ def test_pieces(monkeypatch, max_logits):
         seen.append(len(h))
         return h @ weight.T
 
-    found = cross_entropy_sum(hidden, head, targets, 11)
+    found = -target_log_probs(hidden, head, targets, 11)
     assert sum(seen) == 12 and max(seen) == min(12, max(1, max_logits // 11))
     exact = cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
     torch.testing.assert_close(found, exact)
@@ -34,6 +34,6 @@ def test_pieces(monkeypatch, max_logits):
 
 def test_no_loss_at_all_is_zero_with_a_gradient_of_zeros():
     hidden = torch.randn(1, 3, 5, requires_grad=True)
-    found = cross_entropy_sum(hidden, lambda h: h @ torch.ones(5, 7), torch.full((1, 3), -100), 7)
+    found = target_log_probs(hidden, lambda h: h @ torch.ones(5, 7), torch.full((1, 3), -100), 7)
     assert found == 0
     assert not torch.autograd.grad(found, hidden)[0].any()

@@ -1,5 +1,5 @@
-"""The recurrence of a model with a learned initial state. The kernels begin a document from zeros; here each document
-is a sequence of its own that begins from the learned state.
+"""The recurrence of rows that hold several documents, where a document begins from a learned state. The kernels begin a
+document from zeros; here each document is run as a sequence of its own that begins from the learned state.
 
 B batch, T tokens, H heads of N.
 """
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from rwkv_miss.ops.arguments import state_dtype
 
-Recurrence = Callable[[Sequence[Tensor], Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+RunWkv = Callable[[Sequence[Tensor], Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(inputs (B, T, H, N), state (B, H, N, N) or None for zeros, seq_start (B, T) or None) -> (y, last state)."""
 
 
 def run_from(
-    op: Recurrence,
+    op: RunWkv,
     inputs: Sequence[Tensor],
     padding: Sequence[float],
     state: Tensor | None,
     initial: Tensor | None,
     seq_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`op`, but `initial` takes the place of zeros: where `state` is None, and at each seq_start.
+    """`op`, but sequences begin from `initial` instead of zeros: where `state` is None, and at each seq_start.
 
     Args:
-        op: leaves rows alone: row b of its results depends on row b of its arguments.
+        op: the recurrence; row b of its results depends on row b of its arguments alone.
         padding: for each input, the value of a step that leaves the state as it is.
         initial: (H, N, N) in the layout of the state; None is zeros, and then this is `op` itself.
 
@@ -48,13 +48,13 @@ def run_from(
     is_carried = ~begins[:, 0]
     begins = begins.clone()
     begins[:, 0] = True
-    # Segments in the order of the rows laid end to end: where each begins, its length and its row.
+    # The documents in the order of the rows laid end to end: where each begins, its length and its row.
     first = begins.flatten().nonzero().squeeze(1)
     length = torch.diff(first, append=torch.tensor([batch * n_steps]))
     row = first // n_steps
     carried = (is_carried[row] & (first % n_steps == 0)).to(state.device)
 
-    # Segments of about one length run side by side, so that less than half of what runs is padding.
+    # Documents of about one length run side by side, so that less than half of what runs is padding.
     flat = [x.flatten(0, 1) for x in inputs]
     size = torch.ceil(torch.log2(length.double()))
     y, last, places, order = [], [], [], []

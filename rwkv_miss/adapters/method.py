@@ -1,0 +1,173 @@
+"""What a training method is, and the table of those that there are. Importing this imports no torch: the settings of a
+run are checked against the table before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
+from rwkv_miss.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rwkv_miss.model.base import RWKV
+    from rwkv_miss.model.linear import FrozenLinear
+
+
+class Group(NamedTuple):
+    """How the optimizer treats a parameter. Parameters of equal groups share one.
+
+    name: which learning rate it is, "" for the run's own; metrics.csv has a column for each, `lr` or `lr_{name}`.
+    """
+
+    name: str
+    lr: float
+    weight_decay: float
+
+
+class Method:
+    """A way of training: which of the base's own parameters and learned states it trains, if any. `LinearMethod` is one
+    that goes beside linears."""
+
+    def keys(self, sizes: ModelConfig, base: Collection[str]) -> list[str]:
+        """The checkpoint keys of what is trained itself: parameters of the base, whose keys are `base`, or the states
+        of `rwkv_miss.model.initial_state`."""
+        return []
+
+    def group(self, key: str, parameter: nn.Parameter, kind: type[RWKV], config: TrainConfig) -> Group:
+        """The optimizer's group of a trained parameter.
+
+        Args:
+            key: its checkpoint key, or its linear's path and its name in `LinearMethod.names`.
+            kind: the model's version.
+        """
+        return Group("", config.lr, config.weight_decay)
+
+
+class LinearMethod(Method, ABC):
+    """A method that puts trainable tensors beside each linear. Its functions see one linear of `in_features` inputs and
+    `out_features` outputs at a time; W is that linear's weight (out_features, in_features)."""
+
+    names: tuple[str, ...]
+    """The names of its tensors within the module that `wrap` makes; in files they follow the linear's path."""
+    peft_type: str
+    """What HF PEFT calls the method in adapter_config.json."""
+
+    @abstractmethod
+    def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
+        """The module that takes the linear's place: it computes what the linear computes until it is trained. Its
+        parameters named in `names` are trained, in fp32 beside weights of lower precision (updates of a bf16 parameter
+        would be lost to rounding); the linear is its submodule `base_layer`."""
+
+    @abstractmethod
+    def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in `names`."""
+
+    def refuses(self, in_features: int, out_features: int, config: AdapterConfig) -> str | None:
+        """Why the method cannot go beside a linear of that size, in words that follow its name; None if it can."""
+        return None
+
+    @abstractmethod
+    def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+        """What merging adds to some rows of the weight.
+
+        Args:
+            W: fp32 (M, in_features), the weight's rows from row `start` on.
+            tensors: the linear's trained tensors by their names in `names`.
+
+        Returns:
+            fp32 (M, in_features).
+        """
+
+    @abstractmethod
+    def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
+        """The method's own fields of HF PEFT's adapter_config.json."""
+
+    @abstractmethod
+    def from_peft(self, fields: Mapping[str, Any], file: str) -> dict[str, Any]:
+        """The settings in `AdapterConfig` that such fields say.
+
+        Raises:
+            UserError: a field's value cannot be honoured; the message begins with `file`.
+        """
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the table.
+
+    module: the module whose METHOD is the method.
+    settings: those optional settings of `AdapterConfig` and `TrainConfig` that the method reads although not every
+        method does. Where none of a run's methods reads a setting that was given, the run is refused.
+    options: the keys of `AdapterConfig.options` that it reads, and their defaults.
+    """
+
+    module: str
+    settings: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Entry] = {
+    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", "target_modules", "modules_to_save")),
+    "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
+    "full": Entry("rwkv_miss.adapters.whole"),
+}
+"""What `AdapterConfig.method` may name, alone or several joined by +."""
+
+
+def find_methods(method: str) -> list[Method]:
+    """The methods that `AdapterConfig.method` names; the names are known (`problems`)."""
+    return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
+
+
+def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[str]:
+    """Every setting that the methods cannot have or have no use for, of what is trained and, if given, of the run."""
+    names = adapter.method.split("+")
+    if not set(names) <= METHODS.keys():
+        return [
+            f"adapter.method is {adapter.method!r}; this version has: {', '.join(METHODS)} (several are joined by +)"
+        ]
+    if len(set(names)) < len(names):
+        return [f"adapter.method is {adapter.method!r}; name each method once"]
+    chosen = [METHODS[name] for name in names]
+    found = []
+    read = {name for entry in chosen for name in entry.settings}
+    for settings, prefix in ((adapter, "adapter."), (config, "")):
+        for given in _optional(settings) if settings else ():
+            if given not in read:
+                found.append(f"{prefix}{given} is given, but adapter.method {adapter.method} has no use for it")
+    known = {name: default for entry in chosen for name, default in entry.options.items()}
+    for name, value in adapter.options.items():
+        if name not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            found.append(f"adapter.options has {name!r}, which is no option of method {adapter.method}; {there}")
+        elif type(value) is not type(known[name]) and not (type(known[name]) is float and type(value) is int):
+            found.append(f"adapter.options.{name} is {value!r}; expected {type(known[name]).__name__}")
+    return found
+
+
+def _optional(settings: AdapterConfig | TrainConfig) -> list[str]:
+    """The given settings that not every method reads: those whose value is not the default."""
+    some = {name for entry in METHODS.values() for name in entry.settings}
+    return [
+        f.name
+        for f in fields(settings)
+        if f.name in some and f.default is not MISSING and getattr(settings, f.name) != f.default
+    ]
+
+
+def check(adapter: AdapterConfig) -> None:
+    """Raises one UserError that lists every problem of the settings of what is trained."""
+    if found := adapter.problems() + problems(adapter):
+        raise UserError("; ".join(found))
+
+
+def option(config: AdapterConfig, name: str) -> Any:
+    """The value of a method's own option: what was given, or its default."""
+    defaults = {key: value for part in config.method.split("+") for key, value in METHODS[part].options.items()}
+    return config.options.get(name, defaults[name])

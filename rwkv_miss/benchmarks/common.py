@@ -1,0 +1,49 @@
+"""What the benchmarks share: threads, and other programs' files where they are installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Table(NamedTuple):
+    """What a benchmark found: a row for each thing that was measured, by the names of the columns."""
+
+    title: str
+    rows: list[dict[str, Any]]
+
+
+def installed_file(package: str, path: str) -> Path | None:
+    """A file of an installed package, which need not be importable; None where it is not there."""
+    try:
+        file = Path(str(importlib.metadata.distribution(package).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return file if file.exists() else None
+
+
+def load_file(path: Path) -> ModuleType:
+    """A Python file as a module, without the package that it is in."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch has this many threads in the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

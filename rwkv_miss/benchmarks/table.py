@@ -1,0 +1,41 @@
+"""The benchmarks that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from rwkv_miss.benchmarks.common import Table
+from rwkv_miss.benchmarks.memory import bench_memory
+from rwkv_miss.benchmarks.tokenizer import bench_tokenizer
+from rwkv_miss.benchmarks.wkv7 import bench_wkv7
+from rwkv_miss.errors import UserError
+
+
+class Benchmark(NamedTuple):
+    """run: (CPU threads) -> its table. takes_seconds: whether `all` means it too."""
+
+    run: Callable[[int], Table]
+    takes_seconds: bool
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "wkv7": Benchmark(bench_wkv7, True),
+    "tokenizer": Benchmark(bench_tokenizer, True),
+    "memory": Benchmark(bench_memory, False),
+}
+
+
+def run_benchmarks(what: str, threads: int) -> Iterator[Table]:
+    """The tables of one of `BENCHMARKS`, or of all of those that take seconds, each as soon as it is there.
+
+    Raises:
+        UserError: there is no such benchmark, or no number of threads.
+    """
+    if what not in (*BENCHMARKS, "all"):
+        raise UserError(f"bench: there is no {what!r}; choose one of {', '.join(BENCHMARKS)}, all")
+    if threads < 1:
+        raise UserError(f"bench: threads is {threads}; give at least 1")
+    for name, benchmark in BENCHMARKS.items():
+        if what == name or (what == "all" and benchmark.takes_seconds):
+            yield benchmark.run(threads)

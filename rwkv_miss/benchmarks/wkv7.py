@@ -1,0 +1,88 @@
+"""Times our WKV-7 kernels against rwkvtune's, after checking that results agree."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from rwkv_miss.benchmarks.common import Table, installed_file, load_file, threads
+from rwkv_miss.ops import wkv7
+
+ROUNDS = 10
+_PEER_MODULE = "rwkvtune/models/rwkv7/operators/wkv_infctx_naive.py"
+
+
+def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
+    """Forward and backward of WKV-7 by our backends and by rwkvtune's `rwkv7_wkv_infctx_naive`.
+
+    Every implementation must first agree with ours to 1e-3 in y and in all gradients. They take turns, so that
+    a busy machine slows all of them.
+
+    Args:
+        thread_count: of every implementation.
+        peer: the file that defines `rwkv7_wkv_infctx_naive`; None looks for an installed rwkvtune.
+
+    Returns:
+        A table with a row for each: name; forward_min, forward_median, backward_min, backward_median in ms; ratio, the
+        minima's sum over that of our "cpu" backend; note, why there are no figures.
+    """
+    peer = peer or installed_file("rwkvtune", _PEER_MODULE)
+    with threads(thread_count):
+        inputs, grad_y = _wkv7_inputs()
+        functions = {
+            "cpu": lambda *x: wkv7(*x, backend="cpu")[0],
+            "torch": lambda *x: wkv7(*x, backend="torch")[0],
+        }
+        if peer:
+            functions["rwkvtune naive"] = _load_peer(peer)
+        results = {name: _forward_backward(f, inputs, grad_y)[2] for name, f in functions.items()}
+        for name, tensors in results.items():
+            for mine, other in zip(results["cpu"], tensors, strict=True):
+                assert (mine - other).norm() <= 1e-3 * mine.norm(), f"{name} disagrees with ours"
+        times = {name: ([], []) for name in functions}
+        for _ in range(ROUNDS):
+            for name, f in functions.items():
+                for kept, seconds in zip(times[name], _forward_backward(f, inputs, grad_y)[:2], strict=True):
+                    kept.append(seconds * 1e3)
+    rows = []
+    for name, (forward, backward) in times.items():
+        row = {"name": name, "forward_min": min(forward), "forward_median": statistics.median(forward)}
+        row |= {"backward_min": min(backward), "backward_median": statistics.median(backward)}
+        rows.append(row)
+    base = rows[0]["forward_min"] + rows[0]["backward_min"]
+    for row in rows:
+        row |= {"ratio": (row["forward_min"] + row["backward_min"]) / base, "note": ""}
+    if not peer:
+        rows.append({"name": "rwkvtune naive", "note": "not installed: pip install --no-deps rwkvtune"})
+    return Table(f"WKV-7, B1 T512 H12 N64 fp32, {thread_count} thread(s), {ROUNDS} rounds, ms", rows)
+
+
+def _wkv7_inputs() -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    r, z, k, v, kk, rate, grad_y = torch.randn(7, 1, 512, 12, 64, generator=generator)
+    kk = normalize(kk, dim=-1)
+    inputs = [r, z, k, v, -kk, kk * torch.sigmoid(rate)]
+    return [x.clone().requires_grad_() for x in inputs], grad_y
+
+
+def _forward_backward(
+    function: Callable[..., Tensor], inputs: list[Tensor], grad_y: Tensor
+) -> tuple[float, float, list[Tensor]]:
+    start = time.perf_counter()
+    y = function(*inputs)
+    middle = time.perf_counter()
+    grads = torch.autograd.grad(y, inputs, grad_y)
+    end = time.perf_counter()
+    return middle - start, end - middle, [y.detach(), *grads]
+
+
+def _load_peer(path: Path) -> Callable[..., Tensor]:
+    naive = load_file(path).rwkv7_wkv_infctx_naive
+    # It takes the w of decay exp(-exp(w)), and k and v before it.
+    return lambda r, z, k, v, a, b: naive(r, k, v, -softplus(-z) - 0.5, a, b)[0]

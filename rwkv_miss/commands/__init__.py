@@ -1,0 +1,34 @@
+"""The commands of the command line, one file each, and their table. A command's function says its options by its
+arguments and their docstring; it calls the package and prints, and does nothing else. Importing this imports no torch:
+each command imports what it needs when it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rwkv_miss.commands import (
+    bench,
+    data_binidx,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    init,
+    merge,
+    train,
+)
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "init": init.run,
+    "data binidx": data_binidx.run,
+    "train": train.run,
+    "merge": merge.run,
+    "eval": evaluate.run,
+    "generate": generate.run,
+    "info": info.run,
+    "doctor": doctor.run,
+    "bench": bench.run,
+}
+"""What follows `rwkv-miss`, and the function that returns the exit status. A command of two words is one of a group."""
+GROUPS = {"data": "Prepare training data."}
+"""The help of each first word of commands of two words."""

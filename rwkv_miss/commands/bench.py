@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+
+def run(what: str = "all", threads: int = 1) -> int:
+    """Time our kernels and the tokenizer beside the programs they are measured against; measure a step's memory.
+
+    Args:
+        what: Which benchmark: wkv7, tokenizer, memory (of a training step as its row grows; it takes some minutes), or
+            all of those that take seconds.
+        threads: CPU threads that every program gets.
+    """
+    from rwkv_miss.benchmarks.table import run_benchmarks
+
+    for table in run_benchmarks(what, threads):
+        columns = list(dict.fromkeys(key for row in table.rows for key in row))
+        shown = Table(*(column.replace("_", " ") for column in columns), title=table.title)
+        for row in table.rows:
+            cells = (row.get(column, "") for column in columns)
+            shown.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
+        Console().print(shown)
+    return 0

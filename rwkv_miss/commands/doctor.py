@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import json as json_format
+
+
+def run(json: bool = False) -> int:
+    """What this machine can run, and why not the rest; status 1 where the recurrence has no compiled kernel.
+
+    Args:
+        json: Print one JSON object instead of text.
+    """
+    from rwkv_miss.doctor import diagnose
+
+    diagnosis = diagnose()
+    if json:
+        facts = {"chosen": diagnosis.chosen, "is_native": diagnosis.is_native, "found": dict(diagnosis.found)}
+        print(json_format.dumps(facts))
+    else:
+        for name, text in diagnosis.found:
+            print(f"{name:<16} {text}")
+        print(f"{'auto takes':<16} {diagnosis.chosen}")
+    return 0 if diagnosis.is_native else 1

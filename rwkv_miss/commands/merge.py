@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_miss.commands.model import Dtype
+
+
+def run(
+    base: str,
+    adapter: str,
+    out: str,
+    dtype: Dtype | None = None,
+    state_only: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        adapter: The adapter's folder, or the folder of a run, whose adapter is meant.
+        out: The file to write, ending in .pth.
+        dtype: Dtype of every tensor written, but states (fp32); the base's own when not given.
+        state_only: Write the learned state alone, as runtimes load it beside the base.
+        overwrite: Replace the file if it is there.
+    """
+    from rwkv_miss.commands.progress import progress
+    from rwkv_miss.merging import merge
+
+    with progress("merging", "tensors") as on_tensor:
+        report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor)
+    table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
+    for kind, layers in report.kinds().items():
+        losses = [layer.cast_loss for layer in layers]
+        norm = sum(layer.delta_norm for layer in layers) / len(layers)
+        table.add_row(kind, str(len(layers)), f"{norm:.4g}", f"{sum(losses) / len(losses):.2%}", f"{max(losses):.2%}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{report.dtype}; logits of the written file differ from base + adapter by {report.logits_error:.1e} of their "
+        f"size; the adapter changes the base's by {report.logits_effect:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,24 @@
+"""The model that a command works with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rwkv_miss.model.base import RWKV
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+"""What files may be written in."""
+RunDtype = Literal["bf16", "fp32"]
+"""What models run in."""
+
+
+def load(path: str, adapter: str | None, dtype: RunDtype | None) -> RWKV:
+    """The model in a file, with the adapter in a folder, for inference, on the GPU if there is one."""
+    import torch
+
+    from rwkv_miss.adapters.files import load_adapter
+    from rwkv_miss.model.load import load_model
+
+    model = load_model(path, dtype, "cuda" if torch.cuda.is_available() else "cpu").eval()
+    return load_adapter(model, adapter) if adapter else model

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from rwkv_miss.config import TrainConfig
+
+
+def run(config: TrainConfig) -> int:
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
+    from rwkv_miss.training.start import is_first_process, train
+
+    console = Console(quiet=not is_first_process())
+    result = train(config, console)
+    lines = [f"{result.steps} steps done{result.validation()}; adapter in {Path(config.out) / 'adapter'}"]
+    if warning := result.warning():
+        lines.append(warning)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0

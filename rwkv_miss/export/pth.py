@@ -1,0 +1,15 @@
+"""PyTorch's own format in BlinkDL's layout, which the `rwkv` package, ChatRWKV and RWKV-Runner read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rwkv_miss.checkpoint import read_checkpoint, write_pth
+from rwkv_miss.export.target import Target, Weights
+
+
+def _write(path: Path, weights: Weights) -> None:
+    write_pth(path, weights.specs, weights.compute)
+
+
+TARGET = Target(".pth", _write, read_checkpoint)

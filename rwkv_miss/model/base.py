@@ -1,0 +1,266 @@
+"""What every RWKV is: an embedding, blocks, a head; the parts that the versions share, and the facts that each
+version's own file says about itself.
+
+B batch, T tokens, C = n_embd.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.model.state import State
+from rwkv_miss.ops.log_probs import target_log_probs
+
+
+class Context(NamedTuple):
+    """What every layer may look at beside the activations that it is given.
+
+    tokens: int64 (B, T), the model's input: for a layer with an embedding of its own.
+    seq_start: bool (B, T), true where a document begins; None where none begins within these tokens.
+    wkv_backend: which kernel computes the recurrence.
+    first: what layer 0's time mix handed on to the layers after it, such as RWKV-7's values; None within layer 0.
+    """
+
+    tokens: Tensor
+    seq_start: Tensor | None
+    wkv_backend: str
+    first: Tensor | None
+
+
+class LayerState(NamedTuple):
+    """A layer's part of `State`: att_shift (B, C), wkv (B, H, N, N) or None for the initial one, ffn_shift (B, C)."""
+
+    att_shift: Tensor
+    wkv: Tensor | None
+    ffn_shift: Tensor
+
+
+class TimeMixBase(nn.Module, ABC):
+    """The part of a block that mixes over time.
+
+    `time_state` is a learned initial state (H, N, N), which only models that were given one have
+    (`rwkv_miss.model.initial_state`). A subclass registers it as None after all its other parameters: checkpoints of
+    runs know an optimizer's parameters by their order.
+    """
+
+    time_state: nn.Parameter | None
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, T, C), the x of the token before (B, C) and the WKV state (None: the initial one) -> the output
+        (B, T, C), the last token's x (B, C), the WKV state (B, H, N, N), and what layer 0 hands on (`Context.first`).
+        """
+
+
+class ChannelMixBase(nn.Module, ABC):
+    """The part of a block that mixes over channels."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) and the x of the token before (B, C) -> the output (B, T, C) and the last token's x (B, C)."""
+
+
+def token_shift(x: Tensor, last: Tensor, seq_start: Tensor | None) -> Tensor:
+    """x_{t-1} for every t: `last` (B, C) before the first token, zero where a document starts. (B, T, C)."""
+    shifted = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
+    return shifted if seq_start is None else shifted.masked_fill(seq_start.unsqueeze(-1), 0)
+
+
+def vector(n: int) -> nn.Parameter:
+    """An uninitialised parameter of n channels, in the shape that checkpoints have: (1, 1, n)."""
+    return nn.Parameter(torch.empty(1, 1, n))
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter of that shape."""
+    return nn.Parameter(torch.empty(shape))
+
+
+class Block(nn.Module):
+    """x += att(ln1(x)); x += ffn(ln2(x)); layer 0 normalises the embedding before, with ln0."""
+
+    def __init__(self, config: ModelConfig, layer: int, att: TimeMixBase, ffn: ChannelMixBase) -> None:
+        super().__init__()
+        self.layer = layer
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, context: Context, before: LayerState) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C) -> the block's output (B, T, C), what its time mix hands on, and its state after the last
+        token."""
+        if self.layer == 0:
+            x = self.ln0(x)
+        out, att_shift, wkv, first = self.att(self.ln1(x), context, before.att_shift, before.wkv)
+        x = x + out
+        out, ffn_shift = self.ffn(self.ln2(x), context, before.ffn_shift)
+        return x + out, first, LayerState(att_shift, wkv, ffn_shift)
+
+
+class Head(nn.Linear):
+    """The logits of hidden states; given targets, the log-probabilities of these (`rwkv_miss.ops.log_probs`).
+
+    Logits that do not fit into memory at once are computed in pieces within one call: under ZeRO-3 every rank must call
+    a module the same number of times, but the number of pieces differs between ranks.
+    """
+
+    def __init__(self, n_embd: int, vocab_size: int) -> None:
+        super().__init__(n_embd, vocab_size, bias=False)
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
+    ) -> Tensor:
+        weight = self.weight
+        if targets is None:
+            return F.linear(hidden, weight)
+        return target_log_probs(hidden, lambda h: F.linear(h, weight), targets, self.out_features, reduction)
+
+
+class Sizes(NamedTuple):
+    """The sizes that only a version knows how to find in its checkpoints, and the key that says the heads."""
+
+    heads_key: str
+    n_head: int
+    head_size: int
+    low_rank: dict[str, int]
+
+
+class RWKV(nn.Module, ABC):
+    """A language model. `config` says its sizes; its state dict has the checkpoint's keys. A version is a subclass that
+    says everything that is true of it alone; nothing else in the package asks which version a model is.
+
+    Args:
+        wkv_backend: which kernel computes the recurrence (see `rwkv_miss.ops.BACKENDS`).
+        gradient_checkpointing: keep only each block's inputs for the backward pass and compute the rest again.
+    """
+
+    version: ClassVar[int | str]
+    """What `ModelConfig.version` is: 6, 7, or a variant's name."""
+    op: ClassVar[str]
+    """The recurrence in `rwkv_miss.ops` that it is computed by."""
+    time_mix: ClassVar[Callable[[ModelConfig, int], TimeMixBase]]
+    """(sizes, layer) -> the time mix of that layer."""
+    channel_mix: ClassVar[Callable[[ModelConfig, int], ChannelMixBase]]
+    """(sizes, layer) -> the channel mix of that layer."""
+    linears: ClassVar[tuple[str, ...]]
+    """The ends of the names of the linears that an adapter goes beside."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Keys that a checkpoint may hold although the model has no use for them."""
+    lr_scales: ClassVar[dict[str, float]] = {}
+    """Ends of the names of parameters that are trained with another learning rate than the rest of the base, and how
+    many times that rate."""
+    key_first: ClassVar[bool]
+    """Whether the WKV state is (key, value), the transpose of what files of learned states hold."""
+    runtimes_find_state: ClassVar[bool]
+    """Whether runtimes look for a learned state among the weights in the model's file."""
+
+    fingerprint: str
+    """Says which base this is; set by `load_model`."""
+    adapter: object | None = None
+    """What `rwkv_miss.adapters.inject` has put into the model."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, keys: Collection[str]) -> bool:
+        """Whether a checkpoint with these keys is of this version."""
+
+    @classmethod
+    @abstractmethod
+    def find_sizes(cls, shape: Callable[[str], torch.Size], keys: Collection[str], n_layer: int) -> Sizes:
+        """The sizes that a checkpoint's shapes say. `shape` gives the two dimensions of a key, or raises UserError."""
+
+    @classmethod
+    @abstractmethod
+    def default_sizes(cls, n_embd: int) -> tuple[int, dict[str, int]]:
+        """dim_ffn and the widths of the low-rank matrices that BlinkDL's training code chooses for a new model."""
+
+    @classmethod
+    @abstractmethod
+    def initial(
+        cls, part: str, shape: torch.Size, layer: int, config: ModelConfig, rng: torch.Generator
+    ) -> Tensor | None:
+        """The fp32 value that a parameter of a new model begins with; see `rwkv_miss.model.init`.
+
+        Args:
+            part: its name within its block, such as `att.key.weight`.
+            layer: the block's number.
+
+        Returns:
+            None where every version has the same (norms).
+        """
+
+    @classmethod
+    def unused_shapes(cls, config: ModelConfig) -> dict[str, torch.Size]:
+        """Shapes of the `unused` keys that a new model's file has, because other programs ask for them."""
+        return {}
+
+    def __init__(self, config: ModelConfig, wkv_backend: str = "auto", gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.wkv_backend = wkv_backend
+        self.gradient_checkpointing = gradient_checkpointing
+        kind = type(self)
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(
+            Block(config, i, kind.time_mix(config, i), kind.channel_mix(config, i)) for i in range(config.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits of every position, and the state after the last.
+
+        Args:
+            tokens: int64 (B, T), T >= 1.
+            state: what an earlier piece of the same sequences returned; None is the initial state: zeros, or what
+                the model has learned (`rwkv_miss.model.initial_state`).
+            seq_start: bool (B, T), true where a document begins: there the shift starts from zero, and the state from
+                the initial one.
+
+        Returns:
+            logits (B, T, V) in the model's dtype; the state (its gradient flows back through this call).
+
+        Raises:
+            UserError: the state is of another version, or its shape, dtype or device is not that of this call.
+        """
+        hidden, state = self.hidden(tokens, state, seq_start)
+        return self.head(hidden), state
+
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """As `forward`, but instead of the logits what the head is applied to: (B, T, C)."""
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be (B, T) with T >= 1, found {tuple(tokens.shape)}")
+        x = self.emb(tokens)
+        if state is not None:
+            state.check(self.config, x.shape[0], x)
+        zeros = x.new_zeros(x.shape[0], x.shape[2])
+        context = Context(tokens, seq_start, self.wkv_backend, None)
+        after = []
+        for i, block in enumerate(self.blocks):
+            before = LayerState(*state.layer(i)) if state else LayerState(zeros, None, zeros)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x, first, new = checkpoint(block, x, context, before, use_reentrant=False)
+            else:
+                x, first, new = block(x, context, before)
+            if i == 0:
+                context = context._replace(first=first)
+            after.append(new)
+        parts: Any = (torch.stack(part) for part in zip(*after, strict=True))
+        return self.ln_out(x), State(*parts, self.config.version)

@@ -1,0 +1,78 @@
+"""Models, loaded from checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.checkpoint import fingerprint, parse_dtype, read_checkpoint
+from rwkv_miss.errors import UserError
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.initial_state import add_initial_state, file_layout, is_state
+from rwkv_miss.model.recognise import infer_config
+from rwkv_miss.model.versions import MODELS
+
+
+def load_model(
+    path: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    wkv_backend: str = "auto",
+) -> RWKV:
+    """The model in a .pth or .st checkpoint, everything inferred from it.
+
+    Args:
+        dtype: of the weights and activations (`bf16`, `fp32` or a torch dtype); None runs a bf16 file as bf16
+            and any other as fp32. A learned state beside the weights is fp32 in both. Weights that need no
+            conversion stay memory-mapped on the CPU.
+        wkv_backend: see `rwkv_miss.ops.BACKENDS`.
+
+    Returns:
+        The model; `.config` has its sizes, `.fingerprint` says which base it is.
+
+    Raises:
+        UserError: the file cannot be read, is no model that `rwkv_miss.model.versions` has, or its tensors do not fit
+            together.
+    """
+    return build_model(read_checkpoint(path), path, dtype, device, wkv_backend)
+
+
+def build_model(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    wkv_backend: str = "auto",
+) -> RWKV:
+    """`load_model` of a checkpoint that has been read: `tensors`, from the file `path`."""
+    config = infer_config(tensors, path)
+    kind = MODELS[config.version]
+    with torch.device("meta"):
+        model = kind(config, wkv_backend)
+        if any(map(is_state, tensors)):
+            add_initial_state(model)
+    mark = fingerprint(tensors)
+    dtype = running_dtype(tensors, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    weights = {
+        key: file_layout(t, kind).to(wide) if is_state(key) else t.to(dtype)
+        for key, t in tensors.items()
+        if key not in kind.unused
+    }
+    model.load_state_dict(weights, assign=True)
+    model.fingerprint = mark
+    return model.to(device)
+
+
+def running_dtype(tensors: Mapping[str, Tensor], dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype that `load_model` runs a checkpoint in; UserError where it cannot."""
+    dtypes = {t.dtype for key, t in tensors.items() if not is_state(key)}
+    if dtype is None and dtypes != {torch.bfloat16}:
+        dtype = torch.float32
+    dtype = parse_dtype(dtype or torch.bfloat16)
+    if dtype == torch.float16:
+        raise UserError("dtype fp16 is for files; the model runs in bf16 or fp32")
+    return dtype

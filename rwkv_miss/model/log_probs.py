@@ -1,0 +1,71 @@
+"""The log-probabilities that a model gives to a batch's targets, in one piece or chunk by chunk."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.state import State
+
+# Memory that was freed is given back before every so many chunks: each time costs up to a third of a chunk's time.
+_TRIM_EVERY = 4
+
+
+def batch_log_probs(
+    model: RWKV,
+    batch: dict[str, Any],
+    state: State | None = None,
+    chunk_len: int | None = None,
+    reduction: Literal["sum", "none"] = "sum",
+) -> tuple[Tensor, State]:
+    """log p(target) of the batch's positions that have a target, fp32 (float64 in a float64 model), and the state after
+    its last column.
+
+    Args:
+        batch: `tokens` and `targets` int64 (B, T), `seq_start` bool (B, T), as `rwkv_miss.data.batches` makes them.
+        state: what the columns before these left; None where the rows begin.
+        chunk_len: run this many columns at a time, the state carried on. The result and its gradients are those
+            of the whole, but the backward pass computes every chunk but the last again: it holds the activations
+            of one chunk, and the states between chunks. None runs the batch as it is.
+        reduction: "sum" gives their sum, (); "none" each position's own, (B, T), 0 where there is no target.
+    """
+    columns = (batch[name] for name in ("tokens", "targets", "seq_start"))
+    chunks = list(zip(*(x.split(chunk_len or x.shape[1], dim=1) for x in columns), strict=True))
+    found = []
+    for i, chunk in enumerate(chunks):
+        if i + 1 < len(chunks) and torch.is_grad_enabled():
+            trim = i % _TRIM_EVERY == 0
+            scores, state = checkpoint(_chunk_log_probs, model, *chunk, state, reduction, trim, use_reentrant=False)
+        else:
+            scores, state = _chunk_log_probs(model, *chunk, state, reduction)
+        found.append(scores)
+    assert state is not None, "a batch has at least one column"
+    return torch.stack(found).sum() if reduction == "sum" else torch.cat(found, dim=1), state
+
+
+def _chunk_log_probs(
+    model: RWKV,
+    tokens: Tensor,
+    targets: Tensor,
+    seq_start: Tensor,
+    state: State | None,
+    reduction: Literal["sum", "none"],
+    trim: bool = False,
+) -> tuple[Tensor, State]:
+    if trim and tokens.device.type == "cpu":
+        _give_freed_memory_back()
+    hidden, state = model.hidden(tokens, state, seq_start)
+    return model.head(hidden, targets, reduction), state
+
+
+def _give_freed_memory_back() -> None:
+    """Asks glibc to return what was freed to the system. The graph's small nodes stay between a chunk's activations,
+    and when those are freed, glibc (2.36) does not find place there for aligned blocks of the same size: from chunk to
+    chunk, what was freed adds up. Other C libraries have no such call."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -1,0 +1,140 @@
+"""Everything about a run that can be found wrong before torch is imported or a model is loaded, which take seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import zipfile
+from dataclasses import asdict, fields
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rwkv_miss.adapters import method
+from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.errors import UserError
+from rwkv_miss.files import check_is_file
+from rwkv_miss.training.loggers import LOGGERS
+from rwkv_miss.training.objective import OBJECTIVES
+
+OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
+"""What a run leaves in its folder."""
+# What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
+# whatever is given; the base is told by its fingerprint, since its file may have moved.
+_SAME = (
+    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "val_data", "val_split"),
+    *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
+    *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices"),
+    "num_nodes",
+)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of its run. Lightning starts the others by running the command again; only the
+    first looks at the run's folder and speaks."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def check_run(config: TrainConfig) -> tuple[Path, int] | None:
+    """Checks a run's settings, its files' names and its folder.
+
+    Returns:
+        The checkpoint to resume from and its optimizer step; None for a run that starts.
+
+    Raises:
+        UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
+            folder.
+    """
+    found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
+    found += [f"loggers has {name!r}; there are {', '.join(LOGGERS)}" for name in config.loggers if name not in LOGGERS]
+    if config.objective not in OBJECTIVES:
+        found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
+    if found:
+        raise UserError("; ".join(found))
+    check_is_file(Path(config.base), "checkpoint")
+    _check_launcher(config)
+    if not is_first_process():
+        return last_checkpoint(Path(config.out) / "checkpoints") if config.resume == "auto" else None
+    return _check_out(Path(config.out), config)
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest whole checkpoint of a run and its optimizer step; None where there is none."""
+    found = [(int(m.group(1)), p) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
+    return (max(found)[1], max(found)[0]) if found else None
+
+
+def as_yaml(config: TrainConfig) -> dict[str, Any]:
+    """The settings as config.yaml has them, in the order of `TrainConfig`'s arguments."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {name: values[name] for name in signature(TrainConfig).parameters}
+
+
+def _check_launcher(config: TrainConfig) -> None:
+    """UserError where a run on several machines was not told where they meet: it would wait for ever."""
+    launchers = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_NTASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "MPI"}
+    if config.num_nodes == 1 or any(name in os.environ for name in launchers):
+        return
+    needed = {
+        "MASTER_ADDR": "the first machine's address",
+        "MASTER_PORT": "a free port on it",
+        "NODE_RANK": f"0 on the first machine, 1 on the second, ... up to {config.num_nodes - 1}",
+    }
+    if missing := [f"{name} ({meaning})" for name, meaning in needed.items() if name not in os.environ]:
+        raise UserError(
+            f"num_nodes is {config.num_nodes}, but {', '.join(missing)} not set in the environment; set MASTER_ADDR, "
+            "MASTER_PORT and NODE_RANK on every machine and start this same command on each, such as "
+            "MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 NODE_RANK=1 rwkv-miss train ... on the second; or start it by "
+            f"torchrun ({', '.join(launchers.values())} are recognised)"
+        )
+
+
+def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
+    """The checkpoint to resume from, if any; UserError where the folder may not be used."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; out must be a folder")
+    _check_writable(out)
+    found = [name for name in OURS if (out / name).exists()]
+    if not found or config.overwrite:
+        return None
+    if config.resume != "auto":
+        raise UserError(
+            f"{out}: holds another run ({', '.join(found)}); give another out, --resume auto to go on with it, or "
+            "--overwrite true to replace it"
+        )
+    if (out / "config.yaml").is_file():
+        before, now = _read_settings(out / "config.yaml"), as_yaml(config)
+        if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
+            raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
+    checkpoint = last_checkpoint(out / "checkpoints")
+    if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
+        raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
+    return checkpoint
+
+
+def _check_writable(out: Path) -> None:
+    """UserError unless files can be written to the folder, or to the nearest one above that is there."""
+    folder = out
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        where = f" in {folder}" if folder != out else ""
+        raise UserError(f"{out}: cannot be written{where}: {e.strerror}; give another out") from None
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings; those that it did not have yet were at their defaults."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
+        raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    return defaults | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}

@@ -1,0 +1,56 @@
+"""A target of exports is one file and one line: the toy is written, verified, and refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
+from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.export.table import TARGETS
+from rwkv_miss.export.target import Target
+from tests.doors.toy_export import TARGET
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setitem(TARGETS, "npz", TARGET)
+
+
+@pytest.fixture
+def adapter(either_base, tmp_path):
+    model = inject(load_model(either_base), AdapterConfig(r=4))
+    for p in trained_parameters(model).values():
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_it_holds_what_the_pth_holds(either_base, adapter, tmp_path):
+    merge(either_base, adapter, tmp_path / "merged.pth")
+    report = merge(either_base, adapter, tmp_path / "merged.npz")
+    expected = torch.load(tmp_path / "merged.pth")
+    with np.load(tmp_path / "merged.npz") as file:
+        assert list(file.files) == list(expected)
+        assert all(np.array_equal(file[key], t.numpy()) for key, t in expected.items())
+    assert report.logits_error < 1e-5 < report.logits_effect
+
+
+def test_what_it_cannot_hold_is_refused(either_base, adapter, tmp_path):
+    with pytest.raises(UserError, match=r"\.npz holds fp32 alone; give --dtype fp32"):
+        merge(either_base, adapter, tmp_path / "merged.npz", "bf16")
+    with pytest.raises(UserError, match=r"a model is written as \.pth or \.npz"):
+        merge(either_base, adapter, tmp_path / "merged.gguf")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def test_what_is_read_back_wrong_gets_no_name(either_base, adapter, tmp_path, monkeypatch):
+    def read(path):
+        return {key: t.roll(1) for key, t in TARGET.read(path).items()}
+
+    monkeypatch.setitem(TARGETS, "npz", Target(".npz", TARGET.write, read))
+    with pytest.raises(RunError, match="was read back changed"):
+        merge(either_base, adapter, tmp_path / "merged.npz")
+    assert not list(tmp_path.glob("*merged*"))

@@ -1,0 +1,43 @@
+"""A version as CONTRIBUTING.md says to add one: RWKV-7 whose channel mix scales its keys by an embedding of its own, as
+RWKV-7a's DeepEmbed does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_miss.config import ModelConfig
+from rwkv_miss.model.base import ChannelMixBase, Context, token_shift, vector
+from rwkv_miss.model.linear import Linear
+from rwkv_miss.model.rwkv7 import RWKV7
+
+
+class DeepChannelMix(ChannelMixBase):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.x_k = vector(config.n_embd)
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.value = Linear(config.dim_ffn, config.n_embd)
+        self.s_emb = nn.Embedding(config.vocab_size, config.dim_ffn)
+
+    def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
+        xx = token_shift(x, last, context.seq_start) - x
+        k = torch.relu(self.key(torch.addcmul(x, xx, self.x_k))).square()
+        return self.value(k * self.s_emb(context.tokens)), x[:, -1]
+
+
+class DeepRWKV7(RWKV7):
+    version = "7-deep"
+    channel_mix = DeepChannelMix
+
+    @classmethod
+    def recognises(cls, keys: Collection[str]) -> bool:
+        return "blocks.0.ffn.s_emb.weight" in keys
+
+    @classmethod
+    def initial(
+        cls, part: str, shape: torch.Size, layer: int, config: ModelConfig, rng: torch.Generator
+    ) -> Tensor | None:
+        return torch.ones(shape) if part == "ffn.s_emb.weight" else super().initial(part, shape, layer, config, rng)
