@@ -54,7 +54,7 @@ def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | 
     on_gpu = torch.cuda.is_available()
     model = RWKV7(MODEL, gradient_checkpointing=checkpointing)
     model.load_state_dict(init_weights(MODEL, seed=0))
-    model = inject(model, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
+    inject(model, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
     _step(model, CHUNK_LEN, None, 0)  # kernels are loaded, the gradients have their place
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) ->
     device = model.emb.weight.device
     tokens = torch.randint(MODEL.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
     state: State | None = None
-    for start in range(0, length, size := chunk_len * bptt_chunks if bptt_chunks else length):
+    for start in range(0, length, size := chunk_len * bptt_chunks if chunk_len and bptt_chunks else length):
         stop = min(start + size, length)
         batch = {"tokens": tokens[:, start:stop], "targets": tokens[:, start + 1 : stop + 1]}
         batch["seq_start"] = torch.zeros_like(batch["tokens"], dtype=torch.bool)

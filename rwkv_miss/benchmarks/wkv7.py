@@ -35,9 +35,9 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
     peer = peer or installed_file("rwkvtune", _PEER_MODULE)
     with threads(thread_count):
         inputs, grad_y = _wkv7_inputs()
-        functions = {
-            "cpu": lambda *x: wkv7(*x, backend="cpu")[0],
-            "torch": lambda *x: wkv7(*x, backend="torch")[0],
+        functions: dict[str, Callable[..., Tensor]] = {
+            name: lambda r, z, k, v, a, b, name=name: wkv7(r, z, k, v, a, b, backend=name)[0]
+            for name in ("cpu", "torch")
         }
         if peer:
             functions["rwkvtune naive"] = _load_peer(peer)
@@ -45,7 +45,7 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
         for name, tensors in results.items():
             for mine, other in zip(results["cpu"], tensors, strict=True):
                 assert (mine - other).norm() <= 1e-3 * mine.norm(), f"{name} disagrees with ours"
-        times = {name: ([], []) for name in functions}
+        times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
         for _ in range(ROUNDS):
             for name, f in functions.items():
                 for kept, seconds in zip(times[name], _forward_backward(f, inputs, grad_y)[:2], strict=True):

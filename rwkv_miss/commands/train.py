@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,8 @@ def run(config: TrainConfig) -> int:
     """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
     from rwkv_miss.training.start import is_first_process, train
 
+    if not is_first_process():  # of several processes one speaks
+        logging.getLogger("rwkv_miss").setLevel(logging.ERROR)
     console = Console(quiet=not is_first_process())
     result = train(config, console)
     lines = [f"{result.steps} steps done{result.validation()}; adapter in {Path(config.out) / 'adapter'}"]

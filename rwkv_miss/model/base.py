@@ -7,7 +7,7 @@ B batch, T tokens, C = n_embd.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -53,6 +53,9 @@ class TimeMixBase(nn.Module, ABC):
 
     time_state: nn.Parameter | None
 
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
     @abstractmethod
     def forward(
         self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
@@ -64,6 +67,9 @@ class TimeMixBase(nn.Module, ABC):
 
 class ChannelMixBase(nn.Module, ABC):
     """The part of a block that mixes over channels."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
 
     @abstractmethod
     def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,10 +157,8 @@ class RWKV(nn.Module, ABC):
     """What `ModelConfig.version` is: 6, 7, or a variant's name."""
     op: ClassVar[str]
     """The recurrence in `rwkv_miss.ops` that it is computed by."""
-    time_mix: ClassVar[Callable[[ModelConfig, int], TimeMixBase]]
-    """(sizes, layer) -> the time mix of that layer."""
-    channel_mix: ClassVar[Callable[[ModelConfig, int], ChannelMixBase]]
-    """(sizes, layer) -> the channel mix of that layer."""
+    time_mix: ClassVar[type[TimeMixBase]]
+    channel_mix: ClassVar[type[ChannelMixBase]]
     linears: ClassVar[tuple[str, ...]]
     """The ends of the names of the linears that an adapter goes beside."""
     unused: ClassVar[tuple[str, ...]] = ()
@@ -212,10 +216,9 @@ class RWKV(nn.Module, ABC):
         self.config = config
         self.wkv_backend = wkv_backend
         self.gradient_checkpointing = gradient_checkpointing
-        kind = type(self)
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(
-            Block(config, i, kind.time_mix(config, i), kind.channel_mix(config, i)) for i in range(config.n_layer)
+        self.blocks: Iterable[Block] = nn.ModuleList(
+            Block(config, i, self.time_mix(config, i), self.channel_mix(config, i)) for i in range(config.n_layer)
         )
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size)

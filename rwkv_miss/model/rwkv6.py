@@ -26,7 +26,7 @@ _PADDING = (0.0, 0.0, 0.0, -1e4)
 
 class TimeMix(TimeMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         C, rank = config.n_embd, config.low_rank
         self.n_head, self.head_size = config.n_head, config.head_size
         self.time_maa_x, self.time_maa_w, self.time_maa_k = vector(C), vector(C), vector(C)
@@ -73,7 +73,7 @@ class TimeMix(TimeMixBase):
 
 class ChannelMix(ChannelMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         self.time_maa_k, self.time_maa_r = vector(config.n_embd), vector(config.n_embd)
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.receptance = Linear(config.n_embd, config.n_embd)

@@ -26,7 +26,7 @@ _PADDING = (0.0, -1e4, 0.0, 0.0, 0.0, 0.0)
 
 class TimeMix(TimeMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         C, rank = config.n_embd, config.low_rank
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
         self.x_r, self.x_w, self.x_k = vector(C), vector(C), vector(C)
@@ -72,7 +72,8 @@ class TimeMix(TimeMixBase):
         r, k, v, a = r.view(heads), k.view(heads), v.view(heads), a.view(heads)
 
         def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-            return wkv7(*x, state, starts, context.wkv_backend)
+            r, z, k, v, a, b = x
+            return wkv7(r, z, k, v, a, b, state, starts, context.wkv_backend)
 
         inputs = (r, z.view(heads), k, v, -kk, kk * a)
         y, wkv = run_from(op, inputs, _PADDING, wkv, self.time_state, context.seq_start)
@@ -83,7 +84,7 @@ class TimeMix(TimeMixBase):
 
 class ChannelMix(ChannelMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         self.x_k = vector(config.n_embd)
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.value = Linear(config.dim_ffn, config.n_embd)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from rwkv_miss.config import TrainConfig
@@ -37,7 +38,7 @@ class LitRWKV(L.LightningModule):
         self._carried: State | None = None  # into the next window of the same rows
         self._val_sums = torch.zeros(2)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         groups = optim.parameter_groups(self.model, self.config)
         self.lr_columns = optim.lr_columns(groups)
         optimizer, schedule = optim.configure(groups, self.total_steps, self.config)
@@ -83,7 +84,7 @@ class LitRWKV(L.LightningModule):
         return self.objective.loss_sum(log_probs, batch)
 
     def _log_probs(self, batch: dict[str, Any], state: State | None) -> tuple[Tensor, State]:
-        reduction = "sum" if self.objective.group_size is None else "none"
+        reduction: Literal["sum", "none"] = "sum" if self.objective.group_size is None else "none"
         return batch_log_probs(self.model, batch, state, self.config.chunk_len, reduction)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.fabric.plugins.environments import ClusterEnvironment
 
 from rwkv_miss.errors import RunError
 
@@ -16,18 +16,19 @@ class Meeting:
     silence. It is a TCPStore on MASTER_PORT, and is kept: the process group of the same process shares its port.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self._minutes = minutes
+    def __init__(self, num_nodes: int, minutes: float) -> None:
+        self._num_nodes, self._minutes = num_nodes, minutes
         self._store: dist.TCPStore | None = None
 
-    def attend(self, strategy: ParallelStrategy) -> None:
+    def attend(self, environment: ClusterEnvironment) -> None:
         """Returns once every rank has called it.
+
+        Args:
+            environment: knows this process's rank, and where the first one is.
 
         Raises:
             RunError: some have not come in time, or the first cannot be reached.
         """
-        environment = strategy.cluster_environment
-        assert environment is not None
         rank, world_size = environment.global_rank(), environment.world_size()
         address = f"{environment.main_address}:{environment.main_port}"
         deadline = time.monotonic() + 60 * self._minutes
@@ -54,7 +55,7 @@ class Meeting:
                 f"firewall is between ({str(e).splitlines()[0]})"
             ) from None
         if missing:
-            processes = world_size // strategy.num_nodes
+            processes = world_size // self._num_nodes
             nodes = sorted({other // processes for other in missing})
             raise RunError(
                 f"after {self._minutes:g} minutes {len(missing)} of {world_size} processes have not come to {address}: "

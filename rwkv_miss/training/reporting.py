@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.loggers import Logger
 
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.loggers import LOGGERS
@@ -21,7 +22,16 @@ class Reporter(L.Callback):
     process.
     """
 
-    def __init__(self, out: Path, loggers: list[str], every: int, total_steps: int, display: TrainingDisplay) -> None:
+    def __init__(
+        self,
+        module: LitRWKV,
+        out: Path,
+        loggers: list[str],
+        every: int,
+        total_steps: int,
+        display: TrainingDisplay,
+    ) -> None:
+        self.module = module
         self.out, self.loggers, self.every, self.total_steps, self.display = out, loggers, every, total_steps, display
         self.base_val_loss: float | None = None
         self.first_loss: float | None = None
@@ -45,29 +55,34 @@ class Reporter(L.Callback):
         self.base_val_loss = state_dict["base_val_loss"]
         self.first_loss = state_dict.get("first_loss")
 
-    def setup(self, trainer: L.Trainer, module: LitRWKV, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._start = self._report_time = time.monotonic()
 
-    def on_sanity_check_end(self, trainer: L.Trainer, module: LitRWKV) -> None:
-        self.base_val_loss = module.val_loss
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.base_val_loss = self.module.val_loss
 
-    def on_train_start(self, trainer: L.Trainer, module: LitRWKV) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._report_time = time.monotonic()
-        rates = list(dict.fromkeys(module.lr_columns))
+        rates = list(dict.fromkeys(self.module.lr_columns))
         columns = ["epoch", "tokens", "positions", "loss", "val_loss", *rates]
         columns += ["tokens_per_s", "positions_per_s", "seconds"]
         # Only here: a logger touches the run's folder, and whatever is wrong is found before.
-        trainer.loggers = [LOGGERS[name](self.out, columns, trainer.global_step) for name in self.loggers]
+        # Lightning's two interfaces for loggers differ in what only checkpoints of its own use.
+        trainer.loggers = [cast(Logger, LOGGERS[name](self.out, columns, trainer.global_step)) for name in self.loggers]
         if trainer.is_global_zero:
             self.display.start(trainer.global_step)
         if self.base_val_loss is not None and trainer.global_step == 0:
             self._report(trainer, {"val_loss": self.base_val_loss})
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: LitRWKV, batch: Any, batch_idx: int) -> None:
-        self._rates = module.learning_rates()  # of the step under way: the schedule goes on with its last micro-batch
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._rates = (
+            self.module.learning_rates()
+        )  # of the step under way: the schedule goes on with its last micro-batch
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: LitRWKV, outputs: Any, batch: dict[str, Any], batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
         self._tokens += batch.get("filled", batch["positions"])
         self._positions += batch["positions"]
@@ -77,7 +92,7 @@ class Reporter(L.Callback):
         self.display.step(step)
         if step % self.every and step != self.total_steps and step != 1:
             return
-        self.last_loss = float(trainer.strategy.reduce(module.step_loss, reduce_op="sum"))
+        self.last_loss = float(trainer.strategy.reduce(self.module.step_loss, reduce_op="sum"))
         if self.first_loss is None:
             self.first_loss = self.last_loss
         now = time.monotonic()
@@ -87,16 +102,16 @@ class Reporter(L.Callback):
         self._at_report, self._report_time = (self._tokens, self._positions), now
         self._report(trainer, {"loss": self.last_loss, **self._rates, **speeds})
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitRWKV) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            assert module.val_loss is not None
-            self._report(trainer, {"val_loss": module.val_loss})
+            assert self.module.val_loss is not None
+            self._report(trainer, {"val_loss": self.module.val_loss})
         self._report_time = time.monotonic()
 
-    def teardown(self, trainer: L.Trainer, module: LitRWKV, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.display.stop()
 
-    def on_exception(self, trainer: L.Trainer, module: LitRWKV, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.display.stop()  # Lightning leaves `teardown` out then, and the bar would hide the cursor for good
 
     def _report(self, trainer: L.Trainer, figures: dict[str, float]) -> None:

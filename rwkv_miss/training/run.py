@@ -48,15 +48,15 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     inject(model, config.adapter, masters=prepared.tensors)
     _introduce(console, model, prepared.report, prepared.val_report)
 
+    module = LitRWKV(model, prepared.objective, config, prepared.total_steps)
     validates = prepared.val_rows is not None
     display = TrainingDisplay(console, prepared.total_steps)
-    reporter = Reporter(out, config.loggers, config.log_every, prepared.total_steps, display)
+    reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
     extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
-    saver = Saver(out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
+    saver = Saver(module, out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
     # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
-    starter = LambdaCallback(on_train_start=lambda trainer, _: trainer.is_global_zero and _start_folder(out, config))
+    starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
     trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
-    module = LitRWKV(model, prepared.objective, config, prepared.total_steps)
     data = PackedData(prepared.rows, prepared.val_rows, config)
     try:
         trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=False)
@@ -124,8 +124,10 @@ def _trainer(config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback
     )
 
 
-def _start_folder(out: Path, config: TrainConfig) -> None:
+def _start_folder(trainer: L.Trainer, out: Path, config: TrainConfig) -> None:
     """Removes what an earlier run left, where it is to be replaced, and writes the settings."""
+    if not trainer.is_global_zero:
+        return
     if config.overwrite:
         for name in OURS:
             remove(out / name)

@@ -34,8 +34,16 @@ class Saver(L.Callback):
     """
 
     def __init__(
-        self, out: Path, every: int, minutes: float, total_steps: int, validates: bool, extra: dict[str, Any]
+        self,
+        module: LitRWKV,
+        out: Path,
+        every: int,
+        minutes: float,
+        total_steps: int,
+        validates: bool,
+        extra: dict[str, Any],
     ) -> None:
+        self.module = module
         self.out, self.every, self.minutes, self.total_steps = out, every, minutes, total_steps
         self.validates, self.extra = validates, extra
         self.best: float | None = None
@@ -44,42 +52,44 @@ class Saver(L.Callback):
         self._handlers: dict[int, Any] = {}
         self._saved_at = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, module: LitRWKV) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.global_step and (kept := read_facts(self.out / "adapter")):  # resumed
             self.best, self.best_step = kept.get("val_loss"), kept["step"]
         self._handlers = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
 
-    def teardown(self, trainer: L.Trainer, module: LitRWKV, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
-    def on_exception(self, trainer: L.Trainer, module: LitRWKV, exception: BaseException) -> None:
-        self.teardown(trainer, module, "fit")  # Lightning leaves `teardown` out then
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning leaves `teardown` out then
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signal = signum
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: LitRWKV, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of an optimizer step
         step = trainer.global_step
         # Any rank's signal stops all of them, and any rank's clock lets all of them save, at the same step.
         is_late = self.minutes > 0 and time.monotonic() - self._saved_at >= 60 * self.minutes
-        asked = torch.tensor([self._signal is not None, is_late], dtype=torch.float32, device=module.device)
+        asked = torch.tensor([self._signal is not None, is_late], dtype=torch.float32, device=self.module.device)
         stop, late = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
         if stop:
-            self._save(trainer, module)
+            self._save(trainer)
             raise Stopped(self._signal or signal.SIGTERM)
         if step >= self.total_steps:
             trainer.should_stop = True  # not Trainer(max_steps=...), which would leave out the last validation
         if trainer.should_stop or late or (step % self.every == 0 if self.every else trainer.is_last_batch):
-            self._save(trainer, module)
+            self._save(trainer)
 
-    def on_validation_end(self, trainer: L.Trainer, module: LitRWKV) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        loss = module.val_loss
+        loss = self.module.val_loss
         if loss is None or not math.isfinite(loss):
             raise RunError(
                 f"step {trainer.global_step}: the validation loss is {loss}; the adapter of this step is "
@@ -87,13 +97,13 @@ class Saver(L.Callback):
             )
         if self.best is None or loss < self.best:
             self.best, self.best_step = loss, trainer.global_step
-            self._save_adapter(trainer, module, {"val_loss": loss})
+            self._save_adapter(trainer, {"val_loss": loss})
 
-    def _save(self, trainer: L.Trainer, module: LitRWKV) -> None:
+    def _save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
-        _check_trained(trainer, module)
+        _check_trained(trainer, self.module)
         if not self.validates:
-            self._save_adapter(trainer, module, {})
+            self._save_adapter(trainer, {})
         folder = self.out / "checkpoints"
         part, path = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
         if trainer.is_global_zero:
@@ -109,10 +119,12 @@ class Saver(L.Callback):
                     remove(old)
         self._saved_at = time.monotonic()
 
-    def _save_adapter(self, trainer: L.Trainer, module: LitRWKV, facts: dict[str, float]) -> None:
-        with gathered(trainer.strategy, trained_parameters(module.model).values()):
+    def _save_adapter(self, trainer: L.Trainer, facts: dict[str, float]) -> None:
+        with gathered(trainer.strategy, trained_parameters(self.module.model).values()):
             if trainer.is_global_zero:
-                save_adapter(module.model, self.out / "adapter", self.extra | {"step": trainer.global_step} | facts)
+                save_adapter(
+                    self.module.model, self.out / "adapter", self.extra | {"step": trainer.global_step} | facts
+                )
 
 
 def _check_trained(trainer: L.Trainer, module: LitRWKV) -> None:

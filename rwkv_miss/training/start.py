@@ -60,5 +60,6 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     resume = check_run(config)
     from rwkv_miss.training.run import run
 
-    quiet = console is None or not is_first_process()
-    return run(config, resume, Console(quiet=True) if quiet else console)
+    if console is None or not is_first_process():
+        console = Console(quiet=True)
+    return run(config, resume, console)

@@ -36,24 +36,31 @@ class _KeepDtypes(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-class _Meeting:
-    """Before the process group is made, on several machines: `Meeting.attend`."""
+class _DDP(DDPStrategy):
+    """On several machines, all processes meet before the process group is made."""
 
     meeting: Meeting | None = None
 
     def setup_distributed(self) -> None:
-        if self.meeting:
-            self.set_world_ranks()
-            self.meeting.attend(self)
+        _meet(self)
         super().setup_distributed()
 
 
-class _DDP(_Meeting, DDPStrategy):
-    pass
+class _DeepSpeed(DeepSpeedStrategy):
+    """On several machines, all processes meet before the process group is made."""
+
+    meeting: Meeting | None = None
+
+    def setup_distributed(self) -> None:
+        _meet(self)
+        super().setup_distributed()
 
 
-class _DeepSpeed(_Meeting, DeepSpeedStrategy):
-    pass
+def _meet(strategy: _DDP | _DeepSpeed) -> None:
+    if strategy.meeting:
+        strategy.set_world_ranks()
+        assert strategy.cluster_environment is not None
+        strategy.meeting.attend(strategy.cluster_environment)
 
 
 class _CPUDeepSpeed(_DeepSpeed):
@@ -71,14 +78,13 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     Raises:
         UserError: DeepSpeed was asked for and is not installed.
     """
-    name = config.strategy
     several = config.devices * config.num_nodes > 1
-    if name == "auto":
-        name = "ddp" if several else "single"
-    if name == "single":
+    if config.strategy == "auto" and not several:
         return "auto", []
+    name = "ddp" if config.strategy == "auto" else config.strategy
     backend = "nccl" if on_gpu else "gloo"
     strategy: _DDP | _DeepSpeed
+    plugins: list[Any]
     if name == "ddp":
         strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), []
     else:
@@ -90,7 +96,7 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
         plugins = [_KeepDtypes()]
     # torchrun's own rendezvous has its own time limit, and its store is not ours to open.
     if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        strategy.meeting = Meeting(config.meet_minutes)
+        strategy.meeting = Meeting(config.num_nodes, config.meet_minutes)
     return strategy, plugins
 
 

@@ -16,7 +16,7 @@ from rwkv_miss.model.rwkv7 import RWKV7
 
 class DeepChannelMix(ChannelMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config, layer)
         self.x_k = vector(config.n_embd)
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.value = Linear(config.dim_ffn, config.n_embd)

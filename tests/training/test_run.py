@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import shutil
 import signal
@@ -20,13 +21,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rwkv_miss import load_adapter, load_model
+from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.adapters.inject import installed
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
+from rwkv_miss.training.saving import Saver
 from rwkv_miss.training.start import train
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
@@ -386,3 +388,58 @@ def test_the_adapter_survives_a_full_disk(make_config):
     assert Path(config.out, "adapter", "adapter_model.safetensors").read_bytes() == before
     assert load_file(Path(config.out, "adapter", "adapter_model.safetensors"))
     assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(make_config, monkeypatch):
+    order = []
+    fsync, replace_file = os.fsync, os.replace
+
+    def log_fsync(number: int) -> None:
+        order.append(("fsync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
+        fsync(number)
+
+    def log_replace(part: Path, path: Path) -> None:
+        order.append(("replace", Path(path).name))
+        replace_file(part, path)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "replace", log_replace)
+    quiet_train(make_config(max_steps=1))
+    assert order.index(("fsync", ".step-00000001.part")) < order.index(("replace", "step-00000001"))
+
+
+def test_a_run_saves_now_and_then(make_config, monkeypatch):
+    """By the clock, where no epoch ends: here after every step."""
+    config = make_config(max_steps=3, save_minutes=1e-9)
+    saved = []
+    save = Saver._save
+    monkeypatch.setattr(
+        Saver, "_save", lambda self, trainer, module: (saved.append(trainer.global_step), save(self, trainer, module))
+    )
+    quiet_train(config)
+    assert saved == [1, 2, 3]
+    saved.clear()
+    quiet_train(replace(config, overwrite=True, save_minutes=0.0))
+    assert saved == [3]
+
+
+def test_the_learning_rates_are_the_optimizers(make_config):
+    config = make_config(adapter=AdapterConfig("state"), lr_state=0.5, max_steps=3, warmup_steps=2, schedule="constant")
+    quiet_train(config)
+    assert losses(config.out, "lr") == [0.25, 0.5, 0.5]
+    both = make_config(adapter=AdapterConfig("miss+state", r=4), lr_state=0.5, max_steps=2, overwrite=True, lr_min=0.5)
+    quiet_train(both)
+    assert losses(both.out, "lr") == [0.01, 0.0075] and losses(both.out, "lr_state") == [0.5, 0.375]
+
+
+@pytest.mark.parametrize("val_split", [0.0, 0.2])
+def test_a_run_that_made_the_model_worse_says_so(make_config, tmp_path, val_split):
+    """Of a base that knows something that can be lost."""
+    first = make_config(max_steps=40, out=str(tmp_path / "first"))
+    assert quiet_train(first).warning() is None
+    merge(first.base, first.out, tmp_path / "trained.pth")
+    config = make_config(base=str(tmp_path / "trained.pth"), val_split=val_split, max_steps=3)
+    said = quiet_train(replace(config, lr=100.0, grad_clip=0.0)).warning()
+    assert said and "ower lr" in said
+    assert ("is above the base's own" if val_split else "is above the first step's") in said
+    assert quiet_train(replace(config, lr=1e-3, overwrite=True)).warning() is None

@@ -1,0 +1,181 @@
+"""What is found wrong at once, before anything heavy is imported, and how the processes of a run come together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.errors import UserError
+from rwkv_miss.training.checks import check_run
+from tests.training.runs import adapter, as_arguments, losses, quiet_train
+
+TRAIN = [sys.executable, "-m", "rwkv_miss", "train"]
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS")
+
+
+@pytest.fixture
+def start():
+    """Starts a training command; what is left of it is killed at the end."""
+    started = []
+
+    def one(config: TrainConfig, **environment: str) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | environment
+        process = subprocess.Popen([*TRAIN, *as_arguments(config)], env=env, text=True, start_new_session=True, **pipes)
+        started.append(process)
+        return process
+
+    yield one
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": "none.pth"}, "none.pth: no such file (checkpoint)"),
+        ({"base": "BlinkDL/rwkv-7-world"}, "the name of a model on a hub, download its .pth"),
+        ({"lr": -1.0, "adapter": AdapterConfig("lora", r=0)}, "lr is -1.0; it must be above 0; adapter.r is 0"),
+        ({"objective": "dpo"}, "objective is 'dpo'; there are cross_entropy"),
+        ({"out": "/proc/run"}, "/proc/run: cannot be written in /proc"),
+        ({"num_nodes": 2}, "MASTER_ADDR"),
+    ],
+)
+def test_a_mistake_is_found_before_torch_is_imported(make_config, changes, said):
+    config = make_config(**changes)
+    code = (
+        "import sys\nfrom rwkv_miss.cli import main\nstatus = main(sys.argv[1:])\n"
+        "print('heavy:', *sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))\nsys.exit(status)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    command = [sys.executable, "-c", code, "train", *as_arguments(config)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout == "heavy:\n"
+
+
+def test_a_folder_that_cannot_be_written(make_config, tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=rf"run: cannot be written in {tmp_path}: Permission denied; give another out"):
+        check_run(make_config())
+
+
+def test_a_folder_of_hugging_face_is_no_base(make_config, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"hf: is a folder; .* Hugging Face model's: give the .pth in BlinkDL's layout"):
+        check_run(make_config(base=str(tmp_path / "hf")))
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_several_machines_need_to_be_told_where_they_meet(make_config, monkeypatch):
+    config = make_config(num_nodes=2)
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"is 2, but MASTER_ADDR \(.*\), MASTER_PORT \(.*\), NODE_RANK \(0 on"):
+        check_run(config)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match=r"num_nodes is 2, but NODE_RANK \(0 on the first machine, 1 on the second"):
+        check_run(config)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    check_run(config)
+
+
+@pytest.mark.parametrize(
+    "rank, said", [("0", r"rank 1, of NODE_RANK 1; start the same command there"), ("1", "NODE_RANK 0")]
+)
+def test_a_machine_that_does_not_come_is_named(make_config, start, rank, said):
+    config = make_config(num_nodes=2, meet_minutes=0.05)
+    process = start(config, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), NODE_RANK=rank)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in stderr, stderr
+    assert re.search(said, stderr) and "0.05 minutes" in stderr
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_two_machines_give_the_run_of_one(make_config, start, tmp_path, strategy):
+    """Two groups of processes on this machine, started as one starts them on two."""
+    one = make_config(max_steps=2)
+    quiet_train(one)
+    two = replace(one, out=str(tmp_path / "two"), num_nodes=2, batch_size=4, strategy=strategy)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [start(two, **meeting, NODE_RANK=str(rank)) for rank in range(2)]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=2e-5)
+    assert "2 steps done" in said[0][0] and "steps" not in said[1][0]
+
+
+def test_several_processes_speak_once(make_config, start):
+    config = make_config(devices=2, batch_size=4, max_steps=1)
+    stdout, stderr = start(config).communicate(timeout=300)
+    assert stdout.count("1 steps done") == 1 and stdout.count("parameters frozen") == 1, stdout
+    assert stderr.count("using backend 'cpu'") == 1, stderr
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(make_config, start):
+    config = make_config()
+    process = start(config)
+    time.sleep(1.5)  # while torch and lightning are imported
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stderr == "rwkv-miss train: interrupted\n"
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
+def test_signals_save_a_checkpoint(make_config, start, number):
+    config = make_config(max_steps=100_000)
+    process = start(config)
+    metrics = Path(config.out) / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume auto" in stderr and "Traceback" not in stderr
+    [checkpoint] = (Path(config.out) / "checkpoints").iterdir()
+    assert adapter(config.out) and int(checkpoint.name.removeprefix("step-")) >= 3
+
+
+def test_a_terminal_that_is_closed_saves_a_checkpoint(make_config):
+    """The run's progress bar is on it: writing to it fails from then on."""
+    config = make_config(max_steps=100_000)
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [*TRAIN, *as_arguments(config)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+    )
+    os.close(slave)
+    try:
+        metrics = Path(config.out) / "metrics.csv"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+            os.read(master, 65536)
+        os.close(master)  # the kernel sends SIGHUP to those whose controlling terminal it is; here we do
+        time.sleep(0.3)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert len(list((Path(config.out) / "checkpoints").iterdir())) == 1
