@@ -1,9 +1,9 @@
-// What the kernels share: bf16, vector access, sums over lanes, staging of inputs. Needs no CUDA header, so that
-// NVRTC compiles it alone. tests/simt/simt.h compiles the same text with g++ for the CPU and checks every access.
+// What any kernel can use: bf16, vector access, sums over lanes, staging of inputs. It needs no CUDA header, so that NVRTC
+// compiles it alone. With tests/simt/simt.h before it, g++ compiles the same text for the CPU, where every access is
+// checked.
 //
-// Compile-time options: -DHEAD_SIZE=64 (8, 16, 24, 32, 64, 96 or 128) and -DIO_BF16=1 (bf16 inputs and
-// outputs) or 0 (fp32). One module holds the kernels of one head size and type, under fixed names.
-// Every global pointer must be 16-byte aligned.
+// The option -DIO_BF16=1 makes io, the type of a kernel's inputs and outputs, bf16, and -DIO_BF16=0 fp32. Every pointer
+// to global memory that a kernel is given must be 16-byte aligned.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,6 +17,11 @@ using Shared = T*;  // a pointer into shared memory
 struct bf16 {
     unsigned short bits;
 };
+#if IO_BF16
+typedef bf16 io;
+#else
+typedef float io;
+#endif
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }

@@ -1,5 +1,8 @@
 // What wkv7.cu and wkv6.cu share: how the state of a head lies in a block, and how its steps are read.
 //
+// The option -DHEAD_SIZE=64 (8, 16, 24, 32, 64, 96 or 128) sets N, beside -DIO_BF16 of common.cuh. A compiled module thus
+// has the kernels of one head size and type; their names are the same in every module.
+//
 // Launch: grid (B * H, N / KEPT), block 2 * KEPT threads, KEPT = N up to 64 and 32 above; no dynamic shared memory.
 // The steps are read in chunks of CHUNK; the state before each chunk may be saved: (B, H, ceil(T / CHUNK), N, N) fp32.
 //
@@ -7,12 +10,6 @@
 // which LANES neighbouring threads share the rest.
 #pragma once
 #include "common.cuh"
-
-#if IO_BF16
-typedef bf16 io;
-#else
-typedef float io;
-#endif
 
 constexpr int N = HEAD_SIZE;
 constexpr int CHUNK = 16;

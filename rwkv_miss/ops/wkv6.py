@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import check
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.cuda import kernels as on_cuda
 from rwkv_miss.ops.dispatch import dispatch
-from rwkv_miss.ops.wkv6_reference import wkv6_reference
-from rwkv_miss.ops.wkv6_torch import wkv6_torch
-
-_FUNCTIONS = {
-    "reference": wkv6_reference,
-    "torch": wkv6_torch,
-    "cpu": on_cpu.wkv6,
-    "cuda": on_cuda.wkv6,
-    "fla": fla.wkv6,
-}
 
 
 def wkv6(
@@ -51,4 +38,4 @@ def wkv6(
         UserError: an argument of the wrong shape, dtype or device, or a backend that cannot be used here.
     """
     check("wkv6", v, {"r": r, "k": k, "w": w}, u, state, seq_start)
-    return dispatch("wkv6", _FUNCTIONS, backend, (r, k, v, w, u), v, state, seq_start)
+    return dispatch("wkv6", backend, (r, k, v, w, u), v, state, seq_start)

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import check
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.cuda import kernels as on_cuda
 from rwkv_miss.ops.dispatch import dispatch
-from rwkv_miss.ops.wkv7_reference import wkv7_reference
-from rwkv_miss.ops.wkv7_torch import wkv7_torch
-
-_FUNCTIONS = {
-    "reference": wkv7_reference,
-    "torch": wkv7_torch,
-    "cpu": on_cpu.wkv7,
-    "cuda": on_cuda.wkv7,
-    "fla": fla.wkv7,
-}
 
 
 def wkv7(
@@ -53,4 +40,4 @@ def wkv7(
         UserError: an argument of the wrong shape, dtype or device, or a backend that cannot be used here.
     """
     check("wkv7", v, {"r": r, "z": z, "k": k, "a": a, "b": b}, None, state, seq_start)
-    return dispatch("wkv7", _FUNCTIONS, backend, (r, z, k, v, a, b), v, state, seq_start)
+    return dispatch("wkv7", backend, (r, z, k, v, a, b), v, state, seq_start)

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 6e-3}
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class WkvCase:
     """`inputs` and `op` are the names and the order of the op's arguments. `draw` makes the inputs in float64.
     `floor`: a norm below this part of the largest counts as that; gradients that nearly vanish are not held to more."""
 
@@ -122,5 +122,5 @@ def _draw7(generator: torch.Generator, shape: tuple[int, int, int, int]) -> list
     return [r, 2 * z, k, v, -kk, kk * torch.sigmoid(rate)]
 
 
-WKV6 = Recurrence("rkvwu", wkv6, wkv6_reference, _draw6, floor=0.0)
-WKV7 = Recurrence("rzkvab", wkv7, wkv7_reference, _draw7, floor=0.01)
+WKV6 = WkvCase("rkvwu", wkv6, wkv6_reference, _draw6, floor=0.0)
+WKV7 = WkvCase("rzkvab", wkv7, wkv7_reference, _draw7, floor=0.01)

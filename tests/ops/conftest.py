@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.cases import WKV6, WKV7, Recurrence
+from tests.ops.cases import WKV6, WKV7, WkvCase
 
 
 @pytest.fixture(params=[WKV6, WKV7], ids=lambda x: x.name)
-def wkv(request) -> Recurrence:
+def wkv(request) -> WkvCase:
     return request.param
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from rwkv_miss.ops import wkv7
 from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cpu.kernels import source
+from rwkv_miss.ops.cpu.wkv import source
 from tests.ops.cases import WKV7
 
 CANNOT_WRITE = "tiny.cpp is compiled again in every process: cannot write to the cache ({})"

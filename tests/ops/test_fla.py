@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -80,15 +81,15 @@ def test_its_kernels_on_the_cpu(tmp_path):
 )
 def test_tensors_that_are_refused(device, dtype, n, found, install):
     install("0.6.0")
-    assert found in fla.unusable(device, dtype, n)
-    assert fla.unusable(torch.device("xpu", 0), BF16, 64) is None
-    assert fla.unusable(GPU, torch.float32, 16) is None and fla.unusable(GPU, BF16, 256) is None
+    assert found in fla.unusable("wkv7", device, dtype, n)
+    assert fla.unusable("wkv7", torch.device("xpu", 0), BF16, 64) is None
+    assert fla.unusable("wkv7", GPU, torch.float32, 16) is None and fla.unusable("wkv7", GPU, BF16, 256) is None
 
 
 def test_installations_that_are_refused(install, monkeypatch):
     def reason() -> str | None:
         fla.functions_or_reason.cache_clear()
-        return fla.unusable(GPU, BF16, 64)
+        return fla.unusable("wkv7", GPU, BF16, 64)
 
     install(None)
     assert reason() == "fla-core is not installed; pip install 'rwkv-miss[fla]'"
@@ -159,7 +160,8 @@ def test_auto_on_a_gpu(device, hip, version, chosen, level, said, install, monke
 
 def test_auto_prefers_cuda(install, monkeypatch):
     install("0.6.0")
-    monkeypatch.setattr(dispatch.on_cuda, "unusable", lambda *_: None)
+    usable = dataclasses.replace(dispatch.IMPLEMENTATIONS["cuda"], unusable=lambda *_: None)
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "cuda", usable)
     assert dispatch.choose("wkv6", GPU, BF16, 64) == "cuda"
 
 
@@ -173,7 +175,7 @@ for path in pathlib.Path(rwkv_miss.__file__).parent.rglob("[a-z]*.py"):
 x = torch.zeros(1, 2, 1, 16)
 rwkv_miss.ops.wkv7(x, x, x, x, x, x)
 print("not yet")
-rwkv_miss.ops.fla.unusable(torch.device("cuda", 0), x.dtype, 16)
+rwkv_miss.ops.fla.unusable("wkv7", torch.device("cuda", 0), x.dtype, 16)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -13,9 +13,9 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import BACKENDS
-from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.dispatch import announce
+from rwkv_miss.ops.cpu import build, kernel
+from rwkv_miss.ops.cpu.wkv import source
+from rwkv_miss.ops.dispatch import IMPLEMENTATIONS, announce
 from tests.ops.cases import WKV6, WKV7, odd_starts, run
 
 FAST = ("torch", "cpu")
@@ -26,7 +26,7 @@ SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 @pytest.fixture
 def forgetful():
     """What is kept for the life of the process is forgotten, before and after."""
-    caches = (on_cpu.library_or_reason, announce)
+    caches = (kernel.library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -79,8 +79,8 @@ def test_every_instruction_set(wkv, capability, dtype, n, monkeypatch, forgetful
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     inputs, state = wkv.make_inputs(45, n, dtype)
     wkv.assert_matches_reference(wkv.with_backend("cpu"), inputs, state, odd_starts(45))
-    used = on_cpu.library_or_reason(wkv.name)[0]
-    assert used._name == build.load_library(on_cpu.source(wkv.name), capability)._name
+    used = kernel.library_or_reason(source(wkv.name))[0]
+    assert used._name == build.load_library(source(wkv.name), capability)._name
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -331,3 +331,4 @@ def test_wrong_arguments_are_named_with_what_was_found(recurrence, name, change,
 
 def test_every_backend_is_tested_here():
     assert set(BACKENDS) == {"auto", "reference", "cuda", "fla", *FAST}  # cuda: tests/ops/cuda; fla: test_fla.py
+    assert list(BACKENDS) == ["auto", *IMPLEMENTATIONS]

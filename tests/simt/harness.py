@@ -1,7 +1,7 @@
-"""Builds a .cu file for the CPU with simt.h, launches its kernels on torch CPU tensors, and reports what went wrong.
+"""Builds a .cu file for the CPU with simt.h, launches its kernels on torch's CPU tensors, and reports what went wrong.
 
-Tensors that a kernel gets come from `guarded`: bytes of 0xff (NaN in fp32 and bf16) lie before and after them, and in
-them where the kernel is to write.
+The tensors that a kernel gets are made by `guarded`: filled with bytes of 0xff (NaN in float32 and bfloat16), with more
+such bytes before and behind them. So an element that a kernel forgot is NaN, and what it writes beside a tensor shows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ GUARD = 256  # bytes on either side
 
 
 class SimtError(AssertionError):
-    """What the emulator found, with the lines of the kernel."""
+    """The emulator found a fault in a kernel; the message names it and the lines of the .cu file."""
 
 
 def build(source: Path, folder: Path, *options: str) -> ctypes.CDLL:
@@ -31,6 +34,27 @@ def build(source: Path, folder: Path, *options: str) -> ctypes.CDLL:
     command += ["-include", str(HERE / "simt.h"), *options, "-x", "c++", str(source), "-o", str(library)]
     subprocess.run(command, check=True, cwd=folder)
     return ctypes.CDLL(str(library))
+
+
+@cache
+def build_once(source: Path, *options: str) -> ctypes.CDLL:
+    """`build`, but each source with the same options only once in this process, for all test modules."""
+    return build(source, Path(_folder().name), *options)
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    """A folder that is removed when the process ends."""
+    return TemporaryDirectory(prefix="simt-")
+
+
+def parameters(source: Path, kernel: str) -> dict[str, str]:
+    """The types of a kernel's parameters by their names, in the order of its declaration in a .cu file, without const
+    and __restrict__; those of pointers end with *."""
+    text = source.read_text()
+    declared = re.search(rf"\b{kernel}\((.*?)\)\s*{{", text, re.S)[1].replace("__restrict__", "").replace("const", "")
+    pairs = (re.fullmatch(r"(.*?)\s*(\*?)\s*(\w+)", " ".join(x.split())) for x in declared.split(","))
+    return {m[3]: m[1].strip() + m[2] for m in pairs}
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -63,20 +87,11 @@ def launch(
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
-    ranges = [n for x in tensors for n in (x.data_ptr(), _bytes(x))]
-    library.simt_launch.restype = ctypes.c_char_p
-    report = library.simt_launch(
-        ctypes.cast(getattr(library, kernel), ctypes.c_void_p),
-        (ctypes.c_uint * 3)(*grid, 1),
-        (ctypes.c_uint * 3)(block, 1, 1),
-        (ctypes.c_uint64 * len(values))(*values),
-        len(values),
-        (ctypes.c_uint64 * len(ranges))(*ranges),
-        len(tensors),
-        ctypes.c_uint64(seed),
-    )
+    code = ctypes.cast(getattr(library, kernel), ctypes.c_void_p).value
+    ranges = [(x.data_ptr(), _bytes(x)) for x in tensors]
+    report = emulate(library, code, (*grid, 1), (block, 1, 1), values, ranges, seed)
     if report is not None:
-        raise SimtError(f"{kernel}: {_with_lines(library, report.decode())}")
+        raise SimtError(f"{kernel}: {_with_lines(library, report)}")
     for x in tensors:
         buffer = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
         first = x.data_ptr() - buffer.data_ptr()
@@ -85,8 +100,44 @@ def launch(
             raise SimtError(f"{kernel}: memory beside a tensor of shape {tuple(x.shape)} was overwritten")
 
 
+def emulate(
+    library: ctypes.CDLL,
+    code: int,
+    grid: Sequence[int],
+    block: Sequence[int],
+    arguments: Sequence[int],
+    ranges: Sequence[tuple[int, int]],
+    seed: int,
+) -> str | None:
+    """Runs a kernel over its grid.
+
+    Args:
+        code: the address of the kernel's function in `library`.
+        grid, block: three numbers each.
+        arguments: pointers and integers, 64 bits each.
+        ranges: (address, bytes) of the global memory that the kernel may touch.
+        seed: picks the order in which the threads run.
+
+    Returns:
+        What the emulator found to be wrong, or None.
+    """
+    flat = [x for pair in ranges for x in pair]
+    library.simt_launch.restype = ctypes.c_char_p
+    report = library.simt_launch(
+        ctypes.c_void_p(code),
+        (ctypes.c_uint * 3)(*grid),
+        (ctypes.c_uint * 3)(*block),
+        (ctypes.c_uint64 * len(arguments))(*arguments),
+        len(arguments),
+        (ctypes.c_uint64 * len(flat))(*flat),
+        len(ranges),
+        ctypes.c_uint64(seed),
+    )
+    return None if report is None else report.decode()
+
+
 def _bytes(x: Tensor) -> int:
-    """From the first element of x to behind its last."""
+    """The number of bytes from the first element of x to the end of its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return (last + 1) * x.element_size() if x.numel() else 0
 

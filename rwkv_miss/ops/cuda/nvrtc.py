@@ -36,7 +36,7 @@ def compile_source(
     files beside it, options, architecture and NVRTC's version. A damaged file is compiled again.
 
     Args:
-        options: NVRTC's, such as -DHEAD_SIZE=64.
+        options: NVRTC's, such as -DIO_BF16=1.
         capability: such as (9, 0).
 
     Returns:
@@ -46,7 +46,8 @@ def compile_source(
         CompileError: no NVRTC, no code for such a GPU, or an error in the source, with the compiler's last lines.
     """
     options = (*options, "--std=c++17", f"--gpu-architecture={_architecture(capability)}")
-    headers = {path.name: path.read_text() for path in sorted(source.parent.glob("*.cuh"))}
+    folders = dict.fromkeys((SOURCES, source.parent))
+    headers = {path.name: path.read_text() for folder in folders for path in sorted(folder.glob("*.cuh"))}
     parts = [source.read_text(), *(x for item in headers.items() for x in item), *options, str(version())]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache or cache_folder()

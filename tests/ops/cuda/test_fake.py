@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.ops.cuda.kernels import SAVE_EVERY
+from rwkv_miss.ops.cuda.wkv import SAVE_EVERY
 from tests.ops.cases import WKV6, odd_starts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import shutil
@@ -13,12 +14,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cuda import kernels, nvrtc
+from rwkv_miss.ops.cuda import nvrtc
+from rwkv_miss.ops.cuda.programs import PROGRAMS
+from tests.ops.cuda.toy import TOY
 
-FP32, BF16 = torch.float32, torch.bfloat16
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TINY = '#include "tiny.cuh"\nextern "C" __global__ void answer(long long* x) { *x = ANSWER; }\n'
 ROOT = Path(__file__).parents[3]
@@ -48,17 +49,21 @@ def compilations(monkeypatch) -> list[str]:
     return seen
 
 
-# About a second each: every architecture for the commonest case, and every head size for one architecture.
-@pytest.mark.parametrize(
-    ("n", "dtype", "architecture"),
-    [(64, BF16, x) for x in ARCHITECTURES] + [(n, FP32, 90) for n in kernels.HEAD_SIZES],
-)
-def test_every_kernel_compiles_to_a_cubin(wkv, n, dtype, architecture, tmp_path):
-    capability = divmod(architecture, 10)
-    image = nvrtc.compile_source(kernels.source(wkv.name), kernels.options(dtype, n), capability, tmp_path)
+def every_variant() -> list[tuple]:
+    """(program's name, variant, architecture): each variant once, and each architecture in turn. All pairs of both are
+    compiled by tests/simt/test_resources.py."""
+    programs = {**PROGRAMS, "toy": TOY}
+    variants = [(name, variant) for name, program in programs.items() for variant in program.variants]
+    return [(*x, y) for x, y in zip(variants, itertools.cycle(ARCHITECTURES), strict=False)]
+
+
+@pytest.mark.parametrize(("name", "variant", "architecture"), every_variant())
+def test_every_program_compiles_to_a_cubin(name, variant, architecture, tmp_path):
+    program = {**PROGRAMS, "toy": TOY}[name]
+    image = nvrtc.compile_source(program.source, program.variants[variant], divmod(architecture, 10), tmp_path)
     assert image.startswith(b"\x7fELF")
     assert elf_architecture(image) == architecture
-    for kernel in kernels.ARGUMENTS[wkv.name]:
+    for kernel in program.kernels:
         assert f".text.{kernel}\0".encode() in image
 
 
@@ -190,9 +195,10 @@ def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
 import sys
 sys.path.insert(0, {str(installed)!r})
 import torch
-from rwkv_miss.ops.cuda import kernels, nvrtc
+from rwkv_miss.ops.cuda import nvrtc
+from rwkv_miss.ops.cuda.programs import PROGRAMS
 from pathlib import Path
-source = kernels.source("wkv7")
-assert source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", source
-nvrtc.compile_source(source, kernels.options(torch.bfloat16, 64), (9, 0), Path({str(tmp_path)!r}))"""
+program = PROGRAMS["wkv7"]
+assert program.source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", program.source
+nvrtc.compile_source(program.source, program.variants[torch.bfloat16, 64], (9, 0), Path({str(tmp_path)!r}))"""
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
