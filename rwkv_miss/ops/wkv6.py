@@ -31,7 +31,7 @@ def wkv6(
         backend: as in `wkv7`.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable
+        y (B, T, H, N) in v's dtype, contiguous, and the state after the last step, a new tensor. Both are differentiable
         with respect to r, k, v, w, u and state.
 
     Raises:

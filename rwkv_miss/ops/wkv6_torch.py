@@ -71,4 +71,4 @@ def wkv6_torch(
         first.append(state)
         state = kept_c * state + add_c
     y = y + (r * before) @ torch.stack(first, 2)
-    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype), state
+    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype).contiguous(), state

@@ -33,7 +33,7 @@ def wkv7(
             64, 96 and 128, "fla" from 16 to 256.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable
+        y (B, T, H, N) in v's dtype, contiguous, and the state after the last step, a new tensor. Both are differentiable
         with respect to r, z, k, v, a, b and state.
 
     Raises:

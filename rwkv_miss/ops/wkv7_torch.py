@@ -76,4 +76,4 @@ def wkv7_torch(
         state = state @ step_c + add_c
     s0 = torch.stack(first, 2).mT
     y = (r_in * from_start) @ s0 + rb @ (from_state @ s0 + from_values) + rk @ v
-    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype), state
+    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype).contiguous(), state

@@ -33,6 +33,7 @@ def test_matches_reference(wkv, n_steps, n, dtype, starts):
     mine = run(wkv.with_backend("fla"), inputs, state, seq_start, weights)
     exact = run(wkv.reference, [x.double() for x in inputs], state.double(), seq_start, weights)
     assert [x.dtype for x in mine] == [dtype, FP32, *[dtype] * len(inputs), FP32]
+    assert mine[0].is_contiguous()
     wkv.assert_close(mine, exact, TOLERANCE[wkv, dtype])
 
 

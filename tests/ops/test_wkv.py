@@ -99,7 +99,17 @@ def test_inputs_that_are_not_contiguous(wkv, backend):
         return wkv.op(*map(strided, leaves), backend=backend)
 
     found = run(of_strided, inputs, state, start, [strided(x) for x in weights])
+    assert found[0].is_contiguous()
     wkv.assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_steps", [0, 1, 16, 33, 64])  # whole chunks, and parts of one
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_y_is_contiguous(wkv, backend, n_steps, dtype):
+    inputs, state = wkv.make_inputs(n_steps, 8, dtype)
+    y, _ = wkv.op(*inputs, state, odd_starts(n_steps), backend=backend)
+    assert y.is_contiguous() and y.shape == inputs[0].shape
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

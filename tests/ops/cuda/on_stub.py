@@ -168,6 +168,7 @@ def test_inputs_that_are_not_contiguous_or_not_aligned(wkv, session, change, n, 
 
     other = run(changed, inputs, state, start, [change(x) for x in weights])
     assert all(map(torch.equal, plain, other))
+    assert other[0].is_contiguous()
     assert len(session.launches) == 6
     for launch in session.launches:
         assert all(x % 16 == 0 for name, x in launch.arguments.items() if name not in ("steps", "heads"))
