@@ -64,7 +64,7 @@ def functions_or_reason() -> tuple[dict[str, Callable] | None, str | None]:
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv6`, already checked.
+    """`rwkv_miss.ops.wkv6` for arguments that were checked, with a state.
 
     The kernels sum logarithms of decays over chunks of 64 steps and take differences of the sums: the stronger the
     decays, the more digits are lost in y and, above all, in the gradient of w.
@@ -76,7 +76,7 @@ def wkv6(
 def wkv7(
     r: Tensor, z: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv7`, already checked."""
+    """`rwkv_miss.ops.wkv7` for arguments that were checked, with a state."""
     log_d = -DECAY_SCALE * torch.sigmoid(z.float())
     # Faster in bf16: chunks of 64 steps, in which keys are divided by decays of down to e^-19. What that loses is far
     # below the rounding of bf16, but not below that of fp32.

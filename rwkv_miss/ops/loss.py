@@ -9,19 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Largest number of logits held at a time: 256 MiB in fp32.
+# The largest number of logits that are held at a time: 256 MiB in float32.
 _MAX_LOGITS = 64 * 2**20
 
 
 def cross_entropy_sum(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum of -log softmax(head(hidden))[target] over the positions whose target is not negative, in fp32 (float64
-    in a float64 model).
+    """The sum of -log softmax(head(hidden))[target] over all positions whose target is not negative.
 
-    The head runs on those positions alone, in pieces; with several pieces their logits are computed again in the
-    backward pass instead of being kept.
+    The head runs on those positions alone, in pieces. Where there are several pieces, their logits are not kept for the
+    backward pass but computed again in it.
 
     Args:
-        hidden: (B, T, C); targets: int64 (B, T); head: (M, C) -> (M, vocab_size).
+        hidden: (B, T, C).
+        head: (M, C) -> logits (M, vocab_size), for any number M of positions.
+        targets: int64 (B, T), the index of the right token; a negative number marks a position without loss.
+
+    Returns:
+        A scalar in float32, or in float64 for a float64 model.
     """
     rows = targets.reshape(-1) >= 0
     hidden, targets = hidden.reshape(-1, hidden.shape[-1])[rows], targets.reshape(-1)[rows]

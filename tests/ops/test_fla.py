@@ -1,4 +1,5 @@
-"""When the "fla" backend is taken and when refused; on_interpreter.py, which runs its kernels, in another process."""
+"""When the "fla" backend is taken and when it is refused. Its kernels are tested by on_interpreter.py, which runs in a
+process of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def forgetful():
 
 @pytest.fixture
 def install(monkeypatch):
-    """`install(version)` stands in for an fla-core whose kernels no test here calls; `install(None)` for none."""
+    """`install(version)` makes it look as if that version of fla-core were installed (no test calls its kernels), and
+    `install(None)` as if none were."""
 
     def install(version: str | None) -> None:
         for name in [x for x in sys.modules if x.split(".")[0] == "fla"]:
@@ -107,6 +109,8 @@ def test_installations_that_are_refused(install, monkeypatch):
 
 
 def importing_without(missing: str):
+    """An `__import__` for which the package `missing`, which fla-core imports, is not installed."""
+
     def importing(name, *rest):
         if name.startswith("fla"):
             raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)

@@ -1,4 +1,4 @@
-"""What both recurrences have in common: every backend agrees with the reference, on anything that it may be given."""
+"""What is asked of both WKV ops: every backend agrees with the reference, on anything that it may be given."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from rwkv_miss.ops.cpu.wkv import source
 from rwkv_miss.ops.dispatch import IMPLEMENTATIONS, announce
 from tests.ops.cases import WKV6, WKV7, odd_starts, run
 
+# The backends that run on this machine, besides the reference.
 FAST = ("torch", "cpu")
 ROOT = Path(__file__).parents[2]
+# The instruction sets that build.py compiles for, from the smallest: a processor runs those up to its own.
 SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 
 @pytest.fixture
 def forgetful():
-    """What is kept for the life of the process is forgotten, before and after."""
+    """The libraries and messages that are kept for the life of the process are forgotten, before and after."""
     caches = (kernel.library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()
@@ -35,7 +37,7 @@ def forgetful():
 
 
 def steps(inputs: list[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
-    """Those of the inputs; u has none."""
+    """The steps from `begin` to `end` of all inputs; u has no steps and stays as it is."""
     return [x[:, begin:end] if x.dim() == 4 else x for x in inputs]
 
 
@@ -213,7 +215,7 @@ def test_threads_do_not_change_the_result(wkv, n_head):
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 4):  # more than heads: the values of a head are shared out
+        for threads in (1, 2, 4):  # with more threads than heads, several threads compute the values of one head
             torch.set_num_threads(threads)
             results.append(run(wkv.with_backend("cpu"), inputs, state, None, weights))
     finally:
@@ -223,7 +225,7 @@ def test_threads_do_not_change_the_result(wkv, n_head):
 
 
 def test_a_worker_that_was_forked_after_the_threads_had_started():
-    """OpenMP's threads do not live on in a fork; a DataLoader's worker has one thread of its own."""
+    """The threads of OpenMP do not exist in a fork. A DataLoader's worker has one thread, and so needs none of them."""
     code = """
 import torch
 from torch.utils.data import DataLoader
@@ -304,7 +306,8 @@ def test_with_a_compiler_auto_takes_cpu(wkv, forgetful, caplog):
 
 
 def wrong(letter: str) -> list[tuple]:
-    """Every way in which one argument of a shape of its own is wrong, and a few for those that are like v."""
+    """(argument, how to make it wrong, what the message must say): every way for `state` and `seq_start`, whose shapes
+    are their own, a few for the inputs that have the shape of v, and for the input `letter` its dtype."""
     return [
         ("r", lambda x: x[:, :1], r"r is \(2, 1, 2, 4\)"),
         ("v", lambda x: x[0], r"v has shape \(3, 2, 4\)"),
@@ -320,6 +323,7 @@ def wrong(letter: str) -> list[tuple]:
     ]
 
 
+# The same for u of WKV-6.
 OF_U = [
     ("u", lambda x: x.flatten(), r"u is \(8,\)"),
     ("u", lambda x: x.bfloat16(), "u is .* torch.bfloat16"),
@@ -340,5 +344,11 @@ def test_wrong_arguments_are_named_with_what_was_found(recurrence, name, change,
 
 
 def test_every_backend_is_tested_here():
-    assert set(BACKENDS) == {"auto", "reference", "cuda", "fla", *FAST}  # cuda: tests/ops/cuda; fla: test_fla.py
+    assert set(BACKENDS) == {
+        "auto",
+        "reference",
+        "cuda",
+        "fla",
+        *FAST,
+    }  # "cuda" is tested in tests/ops/cuda, "fla" by test_fla.py
     assert list(BACKENDS) == ["auto", *IMPLEMENTATIONS]

@@ -1,4 +1,4 @@
-"""The errors of cuda/wkv6.cu's gradients in fp32, run by the emulator, against float64, for weak to strong decays.
+"""The errors of the gradients of cuda/wkv6.cu in float32 against float64, for weak to strong decays, in the emulator.
 
 `python -m tests.simt.decay_errors` prints the table of docs/kernels.md.
 """
@@ -11,7 +11,7 @@ from tests.ops.cases import WKV6, odd_starts, run
 from tests.simt.wkv import FP32, load_kernels, run_kernels
 
 STEPS, N = 257, 64
-# name -> w, or None for that of `make_inputs`
+# By the name in the table: w of every element, or None for the w that `make_inputs` draws.
 CASES = {
     "usual, w = N(-2, 3) up to 6": None,
     "d = 0.9997, w = -8": -8.0,
@@ -24,6 +24,7 @@ CASES = {
 
 
 def table() -> str:
+    """A row for each case, with the relative error in norm of each gradient."""
     names = WKV6.results[2:]
     lines = [f"| decays | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 1)]
     kernels = load_kernels(WKV6, N, FP32)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "cuda"
-GUARD = 256  # bytes on either side
+GUARD = 256  # bytes before and behind each tensor
 
 
 class SimtError(AssertionError):
@@ -27,10 +27,10 @@ class SimtError(AssertionError):
 
 
 def build(source: Path, folder: Path, *options: str) -> ctypes.CDLL:
-    """Compiles a .cu file to a library in `folder` and loads it."""
+    """Compiles a .cu file with g++ and these options to a library in `folder`, and loads it."""
     library = folder / f"{source.stem}{''.join(options)}.so".replace("/", "_")
     command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", f"-I{CUDA}"]
-    command += ["-fno-gnu-unique"]  # or libraries loaded together share what templates hold in static variables
+    command += ["-fno-gnu-unique"]  # otherwise libraries in one process share the static variables of templates
     command += ["-include", str(HERE / "simt.h"), *options, "-x", "c++", str(source), "-o", str(library)]
     subprocess.run(command, check=True, cwd=folder)
     return ctypes.CDLL(str(library))
@@ -58,7 +58,7 @@ def parameters(source: Path, kernel: str) -> dict[str, str]:
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of 0xff bytes, 16-byte aligned, between two guards."""
+    """A tensor filled with bytes of 0xff, 16-byte aligned, between two guards of such bytes."""
     size = torch.Size(shape).numel() * dtype.itemsize
     buffer = torch.full((GUARD + size + GUARD + 16,), 0xFF, dtype=torch.uint8)
     first = GUARD + -buffer.data_ptr() % 16
@@ -66,6 +66,7 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def guarded_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor between two guards."""
     return guarded(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
@@ -77,13 +78,18 @@ def launch(
     arguments: list[Tensor | int | None],
     seed: int,
 ) -> None:
-    """Runs a kernel to its end, the threads in an order that `seed` picks.
+    """Runs a kernel to its end. It may touch the memory of the tensors that it is given, and no other.
 
     Args:
+        library: from `build`.
+        kernel: its name.
+        grid: the number of blocks in x and in y.
+        block: the number of threads in a block.
         arguments: guarded tensors, 64-bit integers, or None for a null pointer.
+        seed: picks the order in which the threads run.
 
     Raises:
-        SimtError: a finding of the emulator, or a guard that was overwritten.
+        SimtError: the emulator found a fault, or the kernel wrote into a guard.
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
     values = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
@@ -143,7 +149,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def _with_lines(library: ctypes.CDLL, report: str) -> str:
-    """The report with its return addresses replaced by the lines of .cu files, innermost first."""
+    """The report with the lines of the .cu file in the place of the return addresses at its end, innermost first."""
     text, _, addresses = report.partition(" @")
     found = subprocess.run(
         ["addr2line", "-i", "-s", "-e", library._name, *addresses.split()], capture_output=True, text=True, check=True

@@ -28,13 +28,14 @@ def _wkv_threads(n: int) -> int:
     return launch_shape(1, 1, n)[1]
 
 
-# For each program the threads of a block, by the head size.
+# For each program the function from the head size to the threads of a block.
 THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads}
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What an SM has (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+    """What an SM holds at most: threads, blocks and KB of shared memory (CUDA C++ Programming Guide, technical
+    specifications per compute capability)."""
 
     threads: int
     blocks: int
@@ -101,7 +102,7 @@ def measure_variant(name: str, variant: tuple[torch.dtype, int], architecture: i
 
 
 def measure_all() -> dict[Key, Resources]:
-    """Every combination, in as many processes as there are processors."""
+    """Measures every variant of every program for every architecture, in as many processes as there are processors."""
     variants = [(name, variant) for name, program in PROGRAMS.items() for variant in program.variants]
     variants.sort(key=lambda x: -x[1][1])  # what takes longest first
     found: dict[Key, Resources] = {}
@@ -124,7 +125,7 @@ def blocks_per_sm(resources: Resources, architecture: int) -> int:
 
 
 def rows(found: dict[Key, Resources]) -> list[list[str]]:
-    """A row per kernel, head size and type: shared memory, and per architecture registers and blocks per SM."""
+    """A row for each kernel, head size and type: shared memory, then registers and blocks per SM by architecture."""
     lines = []
     for kernel, n, dtype in sorted({key[:3] for key in found}):
         of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES}
@@ -138,11 +139,13 @@ def rows(found: dict[Key, Resources]) -> list[list[str]]:
 
 
 def version() -> str:
+    """NVRTC's version."""
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
 
 
 def text(found: dict[Key, Resources]) -> str:
+    """The text of docs/kernels_resources.md."""
     header = ["kernel", "N", "type", "shared", *(f"sm_{x}" for x in ARCHITECTURES)]
     table = [header, ["---"] * len(header), *rows(found)]
     return f"""# Resources of the CUDA kernels
@@ -156,7 +159,7 @@ fails if one does.
 
 
 def parse(table: str) -> tuple[str, dict[tuple[str, ...], list[str]]]:
-    """The version of NVRTC in what `text` wrote, and its rows by kernel, head size and type."""
+    """Reads what `text` wrote: the version of NVRTC, and the rows by kernel, head size and type."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     return re.search(r"by NVRTC (\S+);", table)[1], {tuple(row[:3]): row[3:] for row in cells[2:]}
 

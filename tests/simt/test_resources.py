@@ -1,4 +1,5 @@
-"""docs/kernels_resources.md is what NVRTC says, and no kernel spills or needs permission for its shared memory."""
+"""docs/kernels_resources.md is what NVRTC says. No kernel spills registers, and none takes more than the 48 KB of shared
+memory that the driver gives without being asked."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def measured() -> Table:
 
 
 def differences(committed: Table, measured: Table) -> list[str]:
-    """One line for each row that is not the same, or for the version alone if that is another."""
+    """A line for each row that is not the same in both; if the versions of NVRTC differ, one line that says so."""
     if committed[0] != measured[0]:
         return [f"made with NVRTC {committed[0]}, installed is {measured[0]}, whose numbers may differ"]
     return [
@@ -44,7 +45,7 @@ def test_the_table_is_what_nvrtc_says(measured):
 def test_every_kernel_head_size_type_and_architecture_compiles_without_spills(measured):
     assert len(measured[1]) == sum(len(x.kernels) * len(x.variants) for x in PROGRAMS.values()) == 2 * 3 * 7 * 2
     for row, (shared, *cells) in measured[1].items():
-        assert 0 < int(shared) <= 48 * 1024, row  # one number for all architectures
+        assert 0 < int(shared) <= 48 * 1024, row  # one number: the same for all architectures
         assert len(cells) == 7
         for cell in cells:
             assert "spilled" not in cell, (row, cell)
@@ -65,7 +66,7 @@ def test_a_changed_row_is_named_and_another_version_said():
 
 
 def test_a_kernel_that_spills_is_found(tmp_path):
-    """More live values than there are registers."""
+    """The kernel has more live values than there are registers for its 1,024 threads."""
     source = tmp_path / "spill.cu"
     source.write_text("""
 extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {
         (128, 1024, 128, 75, 4),  # by registers
         (121, 1024, 128, 75, 4),
         (96, 1024, 128, 75, 5),
-        (180, 1024, 64, 90, 4),  # 11 warps have registers; they come in fours
+        (180, 1024, 64, 90, 4),  # there are registers for 11 warps, of which only whole fours are used
         (32, 37120, 128, 75, 1),  # by shared memory
         (32, 24576, 128, 86, 4),
         (32, 24577, 128, 86, 3),

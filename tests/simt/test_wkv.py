@@ -1,4 +1,4 @@
-"""cuda/wkv6.cu and cuda/wkv7.cu, run by the emulator, agree with the float64 reference: outputs and all gradients."""
+"""cuda/wkv6.cu and cuda/wkv7.cu, run by the emulator, agree with the float64 reference: results and all gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.simt import coverage
 from tests.simt.harness import SimtError, build
 from tests.simt.wkv import BF16, FP32, launch_forward, load_kernels, run_kernels
 
-TOLERANCE = {FP32: 2e-6, BF16: 4e-3}  # the roundings of an fp32 sum; half a unit of bf16
+# Largest relative error in norm: a few roundings of a float32 sum, and half a unit of the last place of bfloat16.
+TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 
 
 @pytest.fixture(params=[WKV6, WKV7], ids=lambda x: x.name)
@@ -24,15 +25,15 @@ def wkv(request) -> WkvCase:
 
 
 def assert_exact(wkv, mine, inputs, state, start, weights, tolerance=None):
-    """Against the reference in float64."""
+    """Compares what `run_kernels` returned with the reference in float64."""
     exact = run(wkv.reference, [x.double() for x in inputs], state.double(), start, weights)
     wkv.assert_close(mine, exact, tolerance or TOLERANCE[inputs[0].dtype])
-    for place in (1, -1):  # the states are fp32 whatever the inputs are
+    for place in (1, -1):  # the states are float32 whatever the inputs are
         wkv.assert_close([mine[place]] * len(mine), [exact[place]] * len(mine), tolerance or TOLERANCE[FP32])
 
 
 def check(wkv, inputs, state, start, seed=0, tolerance=None) -> list[Tensor]:
-    """Compares with the reference, and returns what `cases.run` does."""
+    """Runs the kernels, compares with the reference, and returns the results as `cases.run` does."""
     weights = wkv.make_weights(inputs, state)
     kernels = load_kernels(wkv, inputs[0].shape[3], inputs[0].dtype)
     mine = run_kernels(wkv, kernels, inputs, state, start, weights, seed)
@@ -59,8 +60,8 @@ def test_extreme_decay_of_wkv7(z_shift, dtype):
     check(WKV7, inputs, state, None)
 
 
-# Decays of 0.9997, 6e-4, 2e-24, 1e-30, and 0 in fp32 or in any type. exp(w) is rounded, so that a decay exp(-exp(w))
-# is off by 6e-8 exp(w).
+# Decays of 0.9997, 6e-4, 2e-24, 1e-30, and from w = 5 on such as are 0 in float32. The rounding of exp(w) alone puts a
+# decay exp(-exp(w)) off by 6e-8 exp(w): hence the tolerance.
 @pytest.mark.parametrize("w", [-8.0, 2.0, 4.0, 4.235, 5.0, 6.0, 40.0])
 def test_extreme_decay_of_wkv6(w):
     inputs, state = WKV6.make_inputs(100, 32)
@@ -71,7 +72,7 @@ def test_extreme_decay_of_wkv6(w):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 def test_decays_of_zero_among_others(dtype):
-    """exp(w) is infinite in fp32 from w = 89 on: dw is a 0 there, and no infinity * 0."""
+    """From w = 89 on exp(w) is infinite in float32: dw must be 0 there, and not infinity * 0."""
     inputs, state = WKV6.make_inputs(50, 16, dtype)
     inputs[3][:, ::3] = torch.tensor([5.0, 60.0, 90.0, 3e38] * 4)
     dw = check(WKV6, inputs, state, odd_starts(50))[5]
@@ -80,18 +81,18 @@ def test_decays_of_zero_among_others(dtype):
 
 @pytest.mark.parametrize("where", [[0], [15], [16], [17], [31, 32, 33], [39], list(range(40)), []])
 def test_documents_begin_anywhere(wkv, where):
-    """The second batch row has no start: flags must not leak from row to row."""
+    """No document begins in the second row of the batch: the flags of the first must not reach it."""
     inputs, state = wkv.make_inputs(40, 16)
     start = torch.zeros(2, 40, dtype=torch.bool)
     start[0, where] = True
     mine = check(wkv, inputs, state, start)
     for nothing in ("dw",) if wkv is WKV6 else ("dz", "da"):
-        assert (mine[wkv.results.index(nothing)][start] == 0).all()  # nothing is left to decay there
+        assert (mine[wkv.results.index(nothing)][start] == 0).all()  # the state is zeros there: nothing decays
 
 
 def test_packed_equals_alone(wkv):
-    """Each document of a row has the outputs and the gradients that it has alone, from a state of zeros."""
-    ends = [1, 14, 30, 32, 49, 70]  # that of each document
+    """Each document of a row has the results and the gradients that it has alone, from a state of zeros."""
+    ends = [1, 14, 30, 32, 49, 70]  # of the documents
     inputs, state = wkv.make_inputs(70, 32, batch=1)
     kernels = load_kernels(wkv, 32, FP32)
     start = torch.zeros(1, 70, dtype=torch.bool)
@@ -180,8 +181,8 @@ def test_wrong_launch_traps(wkv, grid, block):
 
 
 def far_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The first heads of a tensor with 2^27 + 1 of them: its steps are more than 2^30 elements of N = 8 apart. Memory
-    is only taken where it is touched."""
+    """The first heads of a tensor that has 2^27 + 1 of them: with N = 8 a step is more than 2^30 elements behind the
+    step before. The system gives memory only to the pages that are touched."""
     _, n_steps, n_head, n = shape
     stride = (2**27 + 1) * n
     size = ((n_steps - 1) * stride + n_head * n) * dtype.itemsize
@@ -200,7 +201,8 @@ def test_more_elements_than_32_bits_count(wkv):
 
 
 def test_every_line_of_the_kernels_has_run(tmp_path):
-    """With one head size and both types: what the tests above compare with the reference is all that there is."""
+    """One head size and both dtypes reach every line: no code is left that the tests above do not compare with the
+    reference."""
     ran: dict[tuple[str, int], bool] = {}
     for wkv in (WKV6, WKV7):
         for dtype in (FP32, BF16):

@@ -25,6 +25,7 @@ from tests.ops.cases import WKV6, WKV7, WkvCase, odd_starts, run
 from tests.ops.cuda.stub_fixtures import STREAM
 
 FP32, BF16 = torch.float32, torch.bfloat16
+# The driver's functions that one launch calls.
 LAUNCH = ["cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
 torchs_location = driver.location
 
@@ -34,12 +35,14 @@ def on_cuda(wkv: WkvCase) -> Callable:
 
 
 def case(wkv: WkvCase, n=16, dtype=FP32, n_steps=21):
-    """Batch, heads and steps all differ: exchanged, they are noticed."""
+    """Inputs, a state and seq_start. The numbers of sequences, heads and steps all differ, so that a kernel which is
+    given one in the place of another is noticed."""
     inputs, state = wkv.make_inputs(n_steps, n, dtype, batch=2, n_head=3)
     return inputs, state, odd_starts(n_steps)
 
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int]:
+    """What the stub records of tensors that are arguments."""
     return {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
 
 
@@ -63,7 +66,7 @@ def test_a_packed_row_of_a_whole_model_is_its_documents_alone(version, session):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("version", models.VERSIONS)
 def test_a_whole_model_has_the_gradients_of_float64(version, checkpointing):
-    """Packed rows, from a state and to one, in chunks."""
+    """For packed rows, from a first state to a last one, at once and in chunks."""
 
     def gradients(dtype, backend, chunk_len):
         model = models.adapted(version, dtype, backend)
@@ -110,7 +113,8 @@ def test_the_launches_of_the_backward(wkv, session):
     known |= dict(zip(("saved_states", "saved_u"), saved, strict=False))
     known |= {f"d{name}": x for name, x in zip(wkv.inputs, grads, strict=True)}
     known = pointers(**known) | {"steps": 21, "heads": 3}
-    # Memory of the backward alone: WKV-7 hands it from kernel to kernel, WKV-6 sums it over the batch.
+    # du is memory that the backward makes for itself: with WKV-7 one kernel hands it to the next, with WKV-6 it is then
+    # summed over the batch.
     known["du"] = keys.arguments["du"]
     assert known["du"] not in [x.data_ptr() for x in grads]
     for launch in (values, keys):
@@ -183,7 +187,7 @@ def test_torchs_current_stream_is_passed_on(wkv, session, gpu, stream):
 
 
 def test_the_backward_in_another_thread(wkv, session, library):
-    """As autograd runs it for CUDA tensors: there no context is current."""
+    """Autograd runs the backward of CUDA tensors in a thread of its own, where no context is current."""
     inputs, state, start = case(wkv)
     weights = wkv.make_weights(inputs, state)
     expected = run(on_cuda(wkv), inputs, state, start, weights)
@@ -222,7 +226,7 @@ def test_each_device_has_its_own_modules(wkv, session, gpu):
 
 
 def test_another_device_than_the_current_leaves_the_current_one(wkv, session, gpu, library):
-    """Tensors on device 1 while device 0 is torch's current: its context is current before and after."""
+    """The tensors are on device 1 while device 0 is torch's current one: its context is current before and after."""
     current, found = ctypes.c_void_p(), ctypes.c_void_p()
     library.cuDevicePrimaryCtxRetain(ctypes.byref(current), 0)
     library.cuCtxPushCurrent(current)
@@ -244,7 +248,7 @@ def test_modules_are_loaded_once(wkv, session, forgetful):
 
 
 def test_what_is_recorded_into_a_graph_is_launches_alone(wkv, library, gpu, calls):
-    """No memory, no wait, no event, nothing that a recording forbids."""
+    """The driver is asked for no memory, no wait and no event: nothing that a recording forbids."""
     inputs, state, start = case(wkv)
     weights = wkv.make_weights(inputs, state)
     expected = run(on_cuda(wkv), inputs, state, start, weights)
@@ -274,8 +278,8 @@ def test_a_first_call_inside_a_recording_is_refused_and_the_next_outside_works(w
 
 
 class InWorker(Dataset):
-    """What a DataLoader's process finds: the CUDA backend's error, the driver's functions it has called, and y of the
-    "torch" backend."""
+    """A data set whose elements are what a DataLoader's process finds: the CUDA backend's error, the driver's functions
+    that were called until then, and y of the "torch" backend."""
 
     def __init__(self, wkv, inputs, calls):
         self.wkv, self.inputs, self.calls = wkv, inputs, calls
@@ -346,7 +350,7 @@ def test_auto_takes_cuda_and_says_so(wkv, forgetful, caplog):
 
 
 def test_auto_takes_torch_where_cuda_cannot_be_used_and_says_why_once(wkv, caplog, forgetful):
-    """Of a head size that fla-core, where it is installed, does not take either."""
+    """The head size of 12 is one that "fla", should fla-core be installed, does not take either."""
     with caplog.at_level(logging.INFO, logger="rwkv_miss"):
         assert [choose(wkv.name, torch.device("cuda", 0), FP32, 12) for _ in range(2)] == ["torch", "torch"]
     (record,) = caplog.records

@@ -75,7 +75,7 @@ def test_no_driver_is_a_reason_not_a_crash(wkv, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 2e-5), (BF16, 6e-3)])  # the GPU's fast exp has 2 to 8 ulp
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 2e-5), (BF16, 6e-3)])  # a GPU's fast exp is off by 2 to 8 ulp
 @pytest.mark.parametrize("n", [16, 64, 128])
 def test_on_a_gpu(wkv, n, dtype, tolerance):
     inputs, state = wkv.make_inputs(57, n, dtype)

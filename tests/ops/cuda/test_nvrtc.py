@@ -1,4 +1,4 @@
-"""Compiling with NVRTC, which needs no GPU, and the cache of what it made."""
+"""Compiling with NVRTC, which needs no GPU, and the cache of what was compiled."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compile_tiny(tiny: Path, tmp_path: Path):
-    """Compiles it, with a cache in `tmp_path`."""
+    """`compile_tiny(options, capability)` compiles tiny.cu, with a cache in `tmp_path`."""
     return lambda options=(), capability=(9, 0): nvrtc.compile_source(tiny, options, capability, tmp_path / "cache")
 
 
 @pytest.fixture
 def compilations(monkeypatch) -> list[str]:
-    """The architecture option of each compilation that has run."""
+    """Grows by one for each compilation: its option that names the architecture."""
     seen = []
     real = nvrtc._compile
     monkeypatch.setattr(nvrtc, "_compile", lambda *x: (seen.append(x[-1][-1]), real(*x))[1])
@@ -68,7 +68,7 @@ def test_every_program_compiles_to_a_cubin(name, variant, architecture, tmp_path
 
 
 def elf_architecture(image: bytes) -> int:
-    """From the flags of the ELF header, whose place for it is another since ABI 8."""
+    """The architecture of a cubin, such as 90, from the flags of its ELF header; their layout changed with ABI 8."""
     flags, abi = int.from_bytes(image[48:52], "little"), image[8]
     return flags >> 8 & 0xFFFF if abi >= 8 else flags & 0xFF
 
@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tiny, tmp_path, caplog):
 def test_a_cache_that_is_full_or_read_only_is_done_without(
     compile_tiny, compilations, tmp_path, full_disk, caplog, monkeypatch, fails
 ):
-    """With one compilation and one warning; nothing is left behind."""
+    """There is one compilation and one warning, and nothing but the lock is left in the cache."""
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
@@ -172,11 +172,12 @@ def test_without_cuda_bindings_the_error_says_what_to_install(compile_tiny, monk
 
 
 def files(folder: Path) -> set[str]:
+    """The paths of all files in a folder, relative to it."""
     return {x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file()}
 
 
 def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
-    """Built from a copy: setuptools leaves files beside what it builds."""
+    """The wheel is built from a copy, because setuptools leaves files beside what it builds."""
     copy = tmp_path / "copy"
     for name in ("rwkv_miss", "cuda"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
