@@ -1,5 +1,5 @@
-"""docs/kernels_resources.md is what NVRTC says. No kernel spills registers, and none takes more than the 48 KB of shared
-memory that the driver gives without being asked."""
+"""docs/kernels_resources.md is what NVRTC says. No kernel spills registers, and none needs more than the 48 KB of
+shared memory that the driver gives without being asked."""
 
 from __future__ import annotations
 
