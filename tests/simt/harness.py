@@ -48,6 +48,11 @@ def _folder() -> TemporaryDirectory:
     return TemporaryDirectory(prefix="simt-")
 
 
+def macros(options: Sequence[str]) -> dict[str, int]:
+    """The compiler's options -DNAME=INTEGER as numbers by name."""
+    return {name: int(value) for name, value in (x.removeprefix("-D").split("=") for x in options)}
+
+
 def parameters(source: Path, kernel: str) -> dict[str, str]:
     """The types of a kernel's parameters by their names, in the order of its declaration in a .cu file, without const
     and __restrict__; those of pointers end with *."""

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
 from cuda.bindings import nvrtc
 
 from rwkv_miss.ops.cuda.nvrtc import SOURCES
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.cuda.wkv import launch_shape
+from tests.simt.harness import macros
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernels_resources.md"
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def _wkv_threads(n: int) -> int:
@@ -70,7 +69,7 @@ class Resources:
 
 
 Key = tuple[str, int, str, int]
-"""kernel, head size, type ("bf16" or "fp32"), architecture (such as 90)"""
+"""kernel, head size (0: none), type ("bf16" or "fp32"), architecture (such as 90)"""
 
 
 def measure(source: Path, options: tuple[str, ...], architecture: int, threads: int) -> dict[str, Resources]:
@@ -94,22 +93,31 @@ def measure(source: Path, options: tuple[str, ...], architecture: int, threads: 
     return found
 
 
-def measure_variant(name: str, variant: tuple[torch.dtype, int], architecture: int) -> dict[Key, Resources]:
-    """`measure` for a program of the table and one of its variants."""
-    dtype, n = variant
-    found = measure(PROGRAMS[name].source, PROGRAMS[name].variants[variant], architecture, THREADS[name](n))
-    return {(kernel, n, TYPES[dtype], architecture): x for kernel, x in found.items()}
+def measure_variant(name: str, options: tuple[str, ...], architecture: int) -> dict[Key, Resources]:
+    """`measure` for a program of the table and the options of one of its variants."""
+    n, dtype = head_size(options), "bf16" if macros(options).get("IO_BF16") else "fp32"
+    found = measure(PROGRAMS[name].source, options, architecture, THREADS[name](n))
+    return {(kernel, n, dtype, architecture): x for kernel, x in found.items()}
+
+
+def head_size(options: tuple[str, ...]) -> int:
+    """The head size that a program is compiled for, or 0 if it has none."""
+    return macros(options).get("HEAD_SIZE", 0)
 
 
 def measure_all() -> dict[Key, Resources]:
     """Measures every variant of every program for every architecture, in as many processes as there are processors."""
-    variants = [(name, variant) for name, program in PROGRAMS.items() for variant in program.variants]
-    variants.sort(key=lambda x: -x[1][1])  # what takes longest first
+    combinations = [
+        (name, options, architecture)
+        for name, program in PROGRAMS.items()
+        for options, architecture in product(program.variants.values(), ARCHITECTURES)
+        if divmod(architecture, 10) >= program.oldest
+    ]
+    combinations.sort(key=lambda x: -head_size(x[1]))  # what takes longest first
     found: dict[Key, Resources] = {}
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(measure_variant, *x, architecture) for x, architecture in product(variants, ARCHITECTURES)]
-        for job in jobs:
-            found |= job.result()
+        for part in pool.map(measure_variant, *zip(*combinations, strict=True)):
+            found |= part
     return found
 
 
@@ -125,17 +133,20 @@ def blocks_per_sm(resources: Resources, architecture: int) -> int:
 
 
 def rows(found: dict[Key, Resources]) -> list[list[str]]:
-    """A row for each kernel, head size and type: shared memory, then registers and blocks per SM by architecture."""
+    """A row for each kernel, head size and type: shared memory, then registers and blocks per SM by architecture. "-"
+    stands for an architecture that the program is not written for, and for the head size of one that has none."""
     lines = []
     for kernel, n, dtype in sorted({key[:3] for key in found}):
-        of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES}
+        of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES if (kernel, n, dtype, x) in found}
         shared = sorted({str(x.shared) for x in of.values()})
-        cells = [
-            f"{x.registers}{f' + {x.local} spilled' if x.local else ''} ({blocks_per_sm(x, architecture)})"
-            for architecture, x in of.items()
-        ]
-        lines.append([kernel, str(n), dtype, "/".join(shared), *cells])
+        cells = [_cell(of[x], x) if x in of else "-" for x in ARCHITECTURES]
+        lines.append([kernel, str(n or "-"), dtype, "/".join(shared), *cells])
     return lines
+
+
+def _cell(found: Resources, architecture: int) -> str:
+    spilled = f" + {found.local} spilled" if found.local else ""
+    return f"{found.registers}{spilled} ({blocks_per_sm(found, architecture)})"
 
 
 def version() -> str:

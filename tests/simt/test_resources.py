@@ -65,6 +65,12 @@ def test_a_changed_row_is_named_and_another_version_said():
     assert line.startswith("made with NVRTC 13.4, installed is 13.")
 
 
+def test_architectures_and_head_sizes_that_a_kernel_does_not_have_are_left_out():
+    found = {("k", 0, "bf16", x): Resources(32, 0, 1024, 128) for x in resources.ARCHITECTURES if x >= 80}
+    (row,) = resources.rows(found)
+    assert row == ["k", "-", "bf16", "1024", "-", *["32 (16)", "32 (12)", "32 (12)", "32 (16)", "32 (16)", "32 (12)"]]
+
+
 def test_a_kernel_that_spills_is_found(tmp_path):
     """The kernel has more live values than there are registers for its 1,024 threads."""
     source = tmp_path / "spill.cu"

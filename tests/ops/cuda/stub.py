@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.ops.cuda.emulated import Emulated, Integers
-from tests.simt.harness import emulate, parameters
+from tests.simt.harness import emulate, macros, parameters
 
 _LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 _HEAD = 4096  # by so many bytes at its beginning an image is looked up: its size is not known before
@@ -71,11 +71,6 @@ class Stub:
     loaded: list[tuple[int, Variant]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     callbacks: tuple = ()
-
-
-def macros(options: tuple[str, ...]) -> Integers:
-    """The compiler's options -DNAME=INTEGER as numbers by name."""
-    return {name: int(value) for name, value in (x.removeprefix("-D").split("=") for x in options)}
 
 
 def connect(library: ctypes.CDLL, variants: list[Variant], table: Mapping[str, Emulated]) -> Stub:

@@ -1,5 +1,5 @@
-"""Runs on_stub.py and on_toy.py in a process whose driver is a stub, after NVRTC has filled the cache in this process:
-NVRTC crashes beside a stub driver."""
+"""Runs the files on_*.py in a process whose driver is a stub, after NVRTC has filled the cache in this process: NVRTC
+crashes beside a stub driver."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def environment(tmp_path_factory):
 def test_the_whole_path_on_host_memory(environment, tmp_path):
     report = tmp_path / "report.xml"
     options = ["-p", "no:cacheprovider", "-p", "tests.ops.cuda.stub_fixtures", f"--junitxml={report}"]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / "on_stub.py"), str(HERE / "on_toy.py")]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(HERE.glob("on_*.py")))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")

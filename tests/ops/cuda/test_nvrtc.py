@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Hashable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cuda import nvrtc
+from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from tests.ops.cuda.toy import TOY
 
@@ -49,17 +51,23 @@ def compilations(monkeypatch) -> list[str]:
     return seen
 
 
+def str_of(x: Program | Hashable) -> str:
+    """A test's name says the program, the variant and the architecture."""
+    return x.source.stem if isinstance(x, Program) else str(x)
+
+
 def every_variant() -> list[tuple]:
-    """(program's name, variant, architecture): each variant once, and each architecture in turn. All pairs of both are
-    compiled by tests/simt/test_resources.py."""
-    programs = {**PROGRAMS, "toy": TOY}
-    variants = [(name, variant) for name, program in programs.items() for variant in program.variants]
-    return [(*x, y) for x, y in zip(variants, itertools.cycle(ARCHITECTURES), strict=False)]
+    """(program, variant, architecture): each variant of a program once, and each architecture in turn. All pairs of
+    both are compiled by tests/simt/test_resources.py."""
+    cases = []
+    for program in (*PROGRAMS.values(), TOY):
+        architectures = itertools.cycle(x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest)
+        cases += [(program, variant, next(architectures)) for variant in program.variants]
+    return cases
 
 
-@pytest.mark.parametrize(("name", "variant", "architecture"), every_variant())
-def test_every_program_compiles_to_a_cubin(name, variant, architecture, tmp_path):
-    program = {**PROGRAMS, "toy": TOY}[name]
+@pytest.mark.parametrize(("program", "variant", "architecture"), every_variant(), ids=str_of)
+def test_every_program_compiles_to_a_cubin(program, variant, architecture, tmp_path):
     image = nvrtc.compile_source(program.source, program.variants[variant], divmod(architecture, 10), tmp_path)
     assert image.startswith(b"\x7fELF")
     assert elf_architecture(image) == architecture
