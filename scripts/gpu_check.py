@@ -54,7 +54,8 @@ def run(op: str, backend: str, tensors: list[Tensor], starts: Tensor, dy: Tensor
 
 
 def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
-    """Of outputs and gradients of a backend, against the reference in float64. "cuda" runs on the GPU."""
+    """The largest relative error in norm among a backend's results and gradients, against the reference in float64. The
+    backend "cuda" runs on the GPU, others on the CPU."""
     tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend == "cuda" else "cpu")
     found = run(op, backend, tensors, starts, dy)
     exact = run(op, "reference", [x.cpu().double() for x in tensors], starts.cpu(), dy.cpu().double())
@@ -63,7 +64,7 @@ def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
 
 
 def milliseconds(f: Callable[[], object]) -> float:
-    """The fastest of ROUNDS, by the device's clock."""
+    """The time of the fastest of ROUNDS calls, by the GPU's clock."""
     f()
     times = []
     for _ in range(ROUNDS):

@@ -104,7 +104,7 @@ def register(
     inputs = ", ".join(f"Tensor {letter}" for letter in op.inputs)
     saved = ", ".join(f"Tensor {x}" for x in ("saved_states", *op.saved))
 
-    def outputs(*arguments) -> tuple[Tensor, ...]:
+    def outputs(*arguments: Any) -> tuple[Tensor, ...]:
         *_, state, _seq_start, save = arguments
         v = arguments[op.v]
         batch, n_steps, n_head, n = v.shape
@@ -112,19 +112,19 @@ def register(
         kept = [v.new_empty(shape if save else (0,), dtype=torch.float32) for shape in shapes]
         return v.new_empty(v.shape), state.new_empty(state.shape), *kept
 
-    def run_forward(*arguments) -> tuple[Tensor, ...]:
+    def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
         *tensors, state, seq_start, save = arguments
         y, last, *kept = made = outputs(*arguments)
         forward(op, tensors, state, seq_start, y, last, kept if save else [None] * len(kept))
         return made
 
-    def gradients(*arguments) -> tuple[Tensor, ...]:
+    def gradients(*arguments: Any) -> tuple[Tensor, ...]:
         states = arguments[len(op.inputs) + 1]
         batch, n_head, _, n, _ = states.shape
         grads = (x.new_empty(x.shape) for x in arguments[: len(op.inputs)])
         return *grads, states.new_empty((batch, n_head, n, n))
 
-    def run_backward(*arguments) -> tuple[Tensor, ...]:
+    def run_backward(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, (seq_start, *kept, grad_y, grad_state) = arguments[: len(op.inputs)], arguments[len(op.inputs) :]
         made = gradients(*arguments)
         batch = made[-1].shape[0]

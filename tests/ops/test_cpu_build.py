@@ -18,6 +18,7 @@ from rwkv_miss.ops import wkv7
 from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cpu.wkv import source
 from tests.ops.cases import WKV7
+from tests.ops.processes import finish
 
 CANNOT_WRITE = "tiny.cpp is compiled again in every process: cannot write to the cache ({})"
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -43,13 +44,6 @@ assert load_library(Path({str(source)!r}), cache=Path({str(cache)!r})).answer() 
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen) -> str:
-    """What the process printed; it must have ended well."""
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return stdout
-
-
 def test_instruction_sets_are_different_files():
     files = set()
     for capability in build.INSTRUCTION_SETS:
@@ -68,7 +62,7 @@ def test_a_changed_header_makes_another_library(tiny, tmp_path):
 def test_processes_that_compile_at_once_compile_once(tiny, tmp_path):
     cache = tmp_path / "cache"
     processes = [load_in_another_process(tiny, cache) for _ in range(3)]
-    assert "".join(map(finish, processes)).split() == ["compiled"]
+    assert "".join(finish(*processes)).split() == ["compiled"]
     assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
 
 

@@ -23,7 +23,8 @@ Table = tuple[str, dict[tuple[str, ...], list[str]]]
 def measured() -> Table:
     """Measured in a process of its own, whose children compile: takes about 90 s of two processors."""
     command = [sys.executable, *MAKE.split()[1:], "--print"]
-    return parse(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1200)
+    return parse(result.stdout)
 
 
 def differences(committed: Table, measured: Table) -> list[str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.nvrtc import SOURCES
 
-# What cuda/common.cuh makes the type `io` of, the type of a kernel's inputs and outputs.
+# By the tensors' dtype, the option that sets `io` of cuda/common.cuh, the type of a kernel's inputs and outputs.
 IO = {torch.float32: "-DIO_BF16=0", torch.bfloat16: "-DIO_BF16=1"}
-# The head sizes of cuda/wkv.cuh.
+# The head sizes that cuda/wkv.cuh can be compiled for.
 HEAD_SIZES = (8, 16, 24, 32, 64, 96, 128)
-# By dtype and head size.
-_WKV_VARIANTS = {(dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES}
+# By the inputs' dtype and the head size.
+_WKV_VARIANTS: dict[Hashable, tuple[str, ...]] = {
+    (dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES
+}
 
-# To add a kernel, see docs/recipes-kernel.md. The prefix d marks the gradient of what the rest of a name says.
+# docs/recipes-kernel.md says how to add a program. In the names of parameters dx is the gradient of x.
 PROGRAMS = {
     "wkv6": Program(
         SOURCES / "wkv6.cu",

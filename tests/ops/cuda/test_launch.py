@@ -55,7 +55,8 @@ def test_the_whole_path_on_host_memory(environment, tmp_path):
     report = tmp_path / "report.xml"
     options = ["-p", "no:cacheprovider", "-p", "tests.ops.cuda.stub_fixtures", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(HERE.glob("on_*.py")))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
+    root = HERE.parents[2]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     assert int(suite.get("tests")) >= 100

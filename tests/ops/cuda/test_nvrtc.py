@@ -21,6 +21,7 @@ from rwkv_miss.ops.cuda import nvrtc
 from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from tests.ops.cuda.toy import TOY
+from tests.ops.processes import finish
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TINY = '#include "tiny.cuh"\nextern "C" __global__ void answer(long long* x) { *x = ANSWER; }\n'
@@ -146,9 +147,8 @@ nvrtc._compile = lambda *x: (print("compiled"), real(*x))[1]
 print(hash(nvrtc.compile_source(Path({str(tiny)!r}), (), (9, 0), Path({str(tmp_path)!r}))))"""
     start = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    processes = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    lines = "".join(process.communicate(timeout=120)[0] for process in processes).split()
-    assert [process.returncode for process in processes] == [0] * 3
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    lines = "".join(finish(*(subprocess.Popen(start, **piped, text=True, env=environment) for _ in range(3)))).split()
     assert lines.count("compiled") == 1 and len(lines) == 4 and len(set(lines)) == 2
 
 
@@ -192,7 +192,7 @@ def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True)
+    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
@@ -210,4 +210,4 @@ from pathlib import Path
 program = PROGRAMS["wkv7"]
 assert program.source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", program.source
 nvrtc.compile_source(program.source, program.variants[torch.bfloat16, 64], (9, 0), Path({str(tmp_path)!r}))"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
