@@ -1,22 +1,29 @@
-// What the kernels share: bf16, vector access, sums over lanes, staging of inputs. Needs no CUDA header, so that
-// NVRTC compiles it alone. tests/simt/simt.h compiles the same text with g++ for the CPU and checks every access.
+// What any kernel can use: bf16, vector access, sums over lanes, copies to shared memory. It needs no CUDA header, so
+// that NVRTC compiles it alone. With tests/simt/simt.h before it, g++ compiles the same text for the CPU, where every
+// access is checked.
 //
-// Compile-time options: -DHEAD_SIZE=64 (8, 16, 24, 32, 64, 96 or 128) and -DIO_BF16=1 (bf16 inputs and
-// outputs) or 0 (fp32). One module holds the kernels of one head size and type, under fixed names.
-// Every global pointer must be 16-byte aligned.
+// The option -DIO_BF16=1 makes io, the type of a kernel's inputs and outputs, bf16, and -DIO_BF16=0 makes it fp32.
+// Every pointer to global memory that a kernel is given must be 16-byte aligned.
 #pragma once
 
+// SHARED declares an array in shared memory, Shared<T> is the type of a pointer into one, and READ_AS and WRITE_AS
+// access a value of type V at p, in shared or in global memory. simt.h has its own, which check.
 #ifdef __CUDACC__
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define READ_AS(V, p) (*reinterpret_cast<const V*>(p))
 #define WRITE_AS(V, p) (*reinterpret_cast<V*>(p))
 template <typename T>
-using Shared = T*;  // a pointer into shared memory
+using Shared = T*;
 #endif
 
 struct bf16 {
     unsigned short bits;
 };
+#if IO_BF16
+typedef bf16 io;
+#else
+typedef float io;
+#endif
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
@@ -28,14 +35,14 @@ __device__ __forceinline__ float from_float<float>(float x) {
     return x;
 }
 template <>
-__device__ __forceinline__ bf16 from_float<bf16>(float x) {  // to nearest, ties to even; a NaN stays one
+__device__ __forceinline__ bf16 from_float<bf16>(float x) {  // rounds to nearest, ties to even; a NaN stays a NaN
     const unsigned bits = __float_as_uint(x);
     const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return bf16{static_cast<unsigned short>(x == x ? rounded : 0x7fffu)};
 }
 
-// The type of an access of so many bytes, and its value from 8-byte words: the compiler splits some stores of structs
-// into their members, so these have few.
+// For an access of BYTES bytes, the type to access memory as, and its value made of 8-byte words. The types are
+// integers, or a struct of two: stores of structs with more members are split by the compiler in some places.
 typedef unsigned long long Word;
 template <int BYTES>
 struct Access;
@@ -65,7 +72,8 @@ struct Access<16> {
 __device__ __forceinline__ Word bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ Word bits_of(bf16 x) { return x.bits; }
 
-// COUNT (a power of two) neighbours in one access, from and to global or shared memory of fp32 or bf16.
+// Load and store COUNT neighbours, a power of two, in one access. T is the type in memory, float or bf16; P is a
+// pointer to global or to shared memory.
 template <int COUNT, typename T, typename P>
 __device__ __forceinline__ void load_vec(P p, float (&x)[COUNT]) {
     typedef typename Access<COUNT * sizeof(T)>::Type V;
@@ -104,13 +112,13 @@ void store(Shared<float> p, const float (&x)[COUNT]) {
 }
 #endif
 
-// The lanes of this thread's warp that exist: the last warp of a block may be short.
+// The mask of the lanes of this thread's warp that exist: the last warp of a block may have fewer than 32.
 __device__ __forceinline__ unsigned warp_lanes() {
     const unsigned left = blockDim.x - threadIdx.x / 32 * 32;
     return left < 32 ? (1u << left) - 1 : 0xffffffffu;
 }
 
-// Sums of each x[q] over LANES neighbouring lanes, left in all of them.
+// Replaces each x[q] by its sum over LANES neighbouring lanes, in all of these lanes.
 template <int LANES, int COUNT>
 __device__ __forceinline__ void sum_to_all(float (&x)[COUNT], unsigned warp) {
 #pragma unroll
@@ -119,8 +127,9 @@ __device__ __forceinline__ void sum_to_all(float (&x)[COUNT], unsigned warp) {
         for (int q = 0; q < COUNT; q++) x[q] += __shfl_xor_sync(warp, x[q], step);
 }
 
-// The same sums, shared out: the lane gets that of x[lane / (LANES / COUNT)]. COUNT <= LANES, both powers of two.
-// Each exchange halves what is left to add, so LANES values cost LANES - 1 shuffles, not LANES log2(LANES).
+// The same sums, shared out among the lanes: each lane gets the sum of x[lane / (LANES / COUNT)]. COUNT <= LANES, both
+// powers of two. Each exchange halves the number of sums that a lane still works on: LANES values cost LANES - 1
+// shuffles, not LANES log2(LANES).
 template <int LANES, int COUNT>
 __device__ __forceinline__ float sum_shared_out(const float (&x)[COUNT], int lane, unsigned warp) {
     if constexpr (COUNT == 1) {
@@ -143,8 +152,8 @@ struct Same {
     __device__ float operator()(float x) const { return x; }
 };
 
-// Copies `rows` rows of WIDTH values, `stride` apart in global memory, to shared memory, row after row, as
-// convert(value). The whole block takes part; the caller synchronises.
+// Copies `rows` rows of WIDTH values, which begin `stride` elements apart in global memory, to shared memory, row
+// behind row, each value as convert(value). The whole block takes part; the caller synchronises afterwards.
 template <int WIDTH, typename T, typename Convert = Same>
 __device__ __forceinline__ void stage(Shared<float> to, const T* from, long long stride, int rows,
                                       Convert convert = Convert()) {
@@ -158,7 +167,7 @@ __device__ __forceinline__ void stage(Shared<float> to, const T* from, long long
     }
 }
 
-// `count` zeros, a multiple of 4. The whole block takes part; the caller synchronises.
+// Writes `count` zeros, a multiple of 4. The whole block takes part; the caller synchronises afterwards.
 __device__ __forceinline__ void fill_zeros(Shared<float> to, int count) {
     const float zeros[4] = {};
     for (int i = threadIdx.x * 4; i < count; i += blockDim.x * 4) store(to + i, zeros);

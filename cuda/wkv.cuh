@@ -1,30 +1,30 @@
-// What wkv7.cu and wkv6.cu share: how the state of a head lies in a block, and how its steps are read.
+// What wkv7.cu and wkv6.cu share: how the state of a head is laid out over a block's threads, and how steps are read.
 //
-// Launch: grid (B * H, N / KEPT), block 2 * KEPT threads, KEPT = N up to 64 and 32 above; no dynamic shared memory.
-// The steps are read in chunks of CHUNK; the state before each chunk may be saved: (B, H, ceil(T / CHUNK), N, N) fp32.
+// Options: -DHEAD_SIZE=64 (8, 16, 24, 32, 64, 96 or 128) sets the head size N; -DIO_BF16 as in common.cuh. A compiled
+// module thus has the kernels for one head size and type; their names are the same in every module.
 //
-// A thread holds KEEP x SUM of the state: KEEP of the index that is kept, and SUM of the one that is summed over, of
-// which LANES neighbouring threads share the rest.
+// Launch: grid (B * H, N / KEPT), block 2 * KEPT threads, where KEPT = N up to 64 and 32 above; no dynamic shared
+// memory. Steps are read in chunks of CHUNK. The forward may save the state before each chunk: (B, H, ceil(T / CHUNK),
+// N, N) fp32.
+//
+// Each kernel sums over one index of the N x N state, the keys or the values: the summed index. The other is the kept
+// index: its values need nothing of each other, so that a block can hold KEPT of them. A thread holds KEEP x SUM
+// elements of the state: KEEP of the kept index and SUM of the summed index, and the LANES neighbouring threads that
+// have the same kept indices hold the rest of the summed index.
 #pragma once
 #include "common.cuh"
-
-#if IO_BF16
-typedef bf16 io;
-#else
-typedef float io;
-#endif
 
 constexpr int N = HEAD_SIZE;
 constexpr int CHUNK = 16;
 constexpr int LANES = N % 32 == 0 ? 8 : N % 16 == 0 ? 4 : 2;
 constexpr int SUM = N / LANES;
 constexpr int KEEP = LANES / 2;
-constexpr int KEPT = N <= 64 ? N : 32;  // kept by the block: shared memory stays under 48 KB
+constexpr int KEPT = N <= 64 ? N : 32;  // 32 above 64, so that shared memory stays under 48 KB
 constexpr int THREADS = KEPT / KEEP * LANES;
 static_assert(N == 8 || N == 16 || N == 24 || (N % 32 == 0 && N <= 128), "HEAD_SIZE: 8, 16, 24, 32, 64, 96 or 128");
 
-// How many blocks an SM has room for if a thread takes so many registers; with this in __launch_bounds__ it takes
-// about as many at most.
+// How many blocks an SM has room for, 16 at most, if a thread takes so many registers. Given to __launch_bounds__, it
+// makes ptxas use about that many registers at most.
 __device__ constexpr int blocks_of(int registers) {
     const int blocks = 65536 / (registers * ((THREADS + 31) / 32 * 32));
     return blocks < 16 ? blocks : 16;
@@ -34,7 +34,8 @@ __device__ __forceinline__ void check_launch() {
     if (blockDim.x != THREADS || gridDim.y != N / KEPT) __trap();
 }
 
-// The thread's place: its lane among those that share a sum, its first kept index in the block and in the head.
+// Where a thread stands: its lane among the LANES threads that share a sum, the first of its kept indices counted from
+// the block's first and from the head's first, and the mask of its warp.
 struct Place {
     int lane, in_block, kept;
     unsigned warp;
@@ -43,10 +44,13 @@ struct Place {
           in_block(threadIdx.x / LANES * KEEP),
           kept(blockIdx.y * KEPT + in_block),
           warp(warp_lanes()) {}
-    // The first of the four neighbours that are the c-th part of the thread's summed indices.
+    // The thread's summed indices are SUM / 4 groups of four neighbours; this is the first index of group c.
     __device__ int summed(int c) const { return (c * LANES + lane) * 4; }
 };
 
+// The block's head. index: among all heads of the batch; stride: elements from a step to the next in a (B, T, H, N)
+// tensor; first: the element where the head's first step begins; flags: the element of its sequence's first step in a
+// (B, T) tensor.
 struct Head {
     long long index, stride, first, flags;
     __device__ Head(long long steps, long long heads)
@@ -54,17 +58,18 @@ struct Head {
           stride(heads * N),
           first((index / heads * steps * heads + index % heads) * N),
           flags(index / heads * steps) {}
-    // Where step t begins in a (B, T, H, N) tensor.
+    // The element where step t begins in a (B, T, H, N) tensor.
     __device__ long long row(long long t) const { return first + t * stride; }
 };
 
 __device__ __forceinline__ long long count_chunks(long long steps) { return (steps + CHUNK - 1) / CHUNK; }
 
+// The number of steps in the chunk that begins at step t0.
 __device__ __forceinline__ int chunk_rows(long long steps, long long t0) {
     return static_cast<int>(steps - t0 < CHUNK ? steps - t0 : CHUNK);
 }
 
-// Bit t: step t of the chunk begins a document.
+// A mask whose bit t says that step t of the chunk begins a document. seq_start: (B, T), or null where none does.
 __device__ __forceinline__ unsigned chunk_starts(const unsigned char* seq_start, const Head& head, long long t0,
                                                  int rows) {
     unsigned mask = 0;
@@ -83,7 +88,7 @@ __device__ __forceinline__ void clear(Tile& x) {
         for (int e = 0; e < SUM; e++) x[q][e] = 0.0f;
 }
 
-// A thread's part of an N x N matrix in global memory whose rows are the kept index.
+// Load and store a thread's part of an N x N matrix in global memory whose rows are the kept index.
 __device__ __forceinline__ void load_rows(Tile& x, const float* from, const Place& at) {
 #pragma unroll
     for (int q = 0; q < KEEP; q++)
@@ -98,7 +103,7 @@ __device__ __forceinline__ void store_rows(const Tile& x, float* to, const Place
         for (int c = 0; c < SUM / 4; c++)
             store(to + (at.kept + q) * N + at.summed(c), reinterpret_cast<const float(&)[4]>(x[q][c * 4]));
 }
-// The same where its columns are.
+// The same for a matrix whose columns are the kept index.
 __device__ __forceinline__ void load_columns(Tile& x, const float* from, const Place& at) {
 #pragma unroll
     for (int e = 0; e < SUM; e++) {
@@ -118,12 +123,13 @@ __device__ __forceinline__ void store_columns(const Tile& x, float* to, const Pl
     }
 }
 
+// The thread's summed indices of a row of N values.
 __device__ __forceinline__ void load_summed(Shared<float> row, const Place& at, float (&x)[SUM]) {
 #pragma unroll
     for (int c = 0; c < SUM / 4; c++) load(row + at.summed(c), reinterpret_cast<float(&)[4]>(x[c * 4]));
 }
 
-// The thread's part of the sums of x * weights, added to sums[first ...].
+// Adds the thread's part of sum over the summed index e of x[q][e] weights[e] to sums[first + q], for each kept q.
 template <int COUNT>
 __device__ __forceinline__ void add_sums(const Tile& x, const float (&weights)[SUM], float (&sums)[COUNT], int first) {
 #pragma unroll
@@ -131,6 +137,7 @@ __device__ __forceinline__ void add_sums(const Tile& x, const float (&weights)[S
 #pragma unroll
         for (int e = 0; e < SUM; e++) sums[first + q] += x[q][e] * weights[e];
 }
+// Adds the thread's part of sum over the summed index e of x[q][e] y[q][e] to sums[q], for each kept q.
 __device__ __forceinline__ void add_sums(const Tile& x, const Tile& y, float (&sums)[KEEP]) {
 #pragma unroll
     for (int q = 0; q < KEEP; q++)
@@ -138,14 +145,14 @@ __device__ __forceinline__ void add_sums(const Tile& x, const Tile& y, float (&s
         for (int e = 0; e < SUM; e++) sums[q] += x[q][e] * y[q][e];
 }
 
-// x += kept summed^T
+// x += kept summed^T, the outer product of two vectors
 __device__ __forceinline__ void add_outer(Tile& x, const float (&kept)[KEEP], const float (&summed)[SUM]) {
 #pragma unroll
     for (int q = 0; q < KEEP; q++)
 #pragma unroll
         for (int e = 0; e < SUM; e++) x[q][e] += kept[q] * summed[e];
 }
-// x = x diag(decay) + kept summed^T, the decay one of the summed index
+// x = x diag(decay) + kept summed^T, where the decay goes with the summed index
 __device__ __forceinline__ void decay_and_add(Tile& x, const float (&decay)[SUM], const float (&kept)[KEEP],
                                               const float (&summed)[SUM]) {
 #pragma unroll

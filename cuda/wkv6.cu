@@ -1,22 +1,24 @@
-// WKV-6 forward and backward. Per head, with a state S (key j, value i), all vectors columns:
-//     y = S^T r + (r . (u k)) v;  S = diag(d) S + k v^T;   d = exp(-exp(w));  S = 0 first at seq_start
-// Inputs r, k, v, w and y are (B, T, H, N), u (H, N), states (B, H, N_key, N_value) fp32, seq_start uint8 (B, T) or
-// null. Options and alignment: common.cuh. Launch: wkv.cuh.
-//     wkv6_forward          y and the last state; for the backward also the saved states, or null.
-//     wkv6_backward_values  the gradients of v and of the first state;
-//     wkv6_backward_keys    those of r, k, w, and du (B, H, N) fp32, that of u, which the caller sums over B.
-// grad_state, the gradient of the last state, is null where none arrives.
+// WKV-6 forward and backward. Each head has a state S of (key j, value i). With vectors as columns, products of two
+// vectors element by element, and d = exp(-exp(w)), a step does, in this order:
+//     S = 0 if seq_start;  y = S^T r + (r . (u k)) v;  S = diag(d) S + k v^T
+// The inputs r, k, v, w and y are (B, T, H, N), u is (H, N), states are (B, H, N_key, N_value) fp32, seq_start is uint8
+// (B, T) or null where no document begins. Options and launch: wkv.cuh. Alignment: common.cuh.
+//     wkv6_forward          computes y and the last state, and saves the states for a backward (null: saves nothing);
+//     wkv6_backward_values  computes the gradients of v and of the first state;
+//     wkv6_backward_keys    computes those of r, k and w, and du (B, H, N) fp32, the gradient of u for each sequence of
+//                           the batch, which the caller sums.
+// grad_state is the gradient of the last state, or null for zeros.
 //
 // With G the gradient of the state after a step, the gradients are
 //     dv = G^T k + (r . (u k)) dy;  G_before = diag(d) G + r dy^T                                sums over keys
 //     dr = S_before dy + u k (v . dy);  dk = G v + u r (v . dy);  du = r k (v . dy)              sums over values
-//     dd = sums over values of G * S_before;  dw = -exp(w) d dd
-// The first line is the forward with the time reversed, r and k exchanged, and dy for v: `scan` is both.
+//     dd = sum over values of G * S_before;  dw = -exp(w) d dd
+// The first line is the forward with the time reversed, r and k exchanged, and dy in the place of v: `scan` is both.
 //
-// For the others S and G are only needed in products with the chunk's v and dy. Per chunk and key, with S0 the state
-// before the chunk (saved) and G1 the gradient of the state after it,
+// For the other lines S and G are needed only in products with v and dy of the chunk's steps. For a chunk and a key,
+// with S0 the state before the chunk (saved) and G1 the gradient of the state after it, these are
 //     p[t] = G1 v_t;  q[t] = S0 dy_t;  e = G1 S0;  A[s][t] = v_s . dy_t, the same for all keys
-// and the recurrences of S and G, multiplied by the dy and v of other steps, become those of numbers.
+// From them the recurrences of S and G, multiplied by the dy and v of other steps, go on as recurrences of numbers.
 // A decay may be 0: nothing is divided by one, and nothing is the difference of two sums (docs/kernels.md).
 #include "wkv.cuh"
 
@@ -30,7 +32,7 @@ struct Decay {
 };
 
 // The forward (read = r, write = k, x = v), and backwards in time the gradients of v and of the state (read = k,
-// write = r, x = dy). state_in may be null for zeros. Values are kept.
+// write = r, x = dy). state_in may be null for zeros. Values are the kept index.
 template <bool BACKWARD>
 __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __restrict__ write,
                                      const io* __restrict__ x, const io* __restrict__ w, const io* __restrict__ u,
@@ -82,7 +84,7 @@ __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __re
             const int t = BACKWARD ? rows - 1 - j : j;
             float a[SUM], d[SUM], xt[KEEP], ys[KEEP];
             if (!BACKWARD && starts >> t & 1) clear(s);
-            const float own = at.lane == 0 ? READ_AS(float, bonus + t) : 0.0f;  // once in the sum over lanes
+            const float own = at.lane == 0 ? READ_AS(float, bonus + t) : 0.0f;  // added by one lane alone
             load(xs + (t * KEPT + at.in_block), xt);
 #pragma unroll
             for (int q = 0; q < KEEP; q++) ys[q] = own * xt[q];
@@ -115,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SCAN_BLOCKS)
     scan<true>(k, r, dy, w, u, grad_state, seq_start, dv, dstate, nullptr, steps, heads);
 }
 
-// A[s][t] = v_s . dy_t, and behind it the same in reversed time: A of steps 15 - t and 15 - s at [s][t].
+// Computes A[s][t] = v_s . dy_t, and behind it the same in reversed time: v_(15 - t) . dy_(15 - s) at [s][t].
 __device__ __forceinline__ void multiply_steps(Shared<float> products, Shared<float> vs, Shared<float> dys,
                                                const Place& at) {
     for (int s = threadIdx.x / LANES; s < CHUNK; s += THREADS / LANES) {
@@ -146,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
                        io* __restrict__ dk, io* __restrict__ dw, float* __restrict__ du, long long steps,
                        long long heads) {
     check_launch();
-    SHARED(float, v_c, CHUNK * N);  // v until its last use in the chunk, then what dy counts in the next G
+    SHARED(float, v_c, CHUNK * N);  // v until its last use in the chunk, then each dy's factor in G before the chunk
     SHARED(float, dys, CHUNK * N);
     SHARED(float, rs, CHUNK * KEPT);
     SHARED(float, ks, CHUNK * KEPT);
@@ -155,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
     SHARED(float, qs, CHUNK * KEPT);
     SHARED(float, products, 2 * CHUNK * CHUNK);
     SHARED(float, ends, KEPT);    // e
-    SHARED(float, decays, KEPT);  // of the whole chunk
+    SHARED(float, decays, KEPT);  // the product of all decays of the chunk
     const Place at;
     const Head head(steps, heads);
     const long long chunks = count_chunks(steps);
-    // The thread's key, and whether it goes through the chunk's steps backwards.
+    // Each key has two threads: one goes through the chunk's steps forwards, the other backwards.
     const int key = threadIdx.x % KEPT;
     const bool back = threadIdx.x >= KEPT;
     const Shared<float> enters = back ? rs : ks, leaves = back ? ks : rs;
@@ -169,7 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
     clear(g);
     if (grad_state) load_rows(g, grad_state + head.index * N * N, at);
 
-    // The last chunk comes first. Where it is short, the steps it lacks change nothing: r = k = v = dy = 0, d = 1.
+    // The last chunk comes first, and may be short. With r = k = v = dy = 0 and d = 1 the steps that it lacks change
+    // nothing.
     fill_zeros(v_c, CHUNK * N);
     fill_zeros(dys, CHUNK * N);
     fill_zeros(rs, CHUNK * KEPT);
@@ -208,14 +211,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
         }
         __syncthreads();
 
-        // S through the chunk forwards, in products with dy. Before step i
-        //     x[t] = S dy_t for t >= i, and x[i] is that of dr;  end = G1 S
-        // dd = G S comes from end: back from G1 to G by G_before S = d (G S) + r (S dy), a step behind i at a time.
-        // The other half of the threads takes G backwards, with r, S, G1, v in the place of k, G, S0, dy, and counts
-        // the steps from the end. The dd of a step is cheap for the direction that has more than half behind it.
+        // S goes through the chunk forwards, in products with dy. Before step i
+        //     x[t] = S dy_t for t >= i, where x[i] is the part of dr that comes from S;  end = G1 S
+        // dd of step i is G S. It is made of end by going from G1 back to G, one step behind i at a time, by
+        //     G_before S = d (G S) + r (S dy)
+        // The backward threads take G through the chunk in the same way, with r, S, G1, v in the place of k, G, S0, dy,
+        // and count the steps from the end. The fewer steps a direction has left, the cheaper is dd, so that each
+        // computes it for the second half of its steps.
         {
             const Shared<float> dots = back ? ps : qs, others = back ? qs : ps;
-            const unsigned clears = back ? __brev(starts) >> (31 - CHUNK) : starts;  // bit i: before step i
+            const unsigned clears = back ? __brev(starts) >> (31 - CHUNK) : starts;  // bit i: clear before step i
             const long long next = back ? -head.stride : head.stride;
             long long out = from_kept + key + (back ? (CHUNK - 1) * head.stride : 0);
             float x[CHUNK], d[CHUNK], leaving[CHUNK], end = READ_AS(float, ends + key), decay = 1.0f;
@@ -248,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
                         dd = dd * d[t] + leaving[t] * x[t];
                         if (clears >> t & 1) dd = 0.0f;
                     }
-                    grad[0] = d[i] == 0.0f ? 0.0f : -READ_AS(float, exps + row) * d[i] * dd;  // no infinity * 0
+                    grad[0] = d[i] == 0.0f ? 0.0f : -READ_AS(float, exps + row) * d[i] * dd;  // not infinity * 0
                     if (step < rows) store(dw + out, grad);
                 }
 #pragma unroll

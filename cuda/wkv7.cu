@@ -1,22 +1,26 @@
-// WKV-7 forward and backward. Per head, with a state S (value i, key j):
-//     u = S a;  S = S diag(d) + u b^T + v k^T;  y = S r;   d = exp(-e^-0.5 sigmoid(z));  S = 0 first at seq_start
-// Inputs r, z, k, v, a, b and y are (B, T, H, N), states (B, H, N_value, N_key) fp32, seq_start uint8 (B, T) or
-// null. Options and alignment: common.cuh.
-//
-// Launch: wkv.cuh.
-//     wkv7_forward          y and the last state; for the backward also the state before every CHUNK steps
-//                           (B, H, ceil(T / CHUNK), N_value, N_key) and u (B, T, H, N), fp32, or two nulls.
-//     wkv7_backward_values  then the gradients of v and of the first state, and du, that of u (B, T, H, N) fp32;
-//     wkv7_backward_keys    then the gradients of r, z, k, a, b.
+// WKV-7 forward and backward. Each head has a state S of (value i, key j). With d = exp(-e^-0.5 sigmoid(z)), a step
+// does, in this order:
+//     S = 0 if seq_start;  u = S a;  S = S diag(d) + u b^T + v k^T;  y = S r
+// The inputs r, z, k, v, a, b and y are (B, T, H, N), states are (B, H, N_value, N_key) fp32, seq_start is uint8 (B, T)
+// or null where no document begins. Options and launch: wkv.cuh. Alignment: common.cuh.
+//     wkv7_forward          computes y and the last state; for a backward it saves the state before every CHUNK steps,
+//                           (B, H, ceil(T / CHUNK), N_value, N_key) fp32, and u, (B, T, H, N) fp32 (two nulls: saves
+//                           nothing);
+//     wkv7_backward_values  computes the gradients of v and of the first state, and du, the gradient of u, (B, T, H, N)
+//                           fp32;
+//     wkv7_backward_keys    is launched after it, and computes the gradients of r, z, k, a and b.
 //
 // With G the gradient of the state after a step, the gradients are
 //     G += dy r^T;  dv = G k;  du = G b;  G_before = G diag(d) + du a^T                         sums over keys
 //     dr = S^T dy;  dk = G^T v;  db = G^T u;  da = S_before^T du;  dd = sums of G * S_before    sums over values
-// Rows of G need nothing of each other, so the first line is one kernel over value rows; given u and du, the
-// columns of S and G need nothing of each other either, and the second line is one kernel over key columns.
-// S and G are at hand together only at the ends of chunks. Between them, d * dd comes from sums at hand: per key,
-//     E = sum of G * S before y of a step has added to G;  d dd = E + r dr - k dk - b db;  E_before = d dd + a da,
-// which follows from the recurrences. No division by a decay: docs/kernels.md has the errors of the three ways.
+// The rows of G do not depend on each other, so that the first line is a kernel over value rows. With u and du known,
+// the columns of S and G do not depend on each other either, so that the second line is a kernel over key columns.
+// There S and G are known together only at the ends of chunks. Between these, d dd comes from running sums: for each
+// key, with
+//     E = sum over values of G * S, where G lacks the part that y of this step adds,
+// the recurrences give
+//     d dd = E + r dr - k dk - b db;  E_before = d dd + a da
+// Nothing is divided by a decay: docs/kernels.md has the errors of this way and of two others.
 // Values are the kept index in the first two kernels, keys in the third.
 #include "wkv.cuh"
 
@@ -84,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store_rows(s, state_out + head.index * N * N, at);
 }
 
-// grad_state, the gradient of the last state, is null where none arrives.
+// grad_state is the gradient of the last state, or null for zeros.
 extern "C" __global__ void __launch_bounds__(THREADS)
     wkv7_backward_values(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                          const io* __restrict__ a, const io* __restrict__ b,
@@ -153,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     SHARED(float, dys, CHUNK * N);
     SHARED(float, dus, CHUNK * N);
     SHARED(float, ds, CHUNK * KEPT);
-    // Each holds an input until its last use in the chunk, then a gradient.
+    // Each of these holds an input until its last use in the chunk, then a gradient: k_dr first k and then dr.
     SHARED(float, k_dr, CHUNK * KEPT);
     SHARED(float, b_da, CHUNK * KEPT);
     SHARED(float, r_dk, CHUNK * KEPT);
@@ -183,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         stage<KEPT>(a_db, a + from_kept, head.stride, rows);
         __syncthreads();
 
-        for (int t = 0; t < rows; t++) {  // S through the chunk
+        for (int t = 0; t < rows; t++) {  // S goes through the chunk forwards
             const int row = t * KEPT + at.in_block;
             float x[SUM], w[SUM], sums[2 * KEEP] = {}, d[KEEP], kt[KEEP], bt[KEEP];
             if (starts >> t & 1) clear(s);
@@ -210,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float mine[1] = {sum_shared_out<LANES>(sums, at.lane, at.warp)};
             if (at.lane % 2 == 0) store(ends + (at.in_block + at.lane / 2), mine);
         }
-        for (int t = rows - 1; t >= 0; t--) {  // G back through the chunk
+        for (int t = rows - 1; t >= 0; t--) {  // G goes through the chunk backwards
             const int row = t * KEPT + at.in_block;
             float x[SUM], sums[2 * KEEP] = {}, rt[KEEP], d[KEEP], as[KEEP];
             load(r_dk + row, rt);
@@ -234,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
 
-        // Out with the gradients; r dr - k dk - b db takes the place of dr, a da that of da.
+        // The gradients are written out. r dr - k dk - b db takes the place of dr, and a da that of da.
         for (int i = threadIdx.x; i < rows * (KEPT / 4); i += THREADS) {
             const int t = i / (KEPT / 4), column = i % (KEPT / 4) * 4;
             const long long out = from_kept + t * head.stride + column;
@@ -264,7 +268,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             store(b_da + row, change);
         }
         __syncthreads();
-        if (threadIdx.x < KEPT) {  // d dd, in the same place
+        if (threadIdx.x < KEPT) {  // d dd takes the place of r dr - k dk - b db
             float end[1], change[1];
             load(ends + threadIdx.x, end);
             for (int t = rows - 1; t >= 0; t--) {
@@ -274,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 if (starts >> t & 1) end[0] = 0.0f;
                 store(k_dr + row, end);
                 load(b_da + row, change);
-                if (!(starts >> t & 1)) end[0] += change[0];  // or 0 times an infinite gradient
+                if (!(starts >> t & 1)) end[0] += change[0];  // otherwise a da may be 0 * infinity
             }
         }
         __syncthreads();
@@ -285,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             load(z + out, x);
             load(k_dr + (t * KEPT + column), grad);
 #pragma unroll
-            for (int q = 0; q < 4; q++) {  // log(d) = -e^-0.5 sigmoid(z)
+            for (int q = 0; q < 4; q++) {  // dz = d dd * the derivative of log(d) = -e^-0.5 sigmoid(z)
                 const float e = __expf(-fabsf(x[q])), part = __fdividef(1.0f, 1.0f + e);
                 grad[q] *= -DECAY_SCALE * e * part * part;
             }

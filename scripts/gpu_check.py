@@ -14,8 +14,8 @@ from torch import Tensor
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import wkv6, wkv7
-from rwkv_miss.ops.cuda.kernels import HEAD_SIZES, options, source
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
+from rwkv_miss.ops.cuda.programs import HEAD_SIZES, PROGRAMS
 
 # Relative error in norm: of fp32 sums in another order, and of the rounding of bf16 outputs.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
@@ -54,7 +54,8 @@ def run(op: str, backend: str, tensors: list[Tensor], starts: Tensor, dy: Tensor
 
 
 def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
-    """Of outputs and gradients of a backend, against the reference in float64. "cuda" runs on the GPU."""
+    """The largest relative error in norm among a backend's results and gradients, against the reference in float64. The
+    backend "cuda" runs on the GPU, others on the CPU."""
     tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend == "cuda" else "cpu")
     found = run(op, backend, tensors, starts, dy)
     exact = run(op, "reference", [x.cpu().double() for x in tensors], starts.cpu(), dy.cpu().double())
@@ -63,7 +64,7 @@ def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
 
 
 def milliseconds(f: Callable[[], object]) -> float:
-    """The fastest of ROUNDS, by the device's clock."""
+    """The time of the fastest of ROUNDS calls, by the GPU's clock."""
     f()
     times = []
     for _ in range(ROUNDS):
@@ -96,10 +97,11 @@ def training_step(sizes: ModelConfig, backend: str, B: int, T: int, device: str)
 
 def check_compiling(op: str, table: Table) -> bool:
     names = ", ".join(f"sm_{10 * major + minor}" for major, minor in ARCHITECTURES)
+    program = PROGRAMS[op]
     try:
         began = time.perf_counter()
         for capability in ARCHITECTURES:
-            compile_source(source(op), options(torch.bfloat16, 64), capability)
+            compile_source(program.source, program.variants[torch.bfloat16, 64], capability)
         took = f"{time.perf_counter() - began:.1f} s"
         table.add_row(f"NVRTC {'.'.join(map(str, version()))}, {op}.cu for {names}", took)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from rwkv_miss import doctor
 from rwkv_miss.cli import main
 from rwkv_miss.ops import fla
+from rwkv_miss.ops.dispatch import IMPLEMENTATIONS
 
 
 def test_on_this_machine(capsys):
@@ -78,7 +80,10 @@ def test_an_intel_gpu_is_named_but_commands_run_on_the_cpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
-    monkeypatch.setattr(fla, "unusable", lambda device, *_: None if device.type == "xpu" else "not Intel's")
+    intels = dataclasses.replace(
+        IMPLEMENTATIONS["fla"], unusable=lambda op, device, *_: None if device.type == "xpu" else "not Intel's"
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "fla", intels)
     main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out)
     assert facts["found"]["GPU xpu:0"] == "Arc B580" and "GPU" not in facts["found"]

@@ -1,4 +1,4 @@
-"""The recurrences: one public function each, over several backends that are tested against one reference."""
+"""The recurrences WKV-6 and WKV-7: a public function each, over backends that are tested against a reference."""
 
 from rwkv_miss.config import BACKENDS
 from rwkv_miss.ops.wkv6 import wkv6

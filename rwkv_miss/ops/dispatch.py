@@ -1,10 +1,11 @@
-"""Which backend computes a recurrence, and the call of it."""
+"""Which backend computes a WKV op, and its call."""
 
 from __future__ import annotations
 
 import logging
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,24 +15,62 @@ from rwkv_miss.config import BACKENDS
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import state_dtype
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.cuda import kernels as on_cuda
+from rwkv_miss.ops.cpu import wkv as cpu
+from rwkv_miss.ops.cuda import wkv as cuda
+from rwkv_miss.ops.wkv6_reference import wkv6_reference
+from rwkv_miss.ops.wkv6_torch import wkv6_torch
+from rwkv_miss.ops.wkv7_reference import wkv7_reference
+from rwkv_miss.ops.wkv7_torch import wkv7_torch
 
-# What "auto" tries on a type of device, in order, before "torch".
+
+def _always_usable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the WKV ops.
+
+    Args:
+        functions: by the op's name, (*inputs, state, seq_start) -> (y, the last state) for arguments that were
+            checked and that `unusable` does not refuse; seq_start may be None.
+        unusable: (op, device, dtype, head size) -> why it cannot take such tensors on this machine, or None if it can.
+            It compiles, loads and imports what is needed to know.
+    """
+
+    functions: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]
+    unusable: Callable[[str, torch.device, torch.dtype, int], str | None] = _always_usable
+
+
+# By the names of `config.BACKENDS`, which has "auto" besides.
+IMPLEMENTATIONS = {
+    "reference": Backend({"wkv6": wkv6_reference, "wkv7": wkv7_reference}),
+    "torch": Backend({"wkv6": wkv6_torch, "wkv7": wkv7_torch}),
+    "cpu": Backend({"wkv6": cpu.wkv6, "wkv7": cpu.wkv7}, cpu.unusable),
+    "cuda": Backend({"wkv6": cuda.wkv6, "wkv7": cuda.wkv7}, cuda.unusable),
+    "fla": Backend({"wkv6": fla.wkv6, "wkv7": fla.wkv7}, fla.unusable),
+}
+# What "auto" tries for each type of device, in this order, before it takes "torch".
 NATIVE = {"cuda": ("cuda", "fla"), "xpu": ("fla",), "cpu": ("cpu",)}
 _log = logging.getLogger("rwkv_miss")
 
 
 def dispatch(
     op: str,
-    functions: Mapping[str, Callable[..., tuple[Tensor, Tensor]]],
     backend: str,
     inputs: tuple[Tensor, ...],
     v: Tensor,
     state: Tensor | None,
     seq_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Calls the backend's function, or that of the backend that "auto" takes here, on arguments that were checked.
+    """Computes an op by a backend, or by the one that "auto" takes here.
+
+    Args:
+        op: "wkv6" or "wkv7".
+        inputs, state, seq_start: the op's arguments, checked; v is one of the inputs, (B, T, H, N).
+
+    Returns:
+        y (B, T, H, N), and the state after the last step in memory of its own.
 
     Raises:
         UserError: there is no such backend, or it cannot be used here.
@@ -43,12 +82,12 @@ def dispatch(
         backend = choose(op, *kind)
     if state is None:
         state = v.new_zeros((batch, n_head, n, n), dtype=state_dtype(v))
-    y, last = functions[backend](*inputs, state, seq_start)
+    y, last = IMPLEMENTATIONS[backend].functions[op](*inputs, state, seq_start)
     return y, last.clone() if last is state else last
 
 
 def check_usable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n: int) -> None:
-    """UserError unless there is such a backend and it can take tensors of that device, dtype and head size here."""
+    """Raises UserError unless there is such a backend and it can take tensors of that device, dtype and head size."""
     if backend not in BACKENDS:
         raise UserError(f"{op}: backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if reason := unusable(op, backend, device, dtype, n):
@@ -57,20 +96,15 @@ def check_usable(op: str, backend: str, device: torch.device, dtype: torch.dtype
 
 @torch.compiler.assume_constant_result
 def unusable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
-    """Why a backend cannot take tensors of that device, dtype and head size here, or None if it can."""
-    if backend == "cpu":
-        return on_cpu.unusable(op, device.type, dtype)
-    if backend == "cuda":
-        return on_cuda.unusable(op, device, dtype, n)
-    if backend == "fla":
-        return fla.unusable(device, dtype, n)
-    return None
+    """Why a backend cannot take tensors of that device, dtype and head size here, or None if it can. None for "auto",
+    which always finds one."""
+    return None if backend == "auto" else IMPLEMENTATIONS[backend].unusable(op, device, dtype, n)
 
 
 @torch.compiler.assume_constant_result
 def choose(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
-    """The backend that "auto" takes: the first native one of the device that works, or "torch"; says once which, and
-    why not those before it."""
+    """The backend that "auto" takes: the first native one of the device that can be used, or "torch". Which it is, and
+    why not those before it, is logged once."""
     reasons = []
     for backend in NATIVE.get(device.type, ()):
         if not (reason := unusable(op, backend, device, dtype, n)):
@@ -84,6 +118,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
 
 @cache
 def announce(op: str, backend: str, reasons: str) -> None:
-    """Logs once which backend `auto` took, and why not the others: a warning where it is the slow one."""
+    """Logs, once for the same arguments, which backend "auto" took and why not others: as a warning where it is
+    "torch", the slow one."""
     level = logging.WARNING if backend == "torch" else logging.INFO
     _log.log(level, "%s: using backend %r%s", op, backend, f"; {reasons}" if reasons else "")

@@ -1,7 +1,8 @@
-"""The recurrences by flash-linear-attention's Triton kernels (the package fla-core), on GPUs of AMD, Intel and NVIDIA.
+"""The WKV ops by the Triton kernels of flash-linear-attention (the package fla-core), on AMD, Intel and NVIDIA GPUs.
 
-Its functions take (B, T, H, N), decays as logarithms, and states (B, H, N_key, N_value). Documents in a row: B is 1,
-`cu_seqlens` says where each begins and the last ends, and each has a state of its own.
+Its functions take inputs (B, T, H, N), decays as logarithms, and states (B, H, N_key, N_value). Where documents begin
+inside the rows of a batch, it wants the rows end to end as one row (B = 1): `cu_seqlens` then has the step at which
+each document begins, and last the number of steps, and each document has a first and a last state of its own.
 """
 
 from __future__ import annotations
@@ -10,26 +11,27 @@ import math
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.ops.wkv7_reference import DECAY_SCALE
 
-# What torch calls the devices that Triton compiles for; ROCm's are cuda, Intel's xpu.
+# torch's names for the devices that Triton compiles for: "cuda" are NVIDIA's and, with ROCm, AMD's; "xpu" Intel's.
 DEVICES = ("cuda", "xpu")
 INSTALL = "pip install 'rwkv-miss[fla]'"
 # The first version whose kernels were compared with the reference.
 OLDEST = (0, 6)
-# Triton multiplies no matrices narrower than 16; the kernels hold a whole head's width, of 256 at most.
+# Triton cannot multiply matrices narrower than 16, and the kernels hold a head of at most 256 at once.
 _HEAD_SIZES = range(16, 257)
 # exp(-104) is 0 in fp32: a decay below it is 0, and its gradient too.
 _MAX_W = math.log(104.0)
 
 
-def unusable(device: torch.device, dtype: torch.dtype, n: int) -> str | None:
-    """Why this backend cannot take tensors of that device, dtype and head size here, or None if it can. Imports
-    fla-core, once all else is well."""
+def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """Why this backend cannot take tensors of that device, dtype and head size here, or None if it can: the same for
+    both ops. Imports fla-core if nothing else stands against it."""
     if device.type not in DEVICES:
         return f"the tensors are on {device.type}, it takes GPUs ({', '.join(DEVICES)})"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -41,6 +43,7 @@ def unusable(device: torch.device, dtype: torch.dtype, n: int) -> str | None:
 
 @cache
 def functions_or_reason() -> tuple[dict[str, Callable] | None, str | None]:
+    """fla-core's functions for "wkv6" and "wkv7", and None; or None and why it cannot be used."""
     try:
         import fla
         from fla.ops.rwkv6 import chunk_rwkv6
@@ -51,7 +54,7 @@ def functions_or_reason() -> tuple[dict[str, Callable] | None, str | None]:
         if error.name == "fla":
             return None, f"fla-core is not installed; {INSTALL}"
         return None, f"fla-core cannot be imported: {error}"
-    except Exception as error:  # it looks for a GPU while it is imported
+    except Exception as error:  # importing it looks for a GPU, which can fail in many ways
         return None, f"fla-core cannot be imported: {error!r}"
     if tuple(map(int, re.findall(r"\d+", fla.__version__)[:2])) < OLDEST:
         return None, f"fla-core {fla.__version__} is older than {'.'.join(map(str, OLDEST))}; {INSTALL}"
@@ -61,10 +64,10 @@ def functions_or_reason() -> tuple[dict[str, Callable] | None, str | None]:
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv6`, already checked.
+    """`rwkv_miss.ops.wkv6` for arguments that were checked, with a state.
 
-    The kernels sum logarithms of decays over chunks of 64 steps and take differences: the stronger the decays, the
-    more digits y and, above all, the gradient of w lose.
+    The kernels sum logarithms of decays over chunks of 64 steps and take differences of the sums: the stronger the
+    decays, the more digits are lost in y and, above all, in the gradient of w.
     """
     log_d = -torch.exp(w.float().clamp(max=_MAX_W))
     return _run("wkv6", {"r": r, "k": k, "v": v, "w": log_d}, state, seq_start, u=u)
@@ -73,17 +76,28 @@ def wkv6(
 def wkv7(
     r: Tensor, z: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv7`, already checked."""
+    """`rwkv_miss.ops.wkv7` for arguments that were checked, with a state."""
     log_d = -DECAY_SCALE * torch.sigmoid(z.float())
-    # Chunks of 64 steps, and within them matrix products of keys divided by decays of down to e^-19: what that
-    # loses is far below bf16's rounding, but not below fp32's.
+    # Faster in bf16: chunks of 64 steps, in which keys are divided by decays of down to e^-19. What that loses is far
+    # below the rounding of bf16, but not below that of fp32.
     options = {"safe_gate": True, "chunk_size": 64} if v.dtype == torch.bfloat16 else {}
     y, last = _run("wkv7", {"r": r, "w": log_d, "k": k, "v": v, "a": a, "b": b}, state.mT, seq_start, **options)
     return y, last.mT
 
 
-def _run(name: str, inputs: dict[str, Tensor], state: Tensor, seq_start: Tensor | None, **options) -> tuple:
-    """y and the last state; states are (B, H, N_key, N_value)."""
+def _run(
+    name: str, inputs: dict[str, Tensor], state: Tensor, seq_start: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Calls fla-core's function for "wkv6" or "wkv7".
+
+    Args:
+        inputs: (B, T, H, N), by the names of the function's parameters.
+        state: (B, H, N_key, N_value).
+        options: further arguments of the function.
+
+    Returns:
+        y (B, T, H, N) and the last state (B, H, N_key, N_value).
+    """
     v = inputs["v"]
     if v.numel() == 0:
         return v.clone(), state.clone()

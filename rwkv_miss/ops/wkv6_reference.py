@@ -1,4 +1,4 @@
-"""The definition of the WKV-6 op: one plain loop over time, differentiated by autograd."""
+"""The definition of the WKV-6 op: a plain loop over time, which autograd differentiates."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def decay(w: Tensor) -> Tensor:
-    """exp(-exp(w)) (RWKV-6, arXiv 2404.05892). From w = 7 on it is 0 even in float64, and so is its gradient:
-    the clamp changes neither, but keeps exp(w) finite, which would make that gradient 0 * infinity."""
+    """exp(-exp(w)), the decay of RWKV-6 (arXiv 2404.05892). From w = 7 on it and its gradient are 0 even in float64.
+    The clamp changes neither; it keeps exp(w) finite, since an infinite one would make that gradient 0 * infinity."""
     return torch.exp(-torch.exp(w.clamp(max=30.0)))
 
 
 def wkv6_reference(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv6`, already checked; computes in the dtype of `state`."""
+    """`rwkv_miss.ops.wkv6` for arguments that were checked, with a state; computes in the dtype of `state`."""
     out_dtype = v.dtype
     r, k, v, w, u = (x.to(state.dtype) for x in (r, k, v, w, u))
     d = decay(w)

@@ -1,4 +1,4 @@
-"""WKV-6 in PyTorch operations, a chunk of steps at a time: any device, float64, differentiated by autograd."""
+"""WKV-6 in PyTorch operations, a chunk of steps at a time, differentiated by autograd: any device, float64 too."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from torch.nn.functional import pad
 
 from rwkv_miss.ops.wkv6_reference import decay
 
-# Steps between the states that are computed one after the other; a power of 2.
+# Steps in a chunk; a power of 2. Only the states between chunks are computed one after the other.
 CHUNK = 32
 
 
 def wkv6_torch(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv6`, already checked; computes in the dtype of `state`.
+    """`rwkv_miss.ops.wkv6` for arguments that were checked, with a state; computes in the dtype of `state`.
 
-    Step t reads what step s < t wrote through the decays between them. A decay may be 0, so these products cannot
-    be quotients of two products from the chunk's start. Halving the chunk again and again, there is one middle m
-    that parts s from t, and
+    Step t reads what a step s < t wrote, times the product of the decays between them. A decay may be 0, so that this
+    product cannot be computed as the quotient of two products from the chunk's start. Instead the chunk is halved again
+    and again. For each pair s < t there is one halving whose middle m lies between them (s < m <= t), and there
 
         prod(s < j < t) d_j = prod(s < j < m) d_j * prod(m <= j < t) d_j
 
-    splits a product into a factor of s and a factor of t, neither above 1: all pairs about one middle are a matrix
-    product. A chunk maps its first state to its last as S -> diag(kept) S + add; only that runs one chunk after
-    the other.
+    is a factor of s times a factor of t, neither above 1. So all pairs about one middle are one matrix product. A chunk
+    maps its first state to its last as S -> diag(kept) S + add; only this map is applied to one chunk after the other.
     """
     n_steps = v.shape[1]
     if n_steps == 0:
@@ -41,17 +40,17 @@ def wkv6_torch(
     r, k, v, w, u = (x.to(state.dtype) for x in (r, k, v, w, u))
     d = decay(w)
     bonus = (r * u * k).sum(-1, keepdim=True) * v
-    if seq_start is not None:  # nothing before a start is read by its step, or kept
+    if seq_start is not None:  # a step that begins a document reads nothing of the state, and keeps nothing of it
         starts = seq_start[:, :, None, None]
         r, d = r.masked_fill(starts, 0.0), d.masked_fill(starts, 0.0)
     r, k, v, d, y = chunks(r), chunks(k), chunks(v), chunks(d, fill=1.0), chunks(bonus)
 
-    # Of blocks of `half` steps: the decays before each step, those after it, and all of them.
+    # In blocks of `half` steps: the products of the decays before each step, of those after it, and of the whole block.
     before, after, kept = torch.ones_like(d), torch.ones_like(d), d
     half = 1
     while half < length:
 
-        def halves(x: Tensor, rows: int = half) -> tuple[Tensor, Tensor]:  # left and right: (.., blocks, rows, N)
+        def halves(x: Tensor, rows: int = half) -> tuple[Tensor, Tensor]:  # left and right, (..., blocks, rows, N)
             return x.unflatten(-2, (-1, 2, rows)).unbind(-3)
 
         (_, r_right), (k_left, _), (v_left, _) = halves(r), halves(k), halves(v)
@@ -71,4 +70,4 @@ def wkv6_torch(
         first.append(state)
         state = kept_c * state + add_c
     y = y + (r * before) @ torch.stack(first, 2)
-    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype), state
+    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :n_steps].to(out_dtype).contiguous(), state

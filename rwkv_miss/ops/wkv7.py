@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rwkv_miss.ops import fla
 from rwkv_miss.ops.arguments import check
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.cuda import kernels as on_cuda
 from rwkv_miss.ops.dispatch import dispatch
-from rwkv_miss.ops.wkv7_reference import wkv7_reference
-from rwkv_miss.ops.wkv7_torch import wkv7_torch
-
-_FUNCTIONS = {
-    "reference": wkv7_reference,
-    "torch": wkv7_torch,
-    "cpu": on_cpu.wkv7,
-    "cuda": on_cuda.wkv7,
-    "fla": fla.wkv7,
-}
 
 
 def wkv7(
@@ -32,25 +19,28 @@ def wkv7(
     seq_start: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The RWKV-7 recurrence (arXiv 2503.14456), per head, with a state S of shape (N_value, N_key):
+    """The RWKV-7 recurrence (arXiv 2503.14456). Each head has a state S of shape (N_value, N_key). A step does, in this
+    order, with d = exp(-e^-0.5 sigmoid(z)):
 
-        S = 0 where seq_start;  S = S diag(d) + (S a) b^T + v k^T;  y = S r,   d = exp(-e^-0.5 sigmoid(z))
+        S = 0 if seq_start;  S = S diag(d) + (S a) b^T + v k^T;  y = S r
 
     Args:
-        r, z, k, v, a, b: (B, T, H, N), one dtype: float32, bfloat16 or (reference and torch only) float64. T may
-            be 0. In RWKV-7, a = -kk and b = kk * in-context rate.
-        state: (B, H, N_value, N_key), float32 (float64 with float64 inputs); None is zeros.
-        seq_start: bool (B, T), True where a document begins: the state starts afresh there. None: nowhere.
-        backend: one of `BACKENDS`. "auto" takes the first that works: "cuda" and "fla" on NVIDIA's GPUs, "fla" on
-            others, "cpu" on a CPU, and then "torch"; it logs once which. "cuda" takes head sizes N of 8, 16, 24, 32,
-            64, 96 and 128, "fla" from 16 to 256.
+        r, z, k, v, a, b: (B, T, H, N), all of one dtype: float32, bfloat16 or, with the backends "reference" and
+            "torch", float64. T may be 0. The model gives a = -kk and b = kk * (in-context learning rate), where kk is
+            the normalised removal key.
+        state: the first state, (B, H, N_value, N_key) in float32 (in float64 for float64 inputs); None is zeros.
+        seq_start: bool (B, T), True at each step that begins a document: the state is set to zeros before it. None: no
+            step does.
+        backend: one of `BACKENDS`. "auto" takes the first that can be used, and logs once which: on NVIDIA's GPUs
+            "cuda", then "fla"; on other GPUs "fla"; on a CPU "cpu"; and where none can, "torch". "cuda" takes head
+            sizes N of 8, 16, 24, 32, 64, 96 and 128, "fla" those from 16 to 256.
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the state after the last step, a new tensor. Both are differentiable
-        with respect to r, z, k, v, a, b and state.
+        y (B, T, H, N) in v's dtype, contiguous; and the state after the last step, shape and dtype as `state`, in
+        memory of its own. Both are differentiable with respect to r, z, k, v, a, b and state.
 
     Raises:
-        UserError: an argument of the wrong shape, dtype or device, or a backend that cannot be used here.
+        UserError: an argument has the wrong shape, dtype or device, or the backend cannot be used here.
     """
     check("wkv7", v, {"r": r, "z": z, "k": k, "a": a, "b": b}, None, state, seq_start)
-    return dispatch("wkv7", _FUNCTIONS, backend, (r, z, k, v, a, b), v, state, seq_start)
+    return dispatch("wkv7", backend, (r, z, k, v, a, b), v, state, seq_start)

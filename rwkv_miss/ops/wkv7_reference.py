@@ -1,4 +1,4 @@
-"""The definition of the WKV-7 op: one plain loop over time, differentiated by autograd."""
+"""The definition of the WKV-7 op: a plain loop over time, which autograd differentiates."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-# The slowest and the fastest decay of a step are exp(0) = 1 and exp(-e^-0.5) = 0.545 (RWKV-7, arXiv 2503.14456).
+# A step's decay is exp(-DECAY_SCALE sigmoid(z)): from 1 down to exp(-e^-0.5) = 0.545 (RWKV-7, arXiv 2503.14456).
 DECAY_SCALE = math.exp(-0.5)
 
 
 def wkv7_reference(
     r: Tensor, z: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, seq_start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as in `rwkv_miss.ops.wkv7`, already checked; computes in the dtype of `state`."""
+    """`rwkv_miss.ops.wkv7` for arguments that were checked, with a state; computes in the dtype of `state`."""
     out_dtype = v.dtype
     r, z, k, v, a, b = (x.to(state.dtype) for x in (r, z, k, v, a, b))
     d = torch.exp(-DECAY_SCALE * torch.sigmoid(z))

@@ -1,21 +1,22 @@
-"""Fixtures for the tests of the recurrences."""
+"""Fixtures for the tests of the WKV ops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.ops.cases import WKV6, WKV7, Recurrence
+from tests.ops.cases import WKV6, WKV7, WkvCase
 
 
 @pytest.fixture(params=[WKV6, WKV7], ids=lambda x: x.name)
-def wkv(request) -> Recurrence:
+def wkv(request) -> WkvCase:
+    """Each op in turn."""
     return request.param
 
 
 @pytest.fixture
 def poisoned():
-    """torch.empty and its kin return NaN."""
+    """New memory (torch.empty and the like) is filled with NaN, so that an element that nobody wrote shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield

@@ -1,5 +1,5 @@
-"""The "fla" backend with fla-core's own kernels, run by Triton's interpreter on CPU tensors. Run by test_fla.py, in a
-process of its own."""
+"""The "fla" backend with fla-core's own kernels, which Triton's interpreter runs on CPU tensors. test_fla.py runs this
+file, in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tests.ops.cases import WKV6, WKV7, odd_starts, run
 from tests.ops.triton_interpreter import prepare
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# Differences of sums of logarithms cost RWKV-6 digits: its decays reach e^-403, and the sums 1e3 and more.
+# RWKV-6 loses digits in float32 to differences of sums of logarithms: its decays reach e^-403, and the sums 1e3 and
+# more.
 TOLERANCE = {(WKV6, FP32): 5e-5, (WKV7, FP32): 2e-6, (WKV6, BF16): 6e-3, (WKV7, BF16): 6e-3}
 prepare()
 
@@ -21,7 +22,7 @@ def cpu_is_a_gpu(monkeypatch):
     monkeypatch.setattr(fla, "DEVICES", ("cpu",))
 
 
-# Chunks are of 64 steps, of 16 for RWKV-7 in fp32; heads are padded to a power of 2.
+# The kernels take chunks of 64 steps, for RWKV-7 in float32 of 16, and pad a head's size to a power of 2.
 @pytest.mark.parametrize(
     ("n_steps", "n", "dtype", "starts"),
     [(1, 16, FP32, False), (17, 64, FP32, False), (33, 24, FP32, True), (70, 16, BF16, True), (17, 32, BF16, False)],
@@ -33,12 +34,13 @@ def test_matches_reference(wkv, n_steps, n, dtype, starts):
     mine = run(wkv.with_backend("fla"), inputs, state, seq_start, weights)
     exact = run(wkv.reference, [x.double() for x in inputs], state.double(), seq_start, weights)
     assert [x.dtype for x in mine] == [dtype, FP32, *[dtype] * len(inputs), FP32]
+    assert mine[0].is_contiguous()
     wkv.assert_close(mine, exact, TOLERANCE[wkv, dtype])
 
 
 def test_decays_of_zero():
     inputs, state = WKV6.make_inputs(40, 16, batch=1)
-    inputs[3][:, ::3] = torch.tensor([5.0, 60.0, 90.0, 1e4] * 4)  # exp(90) is infinite in fp32
+    inputs[3][:, ::3] = torch.tensor([5.0, 60.0, 90.0, 1e4] * 4)  # exp(90) is infinite in float32
     weights = WKV6.make_weights(inputs, state)
     mine = run(WKV6.with_backend("fla"), inputs, state, None, weights)
     exact = run(WKV6.reference, [x.double() for x in inputs], state.double(), None, weights)

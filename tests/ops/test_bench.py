@@ -1,4 +1,4 @@
-"""The benchmark: that it measures what it says, and refuses to time a result that is wrong."""
+"""The benchmark measures what it says, and refuses to time a result that is wrong."""
 
 from __future__ import annotations
 

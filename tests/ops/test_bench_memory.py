@@ -1,4 +1,4 @@
-"""The benchmark of memory: its processes, its table, and the order of its figures."""
+"""The benchmark of memory: its processes and its table run, and its figures have the right order."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ import pytest
 
 from rwkv_miss.ops import wkv7
 from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cpu.kernels import source
+from rwkv_miss.ops.cpu.wkv import source
 from tests.ops.cases import WKV7
+from tests.ops.processes import finish
 
 CANNOT_WRITE = "tiny.cpp is compiled again in every process: cannot write to the cache ({})"
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -31,7 +32,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def load_in_another_process(source: Path, cache: Path, then: str = "") -> subprocess.Popen:
-    """It prints a line if it compiles."""
+    """Starts a Python process that loads the library and then runs the code `then`. It prints a line if it compiles."""
     code = f"""
 from pathlib import Path
 from rwkv_miss.ops.cpu import build
@@ -41,13 +42,6 @@ build._compile = lambda *x: (print("compiled"), real(*x))[1]
 assert load_library(Path({str(source)!r}), cache=Path({str(cache)!r})).answer() == 42
 {then}"""
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    """What it printed."""
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return stdout
 
 
 def test_instruction_sets_are_different_files():
@@ -68,7 +62,7 @@ def test_a_changed_header_makes_another_library(tiny, tmp_path):
 def test_processes_that_compile_at_once_compile_once(tiny, tmp_path):
     cache = tmp_path / "cache"
     processes = [load_in_another_process(tiny, cache) for _ in range(3)]
-    assert "".join(map(finish, processes)).split() == ["compiled"]
+    assert "".join(finish(*processes)).split() == ["compiled"]
     assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
 
 
@@ -103,7 +97,7 @@ load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
 def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path):
     cache = tmp_path / "cache"
     build.load_library(tiny, cache=cache)
-    # Nothing of the cache folder may be written either: the lock is held by us.
+    # A warm start must not wait for the lock either, which this process holds.
     with open(cache / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check = f"""
@@ -135,7 +129,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tiny, tmp_path, caplog):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("fails", ["write", "replace"])
 def test_a_cache_that_is_full_or_read_only_is_done_without(tiny, tmp_path, caplog, monkeypatch, number, fails):
-    """With one compilation and one warning; nothing is left behind."""
+    """There is one compilation and one warning, and nothing but the lock is left in the cache."""
     compiled, real, cache = [], build._compile, tmp_path / "cache"
     monkeypatch.setattr(build, "_compile", lambda *x: (compiled.append(x), real(*x))[1])
 
@@ -158,7 +152,7 @@ def test_the_compilers_last_lines_are_told(tiny, tmp_path):
 
 
 def test_ninja_is_found_without_an_activated_environment(tiny, tmp_path, monkeypatch):
-    folder = tmp_path / "bin"  # all programs but ninja
+    folder = tmp_path / "bin"  # of links to all programs but ninja
     folder.mkdir()
     for program in (p for place in ("/usr/bin", "/bin") for p in Path(place).iterdir()):
         if program.name != "ninja" and not (folder / program.name).exists():

@@ -1,7 +1,9 @@
-"""When the "fla" backend is taken and when refused; on_interpreter.py, which runs its kernels, in another process."""
+"""When the "fla" backend is taken and when it is refused. Its kernels are tested by on_interpreter.py, which runs in a
+process of its own."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import logging
 import math
@@ -37,7 +39,8 @@ def forgetful():
 
 @pytest.fixture
 def install(monkeypatch):
-    """`install(version)` stands in for an fla-core whose kernels no test here calls; `install(None)` for none."""
+    """`install(version)` makes it look as if that version of fla-core were installed (no test calls its kernels), and
+    `install(None)` as if none were."""
 
     def install(version: str | None) -> None:
         for name in [x for x in sys.modules if x.split(".")[0] == "fla"]:
@@ -62,7 +65,7 @@ def test_its_kernels_on_the_cpu(tmp_path):
     options = ["-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *options, "tests/ops/on_interpreter.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     assert int(suite.get("tests")) >= 20
@@ -80,15 +83,15 @@ def test_its_kernels_on_the_cpu(tmp_path):
 )
 def test_tensors_that_are_refused(device, dtype, n, found, install):
     install("0.6.0")
-    assert found in fla.unusable(device, dtype, n)
-    assert fla.unusable(torch.device("xpu", 0), BF16, 64) is None
-    assert fla.unusable(GPU, torch.float32, 16) is None and fla.unusable(GPU, BF16, 256) is None
+    assert found in fla.unusable("wkv7", device, dtype, n)
+    assert fla.unusable("wkv7", torch.device("xpu", 0), BF16, 64) is None
+    assert fla.unusable("wkv7", GPU, torch.float32, 16) is None and fla.unusable("wkv7", GPU, BF16, 256) is None
 
 
 def test_installations_that_are_refused(install, monkeypatch):
     def reason() -> str | None:
         fla.functions_or_reason.cache_clear()
-        return fla.unusable(GPU, BF16, 64)
+        return fla.unusable("wkv7", GPU, BF16, 64)
 
     install(None)
     assert reason() == "fla-core is not installed; pip install 'rwkv-miss[fla]'"
@@ -106,6 +109,8 @@ def test_installations_that_are_refused(install, monkeypatch):
 
 
 def importing_without(missing: str):
+    """An `__import__` for which the package `missing`, which fla-core imports, is not installed."""
+
     def importing(name, *rest):
         if name.startswith("fla"):
             raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
@@ -159,7 +164,8 @@ def test_auto_on_a_gpu(device, hip, version, chosen, level, said, install, monke
 
 def test_auto_prefers_cuda(install, monkeypatch):
     install("0.6.0")
-    monkeypatch.setattr(dispatch.on_cuda, "unusable", lambda *_: None)
+    usable = dataclasses.replace(dispatch.IMPLEMENTATIONS["cuda"], unusable=lambda *_: None)
+    monkeypatch.setitem(dispatch.IMPLEMENTATIONS, "cuda", usable)
     assert dispatch.choose("wkv6", GPU, BF16, 64) == "cuda"
 
 
@@ -173,9 +179,10 @@ for path in pathlib.Path(rwkv_miss.__file__).parent.rglob("[a-z]*.py"):
 x = torch.zeros(1, 2, 1, 16)
 rwkv_miss.ops.wkv7(x, x, x, x, x, x)
 print("not yet")
-rwkv_miss.ops.fla.unusable(torch.device("cuda", 0), x.dtype, 16)
+rwkv_miss.ops.fla.unusable("wkv7", torch.device("cuda", 0), x.dtype, 16)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.stdout.endswith("not yet\n"), result.stderr
     assert result.stderr.endswith("fla was imported\n")

@@ -1,4 +1,4 @@
-"""The loss in pieces is the loss in one piece, and the head sees no position that carries none."""
+"""The loss computed in pieces equals the loss computed at once, and the head sees no position without loss."""
 
 from __future__ import annotations
 

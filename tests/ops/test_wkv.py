@@ -1,4 +1,4 @@
-"""What both recurrences have in common: every backend agrees with the reference, on anything that it may be given."""
+"""What is asked of both WKV ops: every backend agrees with the reference, on anything that it may be given."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import BACKENDS
-from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cpu import kernels as on_cpu
-from rwkv_miss.ops.dispatch import announce
+from rwkv_miss.ops.cpu import build, kernel
+from rwkv_miss.ops.cpu.wkv import source
+from rwkv_miss.ops.dispatch import IMPLEMENTATIONS, announce
 from tests.ops.cases import WKV6, WKV7, odd_starts, run
 
+# The backends that run on this machine, besides the reference.
 FAST = ("torch", "cpu")
 ROOT = Path(__file__).parents[2]
+# The instruction sets that build.py compiles for, from the smallest: a processor runs those up to its own.
 SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 
 @pytest.fixture
 def forgetful():
-    """What is kept for the life of the process is forgotten, before and after."""
-    caches = (on_cpu.library_or_reason, announce)
+    """The libraries and messages that are kept for the life of the process are forgotten, before and after."""
+    caches = (kernel.library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -35,7 +37,7 @@ def forgetful():
 
 
 def steps(inputs: list[torch.Tensor], begin: int, end: int) -> list[torch.Tensor]:
-    """Those of the inputs; u has none."""
+    """The steps from `begin` to `end` of all inputs; u has no steps and stays as it is."""
     return [x[:, begin:end] if x.dim() == 4 else x for x in inputs]
 
 
@@ -79,8 +81,8 @@ def test_every_instruction_set(wkv, capability, dtype, n, monkeypatch, forgetful
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     inputs, state = wkv.make_inputs(45, n, dtype)
     wkv.assert_matches_reference(wkv.with_backend("cpu"), inputs, state, odd_starts(45))
-    used = on_cpu.library_or_reason(wkv.name)[0]
-    assert used._name == build.load_library(on_cpu.source(wkv.name), capability)._name
+    used = kernel.library_or_reason(source(wkv.name))[0]
+    assert used._name == build.load_library(source(wkv.name), capability)._name
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -99,7 +101,17 @@ def test_inputs_that_are_not_contiguous(wkv, backend):
         return wkv.op(*map(strided, leaves), backend=backend)
 
     found = run(of_strided, inputs, state, start, [strided(x) for x in weights])
+    assert found[0].is_contiguous()
     wkv.assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_steps", [0, 1, 16, 33, 64])  # whole chunks, and parts of one
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_y_is_contiguous(wkv, backend, n_steps, dtype):
+    inputs, state = wkv.make_inputs(n_steps, 8, dtype)
+    y, _ = wkv.op(*inputs, state, odd_starts(n_steps), backend=backend)
+    assert y.is_contiguous() and y.shape == inputs[0].shape
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])
@@ -203,7 +215,7 @@ def test_threads_do_not_change_the_result(wkv, n_head):
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 4):  # more than heads: the values of a head are shared out
+        for threads in (1, 2, 4):  # with more threads than heads, several threads compute the values of one head
             torch.set_num_threads(threads)
             results.append(run(wkv.with_backend("cpu"), inputs, state, None, weights))
     finally:
@@ -213,7 +225,7 @@ def test_threads_do_not_change_the_result(wkv, n_head):
 
 
 def test_a_worker_that_was_forked_after_the_threads_had_started():
-    """OpenMP's threads do not live on in a fork; a DataLoader's worker has one thread of its own."""
+    """The threads of OpenMP do not exist in a fork. A DataLoader's worker has one thread, and so needs none of them."""
     code = """
 import torch
 from torch.utils.data import DataLoader
@@ -294,7 +306,8 @@ def test_with_a_compiler_auto_takes_cpu(wkv, forgetful, caplog):
 
 
 def wrong(letter: str) -> list[tuple]:
-    """Every way in which one argument of a shape of its own is wrong, and a few for those that are like v."""
+    """(argument, how to make it wrong, what the message must say): every way for `state` and `seq_start`, whose shapes
+    are their own, a few for the inputs that have the shape of v, and for the input `letter` its dtype."""
     return [
         ("r", lambda x: x[:, :1], r"r is \(2, 1, 2, 4\)"),
         ("v", lambda x: x[0], r"v has shape \(3, 2, 4\)"),
@@ -310,6 +323,7 @@ def wrong(letter: str) -> list[tuple]:
     ]
 
 
+# The same for u of WKV-6.
 OF_U = [
     ("u", lambda x: x.flatten(), r"u is \(8,\)"),
     ("u", lambda x: x.bfloat16(), "u is .* torch.bfloat16"),
@@ -330,4 +344,11 @@ def test_wrong_arguments_are_named_with_what_was_found(recurrence, name, change,
 
 
 def test_every_backend_is_tested_here():
-    assert set(BACKENDS) == {"auto", "reference", "cuda", "fla", *FAST}  # cuda: tests/ops/cuda; fla: test_fla.py
+    assert set(BACKENDS) == {
+        "auto",
+        "reference",
+        "cuda",
+        "fla",
+        *FAST,
+    }  # "cuda" is tested in tests/ops/cuda, "fla" by test_fla.py
+    assert list(BACKENDS) == ["auto", *IMPLEMENTATIONS]

@@ -1,4 +1,4 @@
-"""What is asked of the WKV-6 op alone: the reference against its definition written otherwise, and extreme decays."""
+"""What is asked of WKV-6 alone: the reference is another form of its definition, and extreme decays are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_the_reference_is_attention_with_decay():
     np.testing.assert_allclose(last[0, 0].numpy(), end, rtol=1e-12)
 
 
-# Decays of 0.9997, 1e-4, 2e-24 and, in fp32, 0. exp(w) is rounded, so that a decay exp(-exp(w)) is off by 6e-8 exp(w).
+# Decays of 0.9997, 1e-4, 2e-24 and, in float32, 0. The rounding of exp(w) alone puts a decay exp(-exp(w)) off by
+# 6e-8 exp(w): hence the tolerance.
 @pytest.mark.parametrize("w", [-8.0, 2.22, 4.0, 5.0, 6.0])
 @pytest.mark.parametrize("backend", FAST)
 def test_weakest_and_strongest_decay(backend, w, poisoned):
@@ -43,7 +44,7 @@ def test_weakest_and_strongest_decay(backend, w, poisoned):
 @pytest.mark.parametrize("backend", ["reference", *FAST])
 def test_a_decay_of_zero_has_a_gradient_of_zero(backend):
     inputs, state = WKV6.make_inputs(40, 8)
-    inputs[3][:, ::3] = torch.tensor([5.0, 60.0, 90.0, 1e4] * 2)  # exp(90) is infinite in fp32
+    inputs[3][:, ::3] = torch.tensor([5.0, 60.0, 90.0, 1e4] * 2)  # exp(90) is infinite in float32
     results = run(WKV6.with_backend(backend), inputs, state, None, WKV6.make_weights(inputs, state))
     dw = results[WKV6.results.index("dw")]
     assert all(x.isfinite().all() for x in results)

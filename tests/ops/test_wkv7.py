@@ -1,4 +1,4 @@
-"""What is asked of the WKV-7 op alone: the reference against its definition written otherwise, and extreme decays."""
+"""What is asked of WKV-7 alone: the reference is another form of its definition, and extreme decays are right."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_reference_is_the_product_of_dense_transition_matrices():
     np.testing.assert_allclose(last[0, 0].numpy(), total, rtol=1e-12)
 
 
-# At 6 the gradient of z is small but not lost; at 100 and -100 the sigmoid is exactly 1, or almost 0.
+# At z = 6 the gradient of z is small but not lost; at 100 the sigmoid is exactly 1, at -100 almost 0.
 @pytest.mark.parametrize("z_shift", [100.0, 6.0, -6.0, -100.0])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_strongest_and_weakest_decay(backend, z_shift, poisoned):

@@ -1,5 +1,5 @@
-"""What Triton's interpreter lacks to run fla-core's kernels on a CPU. Imported before `fla`, in a process whose
-environment has TRITON_INTERPRET=1."""
+"""Fills the gaps of Triton's interpreter that keep it from running fla-core's kernels on a CPU. To be imported before
+`fla`, in a process whose environment has TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -14,36 +14,41 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 class Index(int):
-    """What a compiled kernel's loop counts with: unlike an int it can be cast."""
+    """The counter of a loop in a kernel. Unlike an int it has the method `to`, as the counters of compiled loops do."""
 
     def to(self, dtype: tl.dtype) -> Index:
         return self
 
 
 def counted(*bounds) -> map:
+    """`range` for kernels."""
     return map(Index, range(*bounds))
 
 
 def gather(src: tl.tensor, index: tl.tensor, axis: int) -> tl.tensor:
-    """The interpreter replaces what a kernel finds in triton.language, and not what fla-core took from there."""
+    """triton.language.gather, looked up when it is called: the interpreter replaces the functions of triton.language,
+    but fla-core holds the original of this one."""
     return tl.core.gather(src, index, axis)
 
 
 def widened(x: TensorHandle) -> TensorHandle:
-    """The interpreter keeps bf16 as the integers of its bits, and computes with those."""
+    """bfloat16 as float32, and anything else as it is: the interpreter keeps bfloat16 as integers that have its bits,
+    and would compute with those."""
     if x.dtype.scalar != tl.bfloat16:
         return x
     return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def narrowed(x: np.ndarray) -> np.ndarray:
-    """The bits of fp32 rounded to bf16 as GPUs do, to the nearest; the interpreter cuts them off."""
+    """The bits of float32 rounded to the nearest bfloat16, as GPUs do it; the interpreter cuts the low bits off."""
     return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy()
 
 
 def prepare() -> None:
-    """Changes Triton, and imports fla-core."""
-    autotuner.Autotuner.do_bench = staticmethod(lambda _, quantiles: [1.0] * len(quantiles))  # it times on a GPU
+    """Makes the changes to Triton, and imports fla-core."""
+    autotuner.Autotuner.do_bench = staticmethod(
+        lambda _, quantiles: [1.0] * len(quantiles)
+    )  # it would measure times on a GPU
     tl.gather = gather
     dot, binary_op = InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
     convert = interpreter._convert_float
@@ -58,11 +63,11 @@ def prepare() -> None:
 
     def binary_op_of_floats(self, lhs, rhs, op):
         result = binary_op(self, widened(lhs), widened(rhs), op)
-        if lhs.dtype.scalar != tl.bfloat16 or result.data.dtype != np.float32:  # a comparison's result is no float
+        if lhs.dtype.scalar != tl.bfloat16 or result.data.dtype != np.float32:  # the result of a comparison is no float
             return result
         return TensorHandle(narrowed(result.data), tl.bfloat16)
 
-    def get_bf16(self, value):  # Triton 3.7 and 3.8 have none
+    def get_bf16(self, value):  # Triton 3.7 and 3.8 lack this method
         return self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
 
     interpreter._convert_float = convert_to_nearest

@@ -1,4 +1,4 @@
-"""Which lines of the .cu and .cuh files ran: build with `OPTIONS`, launch, then `lines_run`."""
+"""Which lines of the .cu and .cuh files ran: build with `OPTIONS`, launch, then ask `lines_run`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPTIONS = ("-O0", "--coverage", "-DSIMT_COVERAGE")
 
 
 def lines_run(library: ctypes.CDLL) -> dict[tuple[str, int], bool]:
-    """(file, line) -> whether it has run in any instance of its template, for every line with code."""
+    """For every line with code, by (file name, line number): whether it has run, in any instance of its template."""
     library.simt_write_coverage()
     path = Path(library._name)
     data = next(path.parent.glob(f"{path.name}-*.gcda"))

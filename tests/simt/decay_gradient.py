@@ -1,9 +1,11 @@
-"""The error in fp32 of three ways to the gradient of WKV-7's decay, against float64.
+"""The errors in float32 of three ways to compute the gradient of WKV-7's decay, against float64.
 
-`python tests/simt/decay_gradient.py` prints the table of docs/kernels.md.
+`python tests/simt/decay_gradient.py` prints the table of docs/kernels.md. The ways are:
 
-replay: the states of a chunk are computed again and kept. division: they are stepped backwards from the chunk's end,
-S_before = (S - u b^T - v k^T) / d. sums: as in cuda/wkv7.cu, no state but at the chunk's end.
+replay: the states of a chunk are computed again from its first one, and kept.
+division: they are stepped backwards from the chunk's last one, S_before = (S - u b^T - v k^T) / d.
+sums: as in cuda/wkv7.cu, products of the state and its gradient are formed at the chunk's last step alone; running sums
+give them at the steps before.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import numpy as np
 
 STEPS, N = 257, 64
 DECAY_SCALE = np.exp(-0.5)
-# name -> mean and deviation of z, factor of every 7th k and every 5th v
+# By the name in the table: mean and standard deviation of z, and a factor of every 7th k and every 5th v.
 CASES = {
     "usual, z = N(0, 2)": (0, 2, 1),
     "strongest, z = 8": (8, 0.1, 1),
@@ -22,6 +24,7 @@ CASES = {
 
 
 def make_inputs(mean: float, deviation: float, outlier: float) -> list[np.ndarray]:
+    """r, z, k, v, a, b and the gradient of y, (STEPS, N); the first state and the gradient of the last, (N, N)."""
     rng = np.random.default_rng(0)
     r, z, k, v, kk, rate, dy = rng.standard_normal((7, STEPS, N))
     kk /= np.linalg.norm(kk, axis=-1, keepdims=True)
@@ -33,7 +36,14 @@ def make_inputs(mean: float, deviation: float, outlier: float) -> list[np.ndarra
 
 
 def gradients(inputs: list[np.ndarray], way: str, chunk: int, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Of z and a."""
+    """The gradients of z and a, (STEPS, N).
+
+    Args:
+        inputs: what `make_inputs` returns.
+        way: "replay", "division" or "sums".
+        chunk: the number of steps after each of which a state is known.
+        dtype: what everything is computed in.
+    """
     r, z, k, v, a, b, dy, s, g = (x.astype(dtype) for x in inputs)
     scale = dtype(DECAY_SCALE)
     sigmoid = 1 / (1 + np.exp(-z))
@@ -68,6 +78,7 @@ def gradients(inputs: list[np.ndarray], way: str, chunk: int, dtype: type) -> tu
 
 
 def table() -> str:
+    """A row for each case, with the relative errors in norm of the gradients of z and a for each way and chunk."""
     ways = [("replay", 16), ("division", 16), ("division", 32), ("sums", 16), ("sums", 64), ("sums", 257)]
     lines = [f"| inputs | {' | '.join(f'{way}, {chunk}' for way, chunk in ways)} |", "|" + " --- |" * (len(ways) + 1)]
     for name, case in CASES.items():

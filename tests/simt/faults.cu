@@ -1,4 +1,5 @@
-// Kernels for test_simt.py: most have one fault each, which the emulator must report.
+// Kernels for test_simt.py. Most have one fault each, which the emulator must report; the last ones call functions of
+// common.cuh.
 #include "common.cuh"
 
 #define KERNEL extern "C" __global__ void
@@ -17,7 +18,7 @@ __device__ void write_out(float* out, float x) {
     store(out + blockIdx.x * blockDim.x + threadIdx.x, one);
 }
 
-// Turns each block's part of x round, through shared memory: no fault.
+// Without a fault: reverses the order of each block's part of x, through shared memory.
 KERNEL turn_round(const float* x, float* out) {
     SHARED(float, tile, 128);
     float one[1];
@@ -53,7 +54,7 @@ KERNEL within_warp(float* out, long long synchronise, long long distance) {
     if (synchronise) __syncwarp(warp_lanes());
     write_out(out, get(tile + (threadIdx.x ^ distance)));
 }
-// The read by two warps, then a write by one of the readers.
+// Two warps read an element, then one of the readers writes it.
 KERNEL read_by_two_warps(float* out) {
     SHARED(float, tile, 128);
     if (threadIdx.x == 0) put(tile + 0, 1);
@@ -62,7 +63,7 @@ KERNEL read_by_two_warps(float* out) {
     __syncwarp(warp_lanes());
     if (threadIdx.x == 0) put(tile + 0, 2);
 }
-// A shuffle puts the write behind the read in time, but promises no order of memory.
+// The shuffle makes the write come later than the read, but CUDA promises no order of memory for it.
 KERNEL write_after_read_in_warp(float* out) {
     SHARED(float, tile, 128);
     put(tile + threadIdx.x, 0);
@@ -135,7 +136,8 @@ KERNEL from_bf16(const bf16* x, float* out, long long n) {
         store(out + i, one);
     }
 }
-// Each thread's `count` values are threadIdx.x * count + 0, 1, ...; out (thread, 2): both sums over 8 lanes.
+// The values of a thread are threadIdx.x * 8 + q for q = 0 to 7. out has 6 numbers for each thread: what sum_shared_out
+// gives it of the sums of 8 values and of the first 4 values over 8 lanes, then the 4 sums of sum_to_all.
 KERNEL lane_sums(float* out) {
     float x[8], y[4];
     for (int q = 0; q < 8; q++) x[q] = threadIdx.x * 8 + q;

@@ -1,7 +1,7 @@
-"""Registers, spills, shared memory and blocks per SM of every kernel, for every head size, type and architecture, as
-NVRTC reports them: needs neither nvcc nor a GPU.
+"""Registers, spills, shared memory and blocks per SM of every kernel in the table of programs, for each variant and
+architecture, as NVRTC reports them: needs neither nvcc nor a GPU.
 
-`python -m tests.simt.resources` writes docs/kernels_resources.md; with `--print` it only prints it.
+`python -m tests.simt.resources` writes docs/kernels_resources.md; with `--print` it prints the text instead.
 """
 
 from __future__ import annotations
@@ -15,16 +15,26 @@ from pathlib import Path
 
 from cuda.bindings import nvrtc
 
-ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "kernels_resources.md"
-SOURCES = ("wkv6.cu", "wkv7.cu")
-HEAD_SIZES = (128, 96, 64, 32, 24, 16, 8)  # what takes longest first
-TYPES = {"bf16": 1, "fp32": 0}
+from rwkv_miss.ops.cuda.nvrtc import SOURCES
+from rwkv_miss.ops.cuda.programs import PROGRAMS
+from rwkv_miss.ops.cuda.wkv import launch_shape
+from tests.simt.harness import macros
+
+TABLE = Path(__file__).parents[2] / "docs" / "kernels_resources.md"
+
+
+def _wkv_threads(n: int) -> int:
+    return launch_shape(1, 1, n)[1]
+
+
+# For each program the function from the head size to the threads of a block.
+THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads}
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What an SM has (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+    """What an SM holds at most: threads, blocks and KB of shared memory (CUDA C++ Programming Guide, technical
+    specifications per compute capability)."""
 
     threads: int
     blocks: int
@@ -49,28 +59,27 @@ _REPORT = re.compile(
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: per thread. local: bytes of stack or of spills, which would be in global memory. shared: bytes of
-    static shared memory per block."""
+    """What one kernel takes. registers: per thread; local: bytes of stack or of spilled registers, which would lie in
+    global memory; shared: bytes of static shared memory per block; threads: of a block."""
 
     registers: int
     local: int
     shared: int
+    threads: int
 
 
-Key = tuple[str, int, str, int]  # kernel, head size, type, architecture
+Key = tuple[str, int, str, int]
+"""kernel, head size (0: none), type ("bf16" or "fp32"), architecture (such as 90)"""
 
 
-def measure(source: str, n: int, dtype: str, architecture: int) -> dict[Key, Resources]:
-    """Compiles as rwkv_miss/ops/cuda/nvrtc.py does, and reads what ptxas has to say."""
-    options = [f"-DHEAD_SIZE={n}", f"-DIO_BF16={TYPES[dtype]}", "--std=c++17", f"--gpu-architecture=sm_{architecture}"]
-    headers = sorted((ROOT / "cuda").glob("*.cuh"))
+def measure(source: Path, options: tuple[str, ...], architecture: int, threads: int) -> dict[str, Resources]:
+    """Compiles a file as rwkv_miss/ops/cuda/nvrtc.py does, and reads from ptxas's report what each kernel takes."""
+    headers = sorted(SOURCES.glob("*.cuh"))
     texts, names = [x.read_bytes() for x in headers], [x.name.encode() for x in headers]
-    error, program = nvrtc.nvrtcCreateProgram(
-        (ROOT / "cuda" / source).read_bytes(), source.encode(), len(headers), texts, names
-    )
+    error, program = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), texts, names)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, error
-    options = [x.encode() for x in (*options, "--ptxas-options=-v")]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    options = (*options, "--std=c++17", f"--gpu-architecture=sm_{architecture}", "--ptxas-options=-v")
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [x.encode() for x in options])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     buffer = bytes(size + 1)  # written in place
     nvrtc.nvrtcGetProgramLog(program, buffer)
@@ -79,70 +88,89 @@ def measure(source: str, n: int, dtype: str, architecture: int) -> dict[Key, Res
     found = {}
     for part in log.split("Compiling ")[1:]:
         name, stack, stores, loads, registers, shared = _REPORT.search(part).groups()
-        found[name, n, dtype, architecture] = Resources(
-            int(registers), int(stack) + int(stores) + int(loads), int(shared)
-        )
+        found[name] = Resources(int(registers), int(stack) + int(stores) + int(loads), int(shared), threads)
     nvrtc.nvrtcDestroyProgram(program)
     return found
 
 
+def measure_variant(name: str, options: tuple[str, ...], architecture: int) -> dict[Key, Resources]:
+    """`measure` for a program of the table and the options of one of its variants."""
+    n, dtype = head_size(options), "bf16" if macros(options).get("IO_BF16") else "fp32"
+    found = measure(PROGRAMS[name].source, options, architecture, THREADS[name](n))
+    return {(kernel, n, dtype, architecture): x for kernel, x in found.items()}
+
+
+def head_size(options: tuple[str, ...]) -> int:
+    """The head size that a program is compiled for, or 0 if it has none."""
+    return macros(options).get("HEAD_SIZE", 0)
+
+
 def measure_all() -> dict[Key, Resources]:
-    """Every combination, in as many processes as there are processors."""
+    """Measures every variant of every program for every architecture, in as many processes as there are processors."""
+    combinations = [
+        (name, options, architecture)
+        for name, program in PROGRAMS.items()
+        for options, architecture in product(program.variants.values(), ARCHITECTURES)
+        if divmod(architecture, 10) >= program.oldest
+    ]
+    combinations.sort(key=lambda x: -head_size(x[1]))  # what takes longest first
     found: dict[Key, Resources] = {}
     with ProcessPoolExecutor() as pool:
-        for part in pool.map(measure, *zip(*product(SOURCES, HEAD_SIZES, TYPES, ARCHITECTURES), strict=True)):
+        for part in pool.map(measure_variant, *zip(*combinations, strict=True)):
             found |= part
     return found
 
 
-def threads_of(n: int) -> int:
-    return 2 * (n if n <= 64 else 32)
-
-
-def blocks_per_sm(resources: Resources, threads: int, architecture: int) -> int:
-    """How many blocks are in an SM at once. Of its 65,536 registers a thread takes a multiple of 8, and warps come in
-    fours; of its shared memory a block takes 1 KB more from compute capability 8.0 on (as NVIDIA's occupancy
-    calculator has it)."""
+def blocks_per_sm(resources: Resources, architecture: int) -> int:
+    """How many blocks of a kernel an SM runs at once, by the rules of NVIDIA's occupancy calculator: an SM has 65,536
+    registers, of which a thread takes a multiple of 8 and which are given to warps in fours; from compute capability
+    8.0 on a block takes 1 KB of shared memory beside its own."""
     sm = ARCHITECTURES[architecture]
-    warps = -(-threads // 32)
+    warps = -(-resources.threads // 32)
     by_registers = 65536 // (-(-resources.registers // 8) * 8 * 32) // 4 * 4 // warps
     by_shared = sm.shared_kb * 1024 // (resources.shared + (1024 if architecture >= 80 else 0))
     return min(sm.blocks, sm.threads // (32 * warps), by_registers, by_shared)
 
 
 def rows(found: dict[Key, Resources]) -> list[list[str]]:
-    """A row per kernel, head size and type: shared memory, and per architecture registers and blocks per SM."""
+    """A row for each kernel, head size and type: shared memory, then registers and blocks per SM by architecture. "-"
+    stands for an architecture that the program is not written for, and for the head size of one that has none."""
     lines = []
     for kernel, n, dtype in sorted({key[:3] for key in found}):
-        of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES}
+        of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES if (kernel, n, dtype, x) in found}
         shared = sorted({str(x.shared) for x in of.values()})
-        cells = [
-            f"{x.registers}{f' + {x.local} spilled' if x.local else ''} ({blocks_per_sm(x, threads_of(n), name)})"
-            for name, x in of.items()
-        ]
-        lines.append([kernel, str(n), dtype, "/".join(shared), *cells])
+        cells = [_cell(of[x], x) if x in of else "-" for x in ARCHITECTURES]
+        lines.append([kernel, str(n or "-"), dtype, "/".join(shared), *cells])
     return lines
 
 
+def _cell(found: Resources, architecture: int) -> str:
+    spilled = f" + {found.local} spilled" if found.local else ""
+    return f"{found.registers}{spilled} ({blocks_per_sm(found, architecture)})"
+
+
 def version() -> str:
+    """NVRTC's version."""
     _, major, minor = nvrtc.nvrtcVersion()
     return f"{major}.{minor}"
 
 
 def text(found: dict[Key, Resources]) -> str:
+    """The text of docs/kernels_resources.md."""
     header = ["kernel", "N", "type", "shared", *(f"sm_{x}" for x in ARCHITECTURES)]
     table = [header, ["---"] * len(header), *rows(found)]
     return f"""# Resources of the CUDA kernels
 
-Written by `python -m tests.simt.resources`, by NVRTC {version()}; tests/simt/test_resources.py compares. Bytes of
-static shared memory per block, and per architecture registers per thread and, in brackets, blocks per SM. A block is
-2N threads up to N = 64 and 64 above. Nothing spills: that would be an error.
+Written by `python -m tests.simt.resources`, by NVRTC {version()}; tests/simt/test_resources.py compares. The
+columns: bytes of static shared memory per block, then for each architecture the registers per thread and, in brackets,
+the blocks that an SM runs at once. A block has 2N threads up to N = 64 and 64 above. No kernel spills registers: a test
+fails if one does.
 
 """ + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
 def parse(table: str) -> tuple[str, dict[tuple[str, ...], list[str]]]:
-    """The version of NVRTC in what `text` wrote, and its rows by kernel, head size and type."""
+    """Reads what `text` wrote: the version of NVRTC, and the rows by kernel, head size and type."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     return re.search(r"by NVRTC (\S+);", table)[1], {tuple(row[:3]): row[3:] for row in cells[2:]}
 

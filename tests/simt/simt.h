@@ -1,13 +1,15 @@
-// Runs CUDA kernels on the CPU: g++ -include simt.h -x c++ kernel.cu. A block's threads are fibers, run one after the
-// other in random order from a seed; __syncthreads, __syncwarp and shuffles switch between them. Reported, with the
-// launch's end: barriers that not all threads reach, shuffles that not all lanes of a warp reach, races on shared
-// memory, reads of shared memory that was never written, accesses out of bounds or not aligned.
+// Runs CUDA kernels on the CPU: g++ -include simt.h -x c++ kernel.cu. Blocks run one after the other. The threads of a
+// block are fibers, of which one runs at a time, in a random order that a seed picks; __syncthreads, __syncwarp and
+// shuffles switch between them. A fault ends the launch and is reported. Faults are: a barrier that not all threads
+// reach, a shuffle that not all lanes of a warp reach, a race on shared memory, a read of shared memory that was never
+// written, an access out of bounds or not aligned.
 //
-// A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between
-// them, nor a __syncwarp within a warp. Shuffles order nothing: CUDA promises no memory order for them.
+// A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
+// and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them.
 //
-// Kernels declare shared arrays by SHARED, take pointers into them as Shared<T>, and access them, and global memory,
-// by READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses; harness.py makes lines of them.
+// Kernels declare shared arrays with SHARED, take pointers into them as Shared<T>, and access both these and global
+// memory with READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses, which harness.py replaces by
+// lines of the source.
 #pragma once
 #include <dlfcn.h>
 #include <execinfo.h>
@@ -47,25 +49,26 @@ const char* const STATES[] = {"is ready", "waits at __syncthreads", "waits for i
 struct Thread {
     State state;
     bool begun;
-    int line;               // of the barrier it waits at
-    const char* operation;  // and its name
-    unsigned order;         // __syncwarps passed
-    unsigned shuffles;
+    int line;               // of the barrier at which it waits
+    const char* operation;  // the name of that barrier
+    unsigned order;         // the number of __syncwarps that it has passed
+    unsigned shuffles;      // the number of shuffles that it has reached
     jmp_buf where;
     ucontext_t start;
     std::unique_ptr<char[]> stack{new char[STACK]};
 };
 static std::vector<Thread> threads;
-static std::vector<uint64_t> slots;  // [warp][parity][lane]: a value on its way through a shuffle
+static std::vector<uint64_t> slots;  // [warp][parity of the shuffle][lane]: a value on its way through a shuffle
 static jmp_buf scheduler, failure;
-static int current, count;
-static unsigned barriers;  // __syncthreads passed, over all blocks
+static int current, count;  // the thread that runs, and the number of threads in a block
+static unsigned barriers;   // the number of __syncthreads passed, over all blocks
 static std::mt19937_64 order;
 static char report[4096];
-static std::vector<std::pair<uintptr_t, uintptr_t>> global;  // the bytes that the kernel may touch: [begin, end)
+static std::vector<std::pair<uintptr_t, uintptr_t>> global;  // the memory that the kernel may touch: [begin, end)
 static uint64_t arguments[MAX_ARGUMENTS];
 static void* kernel;
 
+// Writes the report and leaves the launch.
 [[noreturn]] __attribute__((noinline, format(printf, 1, 2))) static void fail(const char* format, ...) {
     int n = snprintf(report, sizeof report, "block (%u, %u, %u) thread %d: ", blockIdx.x, blockIdx.y, blockIdx.z,
                      current);
@@ -84,6 +87,7 @@ static void* kernel;
     _longjmp(failure, 1);
 }
 
+// The thread waits in that state until the scheduler lets it go on.
 static void wait(State state, const char* operation, int line) {
     Thread& me = threads[current];
     me.state = state;
@@ -100,6 +104,7 @@ static void check_mask(unsigned mask, const char* operation, int line) {
     if (mask != all) fail("%s at line %d has mask %x; the warp's lanes are %x", operation, line, mask, all);
 }
 
+// A shuffle: hands on the thread's value and returns that of lane `source`.
 template <class T>
 T exchange(const char* operation, int line, unsigned mask, T value, int source) {
     static_assert(sizeof(T) <= 8);
@@ -113,13 +118,17 @@ T exchange(const char* operation, int line, unsigned mask, T value, int source) 
     return value;
 }
 
-// Who touched an element of shared memory last.
+// Which threads touched an element of shared memory last (-1: none), and how many __syncthreads (barrier) and
+// __syncwarps (order) had been passed then.
 struct Shadow {
-    int writer = -1, reader = -1;  // a thread of the warp that read
-    unsigned write_barrier = 0, write_order = 0, read_barrier = 0, read_order = 0, lanes = 0;
-    bool many_warps = false, written = false;
+    int writer = -1, reader = -1;
+    unsigned write_barrier = 0, write_order = 0, read_barrier = 0, read_order = 0;
+    unsigned lanes = 0;       // of the reader's warp: those that read since the last barrier of either kind
+    bool many_warps = false;  // threads of several warps have read since the last __syncthreads
+    bool written = false;
 };
 
+// A shared array, of any type of element.
 struct Memory {
     const char* name;
     std::vector<Shadow> shadow;
@@ -129,6 +138,7 @@ struct Memory {
         return list;
     }
 
+    // Notes an access of elements first to first + n - 1 by the current thread; fails if it is out of bounds or a race.
     void touch(int64_t first, int n, bool write) {
         if (first < 0 || first + n > int64_t(shadow.size()))
             fail("out of bounds: %s[%ld], %d elements, of %zu", name, long(first), n, shadow.size());
@@ -168,7 +178,7 @@ struct Shared {
     Shared operator+(int64_t n) const { return {array, at + n}; }
 };
 
-// The V at p, once the access is found to be good.
+// The value of type V at p, after the checks of the access.
 template <class V, class T>
 V& access(Shared<T> p, bool write) {
     p.array->touch(p.at, sizeof(V) / sizeof(T), write);
@@ -186,9 +196,11 @@ V& access(T* p, bool) {
     return *reinterpret_cast<V*>(const_cast<std::remove_const_t<T>*>(p));
 }
 
+// Where a fiber begins: it calls the kernel. All parameters are pointers or 8-byte integers, and a call with more
+// arguments than the kernel has parameters does no harm.
 static void thread_main() {
     typedef uint64_t U;
-    const U* a = arguments;  // all arguments are pointers or 8-byte integers: more than the kernel takes do no harm
+    const U* a = arguments;
     reinterpret_cast<void (*)(U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U, U)>(kernel)(
         a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16],
         a[17], a[18], a[19], a[20], a[21], a[22], a[23]);
@@ -196,7 +208,7 @@ static void thread_main() {
     _longjmp(scheduler, 1);
 }
 
-// Lets every lane that waits for its warp go on once all of the warp wait at the same place.
+// Lets the lanes of a warp go on once all of them wait at the same place.
 static void release_warps() {
     for (int first = 0; first < count; first += WARP) {
         const int end = warp_end(first);
@@ -208,7 +220,8 @@ static void release_warps() {
     }
 }
 
-// With no thread left that can run: lets all go on from a __syncthreads, or says who waits for whom.
+// To be called when no thread can run. If all threads wait at the same __syncthreads, they go on; if they wait at
+// different places, that is reported as a fault; if all have returned, the result is false.
 static bool release_block() {
     int done = 0;
     for (int i = 0; i < count; i++) done += threads[i].state == DONE;
@@ -239,7 +252,7 @@ static void run_block() {
         turn[i] = i;
     }
     while (true) {
-        static volatile size_t i;  // lives through the jumps
+        static volatile size_t i;  // static and volatile, to keep its value through the jumps
         static volatile bool ready;
         ready = false;
         std::shuffle(turn.begin(), turn.end(), order);
@@ -247,7 +260,7 @@ static void run_block() {
             Thread& x = threads[turn[i]];
             if (x.state != READY) continue;
             ready = true;
-            if (order() % 4 == 0) continue;  // some threads lag behind
+            if (order() % 4 == 0) continue;  // now and then a thread is left behind
             current = turn[i];
             threadIdx = {unsigned(current), 0, 0};
             if (_setjmp(scheduler)) continue;
@@ -288,7 +301,7 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE(
     return simt::exchange("__shfl_down_sync", line, mask, value, source);
 }
 static inline void __trap() { simt::fail("__trap"); }
-#define __expf(x) std::exp(static_cast<float>(x))  // glibc has a function of that name
+#define __expf(x) std::exp(static_cast<float>(x))  // a macro, since glibc has a function of that name
 static inline float __fdividef(float x, float y) { return x / y; }
 static inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;
@@ -311,8 +324,8 @@ extern "C" void __gcov_dump(void);
 extern "C" void simt_write_coverage() { __gcov_dump(); }
 #endif
 
-// Runs the kernel over the grid. ranges: n_ranges pairs (address, bytes) of global memory it may touch. Null, or what
-// was wrong; then the kernel was left where it was.
+// Runs the kernel over the grid. ranges: n_ranges pairs (address, bytes) of the global memory that it may touch.
+// Returns null, or the report of a fault, at which the kernel was left.
 extern "C" const char* simt_launch(void* kernel, const unsigned* grid, const unsigned* block, const uint64_t* arguments,
                                    int n_arguments, const uint64_t* ranges, int n_ranges, uint64_t seed) {
     if (n_arguments > simt::MAX_ARGUMENTS) return "too many arguments";

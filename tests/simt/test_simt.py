@@ -1,4 +1,5 @@
-"""The emulator finds what it says it finds, and nothing in kernels that are right; common.cuh."""
+"""The emulator finds the faults that it says it finds, and none in kernels that are right; and the functions of
+cuda/common.cuh are right."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ def test_fault_is_reported_in_every_order(library, kernel, message):
 def test_report_names_the_line(library):
     lines = (HERE / "faults.cu").read_text().splitlines()
     number = next(i for i, line in enumerate(lines, 1) if "// the race" in line)
-    for seed in range(5):  # whichever comes first: the write or the read
+    for seed in range(5):  # it names the write or the read, whichever comes second in this order
         with pytest.raises(SimtError, match=rf"faults\.cu:({number}|{number - 1})\b"):
             launch(library, "read_after_write", (1, 1), 64, [guarded((64,), torch.float32)], seed)
 

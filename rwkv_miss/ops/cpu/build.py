@@ -1,4 +1,4 @@
-"""Compiles a C++ source of this folder on first use and loads it from a cache afterwards."""
+"""Compiles a C++ source at its first use, and loads it from the cache afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from rwkv_miss.files import cache_folder, locked, replacing
 
-# The names of torch.backends.cpu.get_cpu_capability(); any other is a plain build.
+# The compiler's options by what torch.backends.cpu.get_cpu_capability() returns; for any other answer there are none.
 INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
@@ -28,18 +28,24 @@ _log = logging.getLogger("rwkv_miss")
 
 
 class BuildError(RuntimeError):
-    """The source cannot be compiled on this machine; the message says why."""
+    """A source cannot be compiled on this machine; the message says why."""
 
 
 def load_library(source: Path, capability: str | None = None, cache: Path | None = None) -> ctypes.CDLL:
-    """Loads `source` as compiled for `capability` (a key of INSTRUCTION_SETS; None: this processor's).
+    """Loads the library of a C++ source, after compiling it if it is not in the cache.
 
-    The library in `cache` (None: `cache_folder()`) is named by a hash of all that goes into it, so it is never
-    out of date. Processes that need it at once wait for one builder; its lock ends with its process. Where nothing can
-    be written to the cache, it is done without, with a warning.
+    The library in the cache is named by a hash of all that goes into it (the source, the headers beside it, the
+    options, the compiler and the machine), so that it is never out of date. Of several processes that need it at once
+    one compiles and the others wait; if that one is killed, the next compiles. Where nothing can be written to the
+    cache, the library is used without it, with a warning.
+
+    Args:
+        source: a .cpp file.
+        capability: a key of INSTRUCTION_SETS; None is that of this processor.
+        cache: the cache's folder; None is `cache_folder()`.
 
     Raises:
-        BuildError: no compiler, or it fails; with its last lines.
+        BuildError: there is no compiler, or it fails; then the message ends with the compiler's last lines.
     """
     capability = capability or torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *INSTRUCTION_SETS.get(capability, ())]
@@ -65,11 +71,13 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
 
 
 def warn_without_cache(source: Path, error: OSError) -> None:
+    """Logs that what is compiled cannot be kept."""
     _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)
 
 
 def _compiler_version() -> str:
-    # CXX as in torch.utils.cpp_extension.get_cxx_compiler, which takes too long to import for a warm start.
+    """What the compiler says of itself: part of a library's hash."""
+    # The same as torch.utils.cpp_extension.get_cxx_compiler, without its import, which would slow down every start.
     command = shlex.split(os.environ.get("CXX", "c++"))
     try:
         return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
@@ -78,15 +86,16 @@ def _compiler_version() -> str:
 
 
 def _compile(source: Path, flags: list[str], folder: Path) -> Path:
+    """Compiles a source without the cache to a library in `folder`, which has a name that no other library has."""
     from torch.utils import cpp_extension
 
     path = os.environ["PATH"]
-    if shutil.which("ninja") is None:  # installed as a Python package, but its environment is not activated
+    if shutil.which("ninja") is None:  # it is installed with this package, but the environment is not activated
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, path])
     try:
-        # -fopenmp is for the compiler alone: the OpenMP functions are then those of the library torch has loaded.
+        # -fopenmp is given to the compiler but not to the linker: the process then has one OpenMP library, torch's.
         cpp_extension.load(
             name=folder.name,
             sources=[str(source)],

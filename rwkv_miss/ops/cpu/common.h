@@ -1,11 +1,12 @@
-// What the recurrences share on the CPU: vectors, buffers, rows of fp32 or bf16 and exp. For one source file each:
-// everything here is local to the file that includes it.
+// What wkv6.cpp and wkv7.cpp share: vectors, buffers, rows of fp32 or bf16, and exp. Each source file becomes a library
+// of its own, so that everything here is local to the file that includes it.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
 
+// The number of floats in a vector.
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX__)
@@ -19,11 +20,14 @@ namespace {
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef float Quad __attribute__((vector_size(16)));
 
+// The sizes of a call. n: the head size; chunk: steps between the states that the forward saves. Heads are counted over
+// the whole batch as bh = sequence * heads + head.
 struct Sizes {
     int64_t batch, steps, heads, n, chunk;
+    // n rounded up to whole vectors
     int64_t lanes() const { return (n + W - 1) / W * W; }
     int64_t chunks() const { return (steps + chunk - 1) / chunk; }
-    // Where the row of step t of head bh begins.
+    // The element where step t of head bh begins in a (B, T, H, N) tensor.
     int64_t row(int64_t bh, int64_t t) const { return ((bh / heads * steps + t) * heads + bh % heads) * n; }
 };
 
@@ -31,6 +35,7 @@ struct Free {
     void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
 typedef std::unique_ptr<float[], Free> Buffer;
+// `count` zeros, 64-byte aligned.
 Buffer zeros(int64_t count) {
     float* p = static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64)));
     std::memset(p, 0, count * sizeof(float));
@@ -39,7 +44,7 @@ Buffer zeros(int64_t count) {
 
 Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-// The sum of the W floats at p, 4 at a time: a loop over lanes compiles to one addition after the other.
+// The sum of the W floats at p, added 4 at a time: a loop over the lanes would compile to one addition after the other.
 float sum(const float* p) {
     Quad x = {};
     for (int i = 0; i < W; i += 4) x += *reinterpret_cast<const Quad*>(p + i);
@@ -57,7 +62,7 @@ float to_float(bf16 x) {
     return f;
 }
 void from_float(float x, float& out) { out = x; }
-void from_float(float x, bf16& out) {  // to nearest, ties to even; a NaN stays one
+void from_float(float x, bf16& out) {  // rounds to nearest, ties to even; a NaN stays a NaN
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -72,8 +77,8 @@ void write_row(const float* from, T* to, int64_t n) {
     for (int64_t i = 0; i < n; i++) from_float(from[i], to[i]);
 }
 
-// exp to about 1 ulp without a branch, so that loops over it vectorise: 2^e times a Taylor series on
-// |f| <= ln(2) / 2.
+// exp(x) for x from -87 to 88, and beyond as at the nearer end, to about 1 ulp: 2^e exp(f) with x = e ln(2) + f and
+// |f| <= ln(2) / 2, where exp(f) is a Taylor series. There is no branch, so that loops over it vectorise.
 inline float exp_lanes(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

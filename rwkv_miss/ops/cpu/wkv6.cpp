@@ -1,24 +1,25 @@
-// WKV-6 forward and backward for CPUs. Per head, with a state S (key j, value i):
-//     y = (S + diag(u) k v^T)^T r;  S = diag(d) S + k v^T,   d = exp(-exp(w))
-// Tensors are contiguous: r, k, v, w, y (B, T, H, N), u (H, N), states (B, H, N, N). Plain C functions over raw
-// pointers, no torch headers: compiles in seconds.
+// WKV-6 forward and backward for CPUs. Each head has a state S of (key j, value i). With d = exp(-exp(w)), a step does,
+// in this order:
+//     S = 0 if start;  y = (S + diag(u) k v^T)^T r;  S = diag(d) S + k v^T
+// Tensors are contiguous: r, k, v, w and y are (B, T, H, N), u is (H, N), states are (B, H, N_key, N_value) fp32. These
+// are plain C functions over raw pointers, without torch's headers, so that they compile in seconds.
 //
-// The forward keeps the state as [key][value], so that y needs no sum across lanes. The backward keeps it as
-// [value][key], where three of its four sums are of that kind. The states are not kept: the forward leaves one
-// every `chunk` steps (`saved`, [value][key]), and the backward makes the states of a chunk again, a few value rows
-// at a time. Nothing is divided by a decay: it may be 0.
+// The forward lays the state out as [key][value], so that y needs no sum across a vector's lanes. The backward lays it
+// out as [value][key], where three of its four sums need none. The forward keeps the state before every `chunk` steps
+// alone (`saved`, laid out as [value][key]); the backward computes the states of a chunk again, for a few value rows at
+// a time. Nothing is divided by a decay, which may be 0.
 #include <type_traits>
 
 #include "common.h"
 
 namespace {
 
-constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors per pass of the forward, so that sums stay in registers
-constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors per pass of the backward, likewise
-constexpr int64_t ROWS = 16;                    // value rows whose states of a chunk the backward holds at a time
+constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors in a pass of the forward: so many sums fit in registers
+constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors in a pass of the backward, likewise
+constexpr int64_t ROWS = 16;                    // for so many value rows the backward holds the states of a chunk
 
-// exp(-e). exp_lanes ends at -87, but the decay is 0 beyond: not a tiny number that the gradient's exp(w) makes
-// large again.
+// exp(-e). exp_lanes goes no further than exp(-87), but beyond that the decay must be 0, not a tiny number, which
+// exp(w) in the gradient would make large again.
 inline float decay(float e) {
     const float d = exp_lanes(-e);
     return e > 87.0f ? 0.0f : d;
@@ -43,8 +44,7 @@ struct Inputs {
     }
 };
 
-// The inputs of one head over one chunk in fp32, each row padded with zeros to whole vectors. uk: u k, one row for
-// each step.
+// The inputs of one head for one chunk in fp32, each row padded with zeros to whole vectors. uk has u k for each step.
 struct Chunk {
     int64_t lanes;
     Buffer memory;
@@ -78,7 +78,7 @@ struct Chunk {
     }
 };
 
-// One step for VECS * W value lanes. state: [key][lanes]; bonus: r^T diag(u) k.
+// A step of the forward for VECS * W value lanes. state: [key][lanes]; bonus: r^T diag(u) k.
 template <int VECS>
 void forward_step(float* state, int64_t lanes, int64_t n, const float* r, const float* k, const float* d,
                   const float* v, float bonus, float* y) {
@@ -96,7 +96,7 @@ void forward_step(float* state, int64_t lanes, int64_t n, const float* r, const 
     for (int q = 0; q < VECS; q++) store(y + q * W, ys[q]);
 }
 
-// The lanes [first, end) of one head over all steps.
+// One head over all steps, for the value lanes from `first` to `end` - 1.
 template <class T>
 void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
                   int64_t bh, int64_t first, int64_t end) {
@@ -133,7 +133,7 @@ void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T*
         write_row(&state[j * lanes + first], state_out + (bh * n + j) * n + first, last - first);
 }
 
-// The state after a step from the state before it, for `rows` value rows and VECS * W keys; adds to dr.
+// Computes the state after a step from the state before it, for `rows` value rows and VECS * W keys; adds to dr.
 template <int VECS>
 void replay_step(const float* before, float* after, int64_t lanes, int64_t rows, const float* d, const float* k,
                  const float* v, const float* dy, float* dr) {
@@ -150,7 +150,7 @@ void replay_step(const float* before, float* after, int64_t lanes, int64_t rows,
     for (int q = 0; q < VECS; q++) store(dr + q * W, load(dr + q * W) + drs[q]);
 }
 
-// Takes g, the gradient of the state after a step, to that of the state before it; adds to dd and dk.
+// Replaces g, the gradient of the state after a step, by that of the state before it; adds to dd and dk.
 template <int VECS>
 void backward_step(float* g, const float* before, int64_t lanes, int64_t rows, const float* d, const float* r,
                    const float* v, const float* dy, float* dd, float* dk) {
@@ -175,7 +175,7 @@ void backward_step(float* g, const float* before, int64_t lanes, int64_t rows, c
 template <class T>
 struct Gradients {
     T *r, *k, *v, *w;
-    float *u, *state;  // u: (B, H, N), of each sequence of the batch
+    float *u, *state;  // u: (B, H, N), for each sequence of the batch
 };
 
 template <class T>
@@ -198,7 +198,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
         std::memset(dr, 0, 4 * part * sizeof(float));
         for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
             const int64_t rows = n - i0 < ROWS ? n - i0 : ROWS;
-            auto state = [&](int64_t t) { return &states[t * ROWS * lanes]; };  // before step t
+            auto state = [&](int64_t t) { return &states[t * ROWS * lanes]; };  // the one before step t of the chunk
             for (int64_t i = 0; i < rows; i++)
                 read_row(saved + ((bh * s.chunks() + index) * n + i0 + i) * n, state(0) + i * lanes, n);
             for (int64_t t = 0; t < steps; t++) {
@@ -234,7 +234,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
                 if (in.starts(s, bh, t0 + t)) std::memset(gs, 0, rows * lanes * sizeof(float));
             }
         }
-        for (int64_t t = 0; t < steps; t++) {  // the step's own key and value, and from the decay to w
+        for (int64_t t = 0; t < steps; t++) {  // adds what comes from the step's own key and value; turns dd into dw
             const int64_t row = s.row(bh, t0 + t), at = t * lanes;
             const float bonus = dot(c.r + at, c.uk + at, lanes), vdy = dot(c.v + at, dy + at, lanes);
             for (int64_t j = 0; j < n; j++) {
@@ -259,7 +259,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
 template <class T>
 void forward(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
              int threads) {
-    // With fewer heads than threads, the value lanes of a head are shared out too.
+    // With fewer heads than threads, several threads share the value lanes of a head.
     const int64_t heads = s.batch * s.heads, vecs = s.lanes() / W;
     if (heads == 0) return;
     const int64_t wanted = (threads + heads - 1) / heads, parts = wanted < vecs ? wanted : vecs;
@@ -280,7 +280,8 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const T* 
 
 }  // namespace
 
-// saved (B, H, chunks, N, N), fp32, is null where no gradient is needed.
+// start: uint8 (B, T), or null where no document begins. saved: (B, H, chunks, N_value, N_key) fp32, or null where
+// nothing is to be saved.
 #define FORWARD(name, T)                                                                                            \
     extern "C" void name(const T* r, const T* k, const T* v, const T* w, const T* u, const float* state_in,         \
                          const uint8_t* start, T* y, float* state_out, float* saved, int64_t batch, int64_t steps,  \
@@ -288,7 +289,8 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const T* 
         forward<T>({batch, steps, heads, n, chunk}, {r, k, v, w, u, start}, state_in, y, state_out, saved,          \
                    int(threads));                                                                                   \
     }
-// grad_y and grad_state (of the last state) are null where no gradient arrives; du: (B, H, N), fp32.
+// grad_y and grad_state, the gradients of y and of the last state, are null for zeros. du: (B, H, N) fp32, for each
+// sequence of the batch.
 #define BACKWARD(name, T)                                                                                           \
     extern "C" void name(const T* r, const T* k, const T* v, const T* w, const T* u, const uint8_t* start,          \
                          const float* saved, const T* grad_y, const float* grad_state, T* dr, T* dk, T* dv, T* dw,  \

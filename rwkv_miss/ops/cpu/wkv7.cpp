@@ -1,22 +1,23 @@
-// WKV-7 forward and backward for CPUs. Per head, with a state S (value i, key j):
-//     u = S a;  S = S diag(d) + u b^T + v k^T;  y = S r;   d = exp(-e^-0.5 sigmoid(z))
-// Tensors are contiguous: r, z, k, v, a, b, y (B, T, H, N), states (B, H, N, N). Plain C functions over raw
-// pointers, no torch headers: compiles in seconds.
+// WKV-7 forward and backward for CPUs. Each head has a state S of (value i, key j). With d = exp(-e^-0.5 sigmoid(z)), a
+// step does, in this order:
+//     S = 0 if start;  u = S a;  S = S diag(d) + u b^T + v k^T;  y = S r
+// Tensors are contiguous: r, z, k, v, a, b and y are (B, T, H, N), states are (B, H, N_value, N_key) fp32. These are
+// plain C functions over raw pointers, without torch's headers, so that they compile in seconds.
 //
-// The forward keeps the state as [key][value], so that the sums over keys (u and y) need no sum across lanes,
-// and takes u of the next step in the pass that writes this step. The backward keeps it as [value][key], where
-// five of its seven sums are of that kind. The states are not kept: the forward leaves one every `chunk` steps
-// (`saved`) and u, and the backward makes the states of a chunk again, a few value rows at a time.
+// The forward lays the state out as [key][value], so that the sums over keys (u and y) need no sum across a vector's
+// lanes; the pass that writes the state of a step also sums u of the next. The backward lays it out as [value][key],
+// where five of its seven sums need none. The forward keeps u of every step (`saved_u`) and the state before every
+// `chunk` steps (`saved`) alone; the backward computes the states of a chunk again, for a few value rows at a time.
 #include <type_traits>
 
 #include "common.h"
 
 namespace {
 
-constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors per pass of the forward, so that sums stay in registers
-constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors per pass of the backward, likewise
-constexpr int64_t ROWS = 16;                    // value rows whose states of a chunk the backward holds at a time
-constexpr float DECAY_SCALE = 0.6065306597126334f;
+constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors in a pass of the forward: so many sums fit in registers
+constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors in a pass of the backward, likewise
+constexpr int64_t ROWS = 16;                    // for so many value rows the backward holds the states of a chunk
+constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 
 inline float sigmoid(float z) { return 1.0f / (1.0f + exp_lanes(-z)); }
 
@@ -30,8 +31,8 @@ struct Inputs {
     }
 };
 
-// The inputs of one head over one chunk in fp32, each row padded with zeros to whole vectors. r and dy have a row
-// of zeros before the first step, a one after the last.
+// The inputs of one head for one chunk in fp32, each row padded with zeros to whole vectors. There is a row of zeros
+// before the first step of r (and of dy in the backward), and behind the last step of a.
 struct Chunk {
     int64_t lanes;
     Buffer memory;
@@ -55,7 +56,7 @@ struct Chunk {
             read_row(in.k + from, k + to, s.n);
             read_row(in.v + from, v + to, s.n);
             read_row(in.b + from, b + to, s.n);
-            if (in.starts(s, bh, t0 + t)) {  // nothing of the state before is kept
+            if (in.starts(s, bh, t0 + t)) {  // the step reads and keeps nothing of the state before it
                 std::memset(a + to, 0, s.n * sizeof(float));
                 std::memset(d + to, 0, s.n * sizeof(float));
             } else {
@@ -68,7 +69,8 @@ struct Chunk {
     }
 };
 
-// One step for VECS * W value lanes. state: [key][lanes]; u: of this step in, of the next step out.
+// A step of the forward for VECS * W value lanes. state: [key][lanes]; u: that of this step, replaced by that of the
+// next.
 template <int VECS>
 void forward_step(float* state, int64_t lanes, int64_t n, const float* r, const float* d, const float* k,
                   const float* a_next, const float* b, const float* v, float* u, float* y) {
@@ -87,7 +89,7 @@ void forward_step(float* state, int64_t lanes, int64_t n, const float* r, const 
     for (int q = 0; q < VECS; q++) store(y + q * W, ys[q]), store(u + q * W, nexts[q]);
 }
 
-// The lanes [first, end) of one head over all steps.
+// One head over all steps, for the value lanes from `first` to `end` - 1.
 template <class T>
 void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
                   float* saved_u, int64_t bh, int64_t first, int64_t end) {
@@ -130,7 +132,7 @@ void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T*
     copy_out(state_out + bh * n * n);
 }
 
-// The state after a step from the state before it, for `rows` value rows and VECS * W keys; adds to dr.
+// Computes the state after a step from the state before it, for `rows` value rows and VECS * W keys; adds to dr.
 template <int VECS>
 void replay_step(const float* before, float* after, int64_t lanes, int64_t rows, const float* d, const float* k,
                  const float* b, const float* u, const float* v, const float* dy, float* dr) {
@@ -147,8 +149,8 @@ void replay_step(const float* before, float* after, int64_t lanes, int64_t rows,
     for (int q = 0; q < VECS; q++) store(dr + q * W, load(dr + q * W) + drs[q]);
 }
 
-// Takes g, the gradient of the state after a step, to that of the state before it, to which y of the step before
-// (r_before, dy_before) has added its part already.
+// Replaces g, the gradient of the state after a step, by that of the state before it, including what y of the step
+// before (r_before, dy_before) adds; adds to dd, dk, da and db.
 template <int VECS>
 void backward_step(float* g, const float* before, int64_t lanes, int64_t rows, const float* d, const float* a,
                    const float* r_before, const float* u, const float* v, const float* du, const float* dy_before,
@@ -203,7 +205,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
         std::memset(dr, 0, 6 * part * sizeof(float));
         for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
             const int64_t rows = n - i0 < ROWS ? n - i0 : ROWS;
-            auto state = [&](int64_t t) { return &states[t * ROWS * lanes]; };  // before step t
+            auto state = [&](int64_t t) { return &states[t * ROWS * lanes]; };  // the one before step t of the chunk
             for (int64_t i = 0; i < rows; i++)
                 read_row(saved + ((bh * s.chunks() + index) * n + i0 + i) * n, state(0) + i * lanes, n);
             for (int64_t t = 0; t < steps; t++) {
@@ -249,7 +251,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
                 for (; j + BACKWARD_VECS * W <= lanes; j += BACKWARD_VECS * W)
                     step(std::integral_constant<int, BACKWARD_VECS>());
                 for (; j < lanes; j += W) step(std::integral_constant<int, 1>());
-                if (in.starts(s, bh, t0 + t))  // y of the step before alone, without 0 times an infinite gradient
+                if (in.starts(s, bh, t0 + t))  // only what y of the step before adds, and not 0 * infinity
                     for (int64_t i = 0; i < rows; i++)
                         for (j = 0; j < lanes; j++)
                             gs[i * lanes + j] = dy[at - lanes + i0 + i] * c.r[at - lanes + j];
@@ -275,7 +277,7 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
 template <class T>
 void forward(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
              float* saved_u, int threads) {
-    // With fewer heads than threads, the value lanes of a head are shared out too.
+    // With fewer heads than threads, several threads share the value lanes of a head.
     const int64_t heads = s.batch * s.heads, vecs = s.lanes() / W;
     if (heads == 0) return;
     const int64_t wanted = (threads + heads - 1) / heads, parts = wanted < vecs ? wanted : vecs;
@@ -297,7 +299,8 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const flo
 
 }  // namespace
 
-// saved (B, H, chunks, N, N) and saved_u (B, T, H, N), fp32, are null where no gradient is needed.
+// start: uint8 (B, T), or null where no document begins. saved: (B, H, chunks, N_value, N_key) and saved_u: (B, T, H,
+// N), fp32, are null where nothing is to be saved.
 #define FORWARD(name, T)                                                                                            \
     extern "C" void name(const T* r, const T* z, const T* k, const T* v, const T* a, const T* b,                    \
                          const float* state_in, const uint8_t* start, T* y, float* state_out, float* saved,         \
@@ -306,7 +309,7 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const flo
         forward<T>({batch, steps, heads, n, chunk}, {r, z, k, v, a, b, start}, state_in, y, state_out, saved,       \
                    saved_u, int(threads));                                                                          \
     }
-// grad_y and grad_state (of the last state) are null where no gradient arrives.
+// grad_y and grad_state, the gradients of y and of the last state, are null for zeros.
 #define BACKWARD(name, T)                                                                                           \
     extern "C" void name(const T* r, const T* z, const T* k, const T* v, const T* a, const T* b,                    \
                          const uint8_t* start, const float* saved, const float* saved_u, const T* grad_y,           \

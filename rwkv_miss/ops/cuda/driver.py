@@ -1,4 +1,4 @@
-"""Loads compiled kernels and launches them by CUDA's driver API, on the device and stream that torch uses.
+"""Loads compiled kernels and launches them through CUDA's driver API, on the device and stream that torch uses.
 
 https://docs.nvidia.com/cuda/cuda-driver-api/
 """
@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cuda.nvrtc import CUDA_12, INSTALL, version
 
-# On Linux (release notes of the CUDA toolkit 13.0).
+# The first driver for CUDA 13 on Linux (release notes of the CUDA toolkit 13.0).
 _CUDA_13_DRIVER = "580.65"
+# What a user can do about an error of the driver.
 _ADVICE = {
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is full: use a smaller batch or context, or end other programs on it",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the driver is older than NVRTC: update it",
@@ -30,26 +32,26 @@ _ADVICE = {
 
 
 class DriverError(RuntimeError):
-    """A call of the driver failed; the message has its name, the error and, where known, what to do."""
+    """A call of the driver failed; the message has the function's name, the error and, where known, what to do."""
 
 
 def refused(device: torch.device) -> str | None:
-    """Why the driver cannot be given tensors of that device, or None if it can."""
+    """Why kernels cannot be given tensors of that device, or None if they can."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
-    if torch.version.hip:  # calls its devices cuda
+    if torch.version.hip:  # with ROCm, torch calls AMD's devices cuda too
         return "this torch is built for AMD's ROCm"
     return None
 
 
 def location(device: torch.device) -> tuple[int, int]:
-    """The device's index, and the handle of torch's current stream on it."""
+    """The index of a CUDA device, and the handle of torch's current stream on it."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 @cache
 def capability(index: int) -> tuple[int, int]:
-    """The compute capability of a device.
+    """The compute capability of the device of that index, such as (9, 0).
 
     Raises:
         DriverError: the driver cannot be used, or is older than NVRTC; the message says which is needed.
@@ -57,7 +59,7 @@ def capability(index: int) -> tuple[int, int]:
     device = _device(index)
     (number,) = _call("cuDriverGetVersion")
     has, needs = (number // 1000, number % 1000 // 10), version()
-    if has[0] < needs[0]:  # within a major version, drivers load what any toolkit compiled for their GPUs
+    if has[0] < needs[0]:  # a driver loads what any toolkit of the same major version compiled for its GPU
         raise DriverError(
             f"the driver is for CUDA {has[0]}.{has[1]}, NVRTC is of CUDA {needs[0]}.{needs[1]}: update the driver"
             f" (CUDA 13: {_CUDA_13_DRIVER} or later), or {CUDA_12}"
@@ -69,9 +71,18 @@ def capability(index: int) -> tuple[int, int]:
 
 
 def load(image: bytes, names: tuple[str, ...], index: int) -> dict[str, object]:
-    """The kernels of a compiled source, on a device, by their names; loaded for as long as the process lives.
+    """Loads a compiled source onto a device, for as long as the process lives.
+
+    Args:
+        image: what `compile_source` returned.
+        names: the kernels in it.
+        index: that of the device.
+
+    Returns:
+        The kernels' handles by their names.
 
     Raises:
+        DriverError: the driver cannot load it.
         UserError: torch is recording a CUDA graph. Loading may allocate memory, which would make the recording fail.
     """
     stream = location(torch.device("cuda", index))[1]
@@ -92,18 +103,20 @@ def launch(
     block: int,
     arguments: list[torch.Tensor | int | None],
 ) -> None:
-    """Puts a kernel on torch's current stream of the device; returns before it has run.
+    """Puts a kernel on torch's current stream of the device, and returns before it has run.
 
-    The driver is asked for the launch alone: no memory, no wait, nothing about a stream or an event. So launches can
-    be recorded into a CUDA graph.
+    The driver is asked for nothing but the launch: no memory, no wait, no stream or event. So launches can be recorded
+    into a CUDA graph.
 
     Args:
-        function: one of `load`, for the same device.
-        arguments: in the kernel's order. A tensor is passed as a pointer, None as a null pointer, an int as a 64-bit
-            integer: every parameter of our kernels has 8 bytes.
+        function: the kernel's handle, from `load` for the same device.
+        grid: the number of blocks in x and in y.
+        block: the number of threads in a block.
+        arguments: in the order of the kernel's parameters, each of which has 8 bytes. A tensor is passed as a pointer
+            to its data, None as a null pointer, an int as a 64-bit integer.
 
     Raises:
-        DriverError: the launch failed, or a kernel that was launched before.
+        DriverError: the launch failed, or a kernel that was launched before it did.
     """
     index, stream = location(device)
     values = [x.data_ptr() if isinstance(x, torch.Tensor) else x or 0 for x in arguments]
@@ -115,11 +128,12 @@ def launch(
         _call("cuLaunchKernel", function, *grid, 1, block, 1, 1, 0, stream, 0, ctypes.addressof(extra))
 
 
-def _call(name: str, *arguments) -> tuple:
+def _call(name: str, *arguments: Any) -> tuple:
+    """Calls a function of the driver, and returns its results without the error code that comes first."""
     driver = _driver()
     try:
         error, *values = getattr(driver, name)(*arguments)
-    except RuntimeError as found:  # of cuda-bindings: no driver, or one without this function
+    except RuntimeError as found:  # cuda-bindings raises it where there is no driver, or one without this function
         raise DriverError(f"{name}: {found}") from None
     if error != driver.CUresult.CUDA_SUCCESS:
         advice = _ADVICE.get(error.name)
@@ -128,6 +142,7 @@ def _call(name: str, *arguments) -> tuple:
 
 
 def _driver() -> ModuleType:
+    """The module cuda.bindings.driver."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -136,20 +151,21 @@ def _driver() -> ModuleType:
 
 
 def _device(index: int) -> object:
+    """The driver's handle of a device."""
     _call("cuInit", 0)
     return _call("cuDeviceGet", index)[0]
 
 
 @cache
 def _context(index: int) -> object:
-    """The device's primary context, which is torch's too; kept for as long as the process lives."""
+    """The device's primary context, which torch uses too; kept for as long as the process lives."""
     return _call("cuDevicePrimaryCtxRetain", _device(index))[0]
 
 
 @contextmanager
 def _current(index: int) -> Iterator[None]:
-    """Makes the device's context that of this thread: autograd's threads have none, or another device's. What was
-    current before is so again afterwards, as torch relies on it."""
+    """Makes the device's context the current one of this thread: the threads of autograd have none, or that of another
+    device. Afterwards the context is current again that was so before, because torch relies on it."""
     _call("cuCtxPushCurrent", _context(index))
     try:
         yield

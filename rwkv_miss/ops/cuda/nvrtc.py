@@ -9,6 +9,7 @@ import hashlib
 from functools import cache as once
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rwkv_miss.files import cache_folder, locked, replacing
 from rwkv_miss.ops.cpu.build import warn_without_cache
@@ -17,36 +18,41 @@ _PACKAGE = Path(__file__).parents[2]
 _IN_WHEEL = _PACKAGE / "cuda_src"  # see pyproject.toml
 SOURCES = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "cuda"
 INSTALL = "pip install 'rwkv-miss[cuda13]'"
-# cuda-bindings takes the newest NVRTC that is installed.
+# Of several NVRTCs that are installed cuda-bindings loads the newest, so that the newer one has to go.
 CUDA_12 = "pip uninstall nvidia-cuda-nvrtc and pip install 'rwkv-miss[cuda12]', which has the NVRTC of CUDA 12"
 _CHECKSUM = hashlib.sha256
 
 
 class CompileError(RuntimeError):
-    """The source cannot be compiled here, or not for this GPU; the message says why and what to do."""
+    """A source cannot be compiled on this machine or for this GPU; the message says why and what to do."""
 
 
 def compile_source(
     source: Path, options: tuple[str, ...], capability: tuple[int, int], cache: Path | None = None
 ) -> bytes:
-    """Machine code of `source` for GPUs of one compute capability, for `cuModuleLoadData`.
+    """Compiles a CUDA source for GPUs of one compute capability, or reads what was compiled before from the cache.
 
-    A capability that this NVRTC does not know gets PTX of the next lower one that it knows: the driver compiles that.
-    The file in `cache` (None: `cache_folder()`) is named by a hash of all that goes into it: the source, the .cuh
-    files beside it, options, architecture and NVRTC's version. A damaged file is compiled again.
+    The file in the cache is named by a hash of all that goes into it: the source, the headers that it can include
+    (those of SOURCES and those beside it), the options, the architecture and NVRTC's version. A damaged file is
+    compiled again. Where nothing can be written to the cache, the image is used without it, with a warning.
 
     Args:
-        options: NVRTC's, such as -DHEAD_SIZE=64.
-        capability: such as (9, 0).
+        source: a .cu file.
+        options: NVRTC's options, such as -DIO_BF16=1.
+        capability: the compute capability, such as (9, 0).
+        cache: the cache's folder; None is `cache_folder()`.
 
     Returns:
-        A cubin (ELF), or PTX text that ends with a zero byte.
+        An image for `cuModuleLoadData`: a cubin (ELF), or, for a capability that is newer than this NVRTC, PTX text for
+        the newest one below that it knows, ending with a zero byte. The driver compiles the PTX when it is loaded.
 
     Raises:
-        CompileError: no NVRTC, no code for such a GPU, or an error in the source, with the compiler's last lines.
+        CompileError: there is no NVRTC, it has no code for such a GPU, or the source has an error; then the message
+            ends with the compiler's last lines.
     """
     options = (*options, "--std=c++17", f"--gpu-architecture={_architecture(capability)}")
-    headers = {path.name: path.read_text() for path in sorted(source.parent.glob("*.cuh"))}
+    folders = dict.fromkeys((SOURCES, source.parent))
+    headers = {path.name: path.read_text() for folder in folders for path in sorted(folder.glob("*.cuh"))}
     parts = [source.read_text(), *(x for item in headers.items() for x in item), *options, str(version())]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache or cache_folder()
@@ -55,7 +61,7 @@ def compile_source(
         return image
     try:
         with locked(cache / "nvrtc.lock"):
-            if (image := _read(path)) is None:  # else: of another process, while we waited
+            if (image := _read(path)) is None:  # otherwise another process made it while this one waited
                 image = _compile(source, headers, options)
                 with replacing(path) as part:
                     part.write_bytes(_CHECKSUM(image).digest() + image)
@@ -66,12 +72,17 @@ def compile_source(
 
 
 def version() -> tuple[int, int]:
-    """NVRTC's version, which is that of the CUDA toolkit that it belongs to, such as (13, 0)."""
+    """NVRTC's version, which is that of its CUDA toolkit, such as (13, 0).
+
+    Raises:
+        CompileError: there is no NVRTC.
+    """
     return _call("nvrtcVersion")
 
 
 @once
 def _nvrtc() -> ModuleType:
+    """The module cuda.bindings.nvrtc, with NVRTC's library loaded."""
     try:
         from cuda.bindings import nvrtc
 
@@ -83,7 +94,8 @@ def _nvrtc() -> ModuleType:
     return nvrtc
 
 
-def _call(name: str, *arguments) -> tuple:
+def _call(name: str, *arguments: Any) -> tuple:
+    """Calls a function of NVRTC, and returns its results without the error code that comes first."""
     nvrtc = _nvrtc()
     error, *values = getattr(nvrtc, name)(*arguments)
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -92,6 +104,7 @@ def _call(name: str, *arguments) -> tuple:
 
 
 def _architecture(capability: tuple[int, int]) -> str:
+    """NVRTC's name of what to compile for: sm_90 means machine code, compute_90 means PTX."""
     (known,) = _call("nvrtcGetSupportedArchs")
     wanted = 10 * capability[0] + capability[1]
     best = max((x for x in known if x <= wanted), default=None)
@@ -103,6 +116,12 @@ def _architecture(capability: tuple[int, int]) -> str:
 
 
 def _compile(source: Path, headers: dict[str, str], options: tuple[str, ...]) -> bytes:
+    """Compiles a source without the cache.
+
+    Args:
+        headers: the texts of the files that it can include, by name.
+        options: the last of them names the architecture.
+    """
     texts, names = ([x.encode() for x in part] for part in (headers.values(), headers))
     (program,) = _call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), len(names), texts, names)
     try:
@@ -116,15 +135,17 @@ def _compile(source: Path, headers: dict[str, str], options: tuple[str, ...]) ->
         _call("nvrtcDestroyProgram", program)
 
 
-def _text(program, what: str) -> bytes:
+def _text(program: Any, what: str) -> bytes:
+    """What NVRTC has of a program: its "ProgramLog", "CUBIN" or "PTX"."""
     (size,) = _call(f"nvrtcGet{what}Size", program)
-    text = bytes(size + 1)  # written in place; Python has only one object for each single byte
+    # NVRTC writes into this object in place. It must have 2 bytes at least: Python shares the objects of single bytes.
+    text = bytes(size + 1)
     _call(f"nvrtcGet{what}", program, text)
     return text[:size]
 
 
 def _read(path: Path) -> bytes | None:
-    """An image that was stored behind its checksum, or None if it is not there or not whole."""
+    """The image in a file of the cache, where it stands behind its checksum; None if it is not there or not whole."""
     try:
         content = path.read_bytes()
     except OSError:

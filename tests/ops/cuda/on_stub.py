@@ -1,6 +1,6 @@
-"""The CUDA backend from `wkv7(..., backend="cuda")` through cubin, module and launch to results and gradients, with a
-driver that runs the emulated kernels on host memory; `wkv6` likewise. Run by test_launch.py, in a process of its
-own."""
+"""The CUDA backend on the whole way from `wkv6` and `wkv7` (backend "cuda") through cubin, module and launch to results
+and gradients, with a driver that runs the emulated kernels on host memory. test_launch.py runs this file, in a process
+of its own, with the fixtures of stub_fixtures.py."""
 
 from __future__ import annotations
 
@@ -10,96 +10,39 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch.utils.data import DataLoader, Dataset
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.ops.cuda import driver, kernels, nvrtc
-from rwkv_miss.ops.dispatch import announce, choose
+from rwkv_miss.ops.cuda import driver, kernel
+from rwkv_miss.ops.cuda.programs import PROGRAMS
+from rwkv_miss.ops.dispatch import choose
 from tests.helpers import loss_sum
 from tests.model import test_chunks as models
-from tests.ops.cases import WKV6, WKV7, Recurrence, odd_starts, run
-from tests.ops.cuda.stub import connect, read_manifest
+from tests.ops.cases import WKV6, WKV7, WkvCase, odd_starts, run
+from tests.ops.cuda.stub_fixtures import STREAM
 
 FP32, BF16 = torch.float32, torch.bfloat16
-STREAM = 0x5EED0
+# The driver's functions that one launch calls.
 LAUNCH = ["cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"]
 torchs_location = driver.location
 
 
-@pytest.fixture(scope="session")
-def library():
-    library = ctypes.CDLL("libcuda.so.1")
-    library.stub_calls.restype = ctypes.c_char_p
-    return library
-
-
-@pytest.fixture(scope="session")
-def session(library):
-    for name, op in OPDEFS.items():
-        if name.startswith("rwkv_miss::") and "_cuda" in name:
-            op.register_kernel("cpu")(op._init_fn)
-    return connect(library, read_manifest(Path(os.environ["STUB_MANIFEST"])))
-
-
-@pytest.fixture(autouse=True)
-def gpu(session, library, monkeypatch):
-    """CPU tensors count as tensors on device `gpu.device`, where torch's current stream is `gpu.stream`."""
-    place = SimpleNamespace(device=0, stream=STREAM)
-    monkeypatch.setattr(driver, "refused", lambda device: None)
-    monkeypatch.setattr(driver, "location", lambda device: (place.device, place.stream))
-
-    def compile_here(source, *_):
-        raise AssertionError(f"{source} is not in the cache; NVRTC crashes beside a stub driver")
-
-    monkeypatch.setattr(nvrtc, "_compile", compile_here)
-    session.launches.clear()
-    session.failures.clear()
-    yield place
-    assert session.failures == []
-    assert library.stub_contexts_left_current() == 0
-
-
-@pytest.fixture
-def forgetful():
-    """What is kept for the life of the process is forgotten, before and after."""
-    kept = (kernels.kernels_or_reason, driver.capability, announce)
-    for function in kept:
-        function.cache_clear()
-    yield
-    for function in kept:
-        function.cache_clear()
-
-
-@pytest.fixture
-def calls(library) -> Callable[[], list[str]]:
-    """`calls()`: the driver's functions that were called since the last time."""
-
-    def since() -> list[str]:
-        names = library.stub_calls().decode().split()
-        library.stub_forget_calls()
-        return names
-
-    since()
-    return since
-
-
-def on_cuda(wkv: Recurrence) -> Callable:
+def on_cuda(wkv: WkvCase) -> Callable:
     return wkv.with_backend("cuda")
 
 
-def case(wkv: Recurrence, n=16, dtype=FP32, n_steps=21):
-    """Batch, heads and steps all differ: exchanged, they are noticed."""
+def case(wkv: WkvCase, n=16, dtype=FP32, n_steps=21):
+    """Inputs, a state and seq_start. The numbers of sequences, heads and steps all differ, so that a kernel which is
+    given one in the place of another is noticed."""
     inputs, state = wkv.make_inputs(n_steps, n, dtype, batch=2, n_head=3)
     return inputs, state, odd_starts(n_steps)
 
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int]:
+    """What the stub records of tensors that are arguments."""
     return {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
 
 
@@ -111,7 +54,7 @@ def pointers(**tensors: torch.Tensor | None) -> dict[str, int]:
 def test_agrees_with_the_reference(wkv, session, n, dtype, n_steps, starts, poisoned):
     inputs, state, start = case(wkv, n, dtype, n_steps)
     wkv.assert_matches_reference(on_cuda(wkv), inputs, state, start if starts else None)
-    assert [x.kernel for x in session.launches] == list(kernels.ARGUMENTS[wkv.name])
+    assert [x.kernel for x in session.launches] == list(PROGRAMS[wkv.name].kernels)
 
 
 @pytest.mark.parametrize("version", models.VERSIONS)
@@ -123,7 +66,7 @@ def test_a_packed_row_of_a_whole_model_is_its_documents_alone(version, session):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("version", models.VERSIONS)
 def test_a_whole_model_has_the_gradients_of_float64(version, checkpointing):
-    """Packed rows, from a state and to one, in chunks."""
+    """For packed rows, from a first state to a last one, at once and in chunks."""
 
     def gradients(dtype, backend, chunk_len):
         model = models.adapted(version, dtype, backend)
@@ -170,7 +113,8 @@ def test_the_launches_of_the_backward(wkv, session):
     known |= dict(zip(("saved_states", "saved_u"), saved, strict=False))
     known |= {f"d{name}": x for name, x in zip(wkv.inputs, grads, strict=True)}
     known = pointers(**known) | {"steps": 21, "heads": 3}
-    # Memory of the backward alone: WKV-7 hands it from kernel to kernel, WKV-6 sums it over the batch.
+    # du is memory that the backward makes for itself: with WKV-7 one kernel hands it to the next, with WKV-6 it is then
+    # summed over the batch.
     known["du"] = keys.arguments["du"]
     assert known["du"] not in [x.data_ptr() for x in grads]
     for launch in (values, keys):
@@ -228,6 +172,7 @@ def test_inputs_that_are_not_contiguous_or_not_aligned(wkv, session, change, n, 
 
     other = run(changed, inputs, state, start, [change(x) for x in weights])
     assert all(map(torch.equal, plain, other))
+    assert other[0].is_contiguous()
     assert len(session.launches) == 6
     for launch in session.launches:
         assert all(x % 16 == 0 for name, x in launch.arguments.items() if name not in ("steps", "heads"))
@@ -242,7 +187,7 @@ def test_torchs_current_stream_is_passed_on(wkv, session, gpu, stream):
 
 
 def test_the_backward_in_another_thread(wkv, session, library):
-    """As autograd runs it for CUDA tensors: there no context is current."""
+    """Autograd runs the backward of CUDA tensors in a thread of its own, where no context is current."""
     inputs, state, start = case(wkv)
     weights = wkv.make_weights(inputs, state)
     expected = run(on_cuda(wkv), inputs, state, start, weights)
@@ -274,13 +219,14 @@ def test_each_device_has_its_own_modules(wkv, session, gpu):
         functions.append([x.function for x in session.launches])
     assert functions[0] == functions[2]
     assert not set(functions[0]) & set(functions[1])
-    loaded = {(d, v.architecture) for d, v in session.loaded if (v.op, v.n, v.io_bytes) == (wkv.name, 16, 4)}
+    variant = wkv.name, PROGRAMS[wkv.name].variants[FP32, 16]
+    loaded = {(device, v.architecture) for device, v in session.loaded if (v.program, v.options) == variant}
     assert loaded == {(0, 90), (1, 75)}
     assert all(map(torch.equal, results[0], results[1]))
 
 
 def test_another_device_than_the_current_leaves_the_current_one(wkv, session, gpu, library):
-    """Tensors on device 1 while device 0 is torch's current: its context is current before and after."""
+    """The tensors are on device 1 while device 0 is torch's current one: its context is current before and after."""
     current, found = ctypes.c_void_p(), ctypes.c_void_p()
     library.cuDevicePrimaryCtxRetain(ctypes.byref(current), 0)
     library.cuCtxPushCurrent(current)
@@ -302,7 +248,7 @@ def test_modules_are_loaded_once(wkv, session, forgetful):
 
 
 def test_what_is_recorded_into_a_graph_is_launches_alone(wkv, library, gpu, calls):
-    """No memory, no wait, no event, nothing that a recording forbids."""
+    """The driver is asked for no memory, no wait and no event: nothing that a recording forbids."""
     inputs, state, start = case(wkv)
     weights = wkv.make_weights(inputs, state)
     expected = run(on_cuda(wkv), inputs, state, start, weights)
@@ -332,8 +278,8 @@ def test_a_first_call_inside_a_recording_is_refused_and_the_next_outside_works(w
 
 
 class InWorker(Dataset):
-    """What a DataLoader's process finds: the CUDA backend's error, the driver's functions it has called, and y of the
-    "torch" backend."""
+    """A data set whose elements are what a DataLoader's process finds: the CUDA backend's error, the driver's functions
+    that were called until then, and y of the "torch" backend."""
 
     def __init__(self, wkv, inputs, calls):
         self.wkv, self.inputs, self.calls = wkv, inputs, calls
@@ -404,7 +350,7 @@ def test_auto_takes_cuda_and_says_so(wkv, forgetful, caplog):
 
 
 def test_auto_takes_torch_where_cuda_cannot_be_used_and_says_why_once(wkv, caplog, forgetful):
-    """Of a head size that fla-core, where it is installed, does not take either."""
+    """The head size of 12 is one that "fla", should fla-core be installed, does not take either."""
     with caplog.at_level(logging.INFO, logger="rwkv_miss"):
         assert [choose(wkv.name, torch.device("cuda", 0), FP32, 12) for _ in range(2)] == ["torch", "torch"]
     (record,) = caplog.records
@@ -432,7 +378,7 @@ def test_a_driver_that_is_too_old_is_told_which_is_needed(forgetful, library):
 
 
 def test_an_error_of_the_driver_is_named_with_what_to_do(forgetful, session, monkeypatch):
-    monkeypatch.setattr(kernels, "compile_source", lambda *_: b"\x7fELF" + bytes(8192))
+    monkeypatch.setattr(kernel, "compile_source", lambda *_: b"\x7fELF" + bytes(8192))
     inputs, state, _ = case(WKV7)
     with pytest.raises(UserError, match="cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE; the compiled kernel is damaged"):
         on_cuda(WKV7)(*inputs, state)
@@ -447,24 +393,38 @@ def test_a_device_that_is_not_there(forgetful, gpu):
         on_cuda(WKV7)(*inputs, state)
 
 
-def swapped_arguments(monkeypatch):
-    patch_launch(monkeypatch, lambda grid, block, args: (grid, block, [args[1], args[0], *args[2:]]))
+def swapped_arguments(grid, block, arguments):
+    return grid, block, [arguments[1], arguments[0], *arguments[2:]]
 
 
-def swapped_sizes(monkeypatch):
-    patch_launch(monkeypatch, lambda grid, block, args: (grid, block, [*args[:-2], args[-1], args[-2]]))
+def swapped_sizes(grid, block, arguments):
+    return grid, block, [*arguments[:-2], arguments[-1], arguments[-2]]
 
 
-def wrong_grid(monkeypatch):
-    patch_launch(monkeypatch, lambda grid, block, args: ((grid[0], grid[1] + 1), block, args))
+def wrong_grid(grid, block, arguments):
+    return (grid[0], grid[1] + 1), block, arguments
 
 
-def small_grid(monkeypatch):
-    patch_launch(monkeypatch, lambda grid, block, args: ((grid[0] // 3, grid[1]), block, args))
+def small_grid(grid, block, arguments):
+    return (grid[0] // 3, grid[1]), block, arguments
 
 
-def wrong_block(monkeypatch):
-    patch_launch(monkeypatch, lambda grid, block, args: (grid, block // 2, args))
+def wrong_block(grid, block, arguments):
+    return grid, block // 2, arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (swapped_arguments, "y: error"),
+        (swapped_sizes, "out of bounds"),
+        (wrong_grid, "__trap"),
+        (small_grid, "out of bounds"),
+        (wrong_block, "__trap"),
+    ],
+)
+def test_a_launch_that_is_wrong_is_noticed(wkv, change, found, session, change_launches):
+    assert_noticed(wkv, session, found, lambda: change_launches(change))
 
 
 def small_integers(monkeypatch):
@@ -481,26 +441,15 @@ def another_devices_context(monkeypatch):
 
 
 def names_out_of_order(monkeypatch):
-    for op, table in kernels.ARGUMENTS.items():
-        name = f"{op}_backward_keys"
-        monkeypatch.setitem(
-            table, name, table[name].replace(" dk ", " d? ").replace(" dr ", " dk ").replace("d?", "dr")
-        )
-
-
-def patch_launch(monkeypatch, change):
-    real = driver.launch
-    monkeypatch.setattr(driver, "launch", lambda f, device, *rest: real(f, device, *change(*rest)))
+    for op in ("wkv6", "wkv7"):
+        kernels, name = PROGRAMS[op].kernels, f"{op}_backward_keys"
+        changed = kernels[name].replace(" dk ", " d? ").replace(" dr ", " dk ").replace("d?", "dr")
+        monkeypatch.setitem(kernels, name, changed)
 
 
 @pytest.mark.parametrize(
     ("fault", "found"),
     [
-        (swapped_arguments, "y: error"),
-        (swapped_sizes, "out of bounds"),
-        (wrong_grid, "__trap"),
-        (small_grid, "out of bounds"),
-        (wrong_block, "__trap"),
         (small_integers, "bytes of parameters, "),
         (no_context, "CUDA_ERROR_INVALID_CONTEXT"),
         (another_devices_context, "CUDA_ERROR_INVALID_CONTEXT"),
@@ -508,9 +457,14 @@ def patch_launch(monkeypatch, change):
     ],
 )
 def test_a_planted_fault_is_noticed(wkv, fault, found, session, monkeypatch):
+    assert_noticed(wkv, session, found, lambda: fault(monkeypatch))
+
+
+def assert_noticed(wkv: WkvCase, session, found: str, plant: Callable[[], None]) -> None:
+    """Results are right before `plant`; after it the stub or the comparison with the reference says `found`."""
     inputs, state, start = case(wkv)
     wkv.assert_matches_reference(on_cuda(wkv), inputs, state, start)
-    fault(monkeypatch)
+    plant()
     with pytest.raises((AssertionError, driver.DriverError)) as error:
         wkv.assert_matches_reference(on_cuda(wkv), inputs, state, start)
     assert found in "; ".join([str(error.value), *session.failures])

@@ -1,5 +1,6 @@
-// A libcuda.so.1 of the few functions that rwkv_miss calls, with two devices and no GPU. It keeps contexts, modules and
-// functions apart as the driver does, and asks the test (stub_connect) for the code of a module and to run a launch.
+// A libcuda.so.1 with the few functions of the driver that rwkv_miss calls, for two devices and without a GPU. It keeps
+// contexts, modules and functions apart as the driver does. The test connects two functions of its own (stub_connect):
+// one finds the emulated kernels of a module that is loaded, the other runs a launch.
 #include <dlfcn.h>
 #include <string.h>
 
@@ -32,10 +33,10 @@ struct Function {
 
 static Context contexts[DEVICES] = {{0}, {1}};
 static int capabilities[DEVICES][2] = {{9, 0}, {7, 5}};
-static int version = 13000;
+static int version = 13000;       // of CUDA: 13.0
 static void* captured = nullptr;  // the stream that is recorded into a graph
-static std::string calls;         // names of the functions that were called, in lines
-static thread_local std::vector<Context*> current;
+static std::string calls;         // the names of the functions that were called, one a line
+static thread_local std::vector<Context*> current;  // this thread's stack of contexts
 
 typedef void* Load(int device, const void* image);
 typedef int Launch(int device, const Function* function, const char* name, void* code, void* library, const unsigned* sizes,
@@ -120,14 +121,14 @@ int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigne
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
     CALLED;
     if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
-    // The one form in which rwkv_miss passes parameters: a buffer and its size.
+    // rwkv_miss passes parameters in one form alone: as a buffer and its size.
     if (parameters || !extra || extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4]) return INVALID_VALUE;
     const unsigned sizes[7] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared};
     return on_launch(current.back()->device, function, function->name.c_str(), function->code, function->module->library,
                      sizes, stream, extra[1], *static_cast<size_t*>(extra[3]));
 }
 
-// cuda-bindings asks for every function of the driver by name; for those not here it raises when they are called.
+// cuda-bindings asks for every function of the driver by name. Of one that is not here it says so when it is called.
 int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long, int* status) {
     static const struct {
         const char* name;

@@ -1,19 +1,21 @@
-"""Stands in for the driver and the GPU: kernels that rwkv_miss launches are run by the emulator of tests/simt, on host
-memory, and recorded. For a process in which LD_LIBRARY_PATH leads to the stub `libcuda.so.1` (see test_launch.py)."""
+"""Stands in for the driver and the GPU: kernels that are launched run in the emulator of tests/simt, on host memory,
+and the launches are recorded. For a process in which LD_LIBRARY_PATH leads to the stub `libcuda.so.1`, as in
+test_launch.py."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.simt.harness import CUDA
+from tests.ops.cuda.emulated import Emulated, Integers
+from tests.simt.harness import emulate, macros, parameters
 
-_POINTER_TYPES = {"io": None, "float": 4, "unsigned char": 1}
-_HEAD = 4096  # the first bytes of an image, that tell which it is
+_LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
+_HEAD = 4096  # by so many bytes at its beginning an image is looked up: its size is not known before
 _LOAD = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -31,6 +33,9 @@ _LAUNCH = ctypes.CFUNCTYPE(
 
 @dataclass
 class Launch:
+    """What one call of cuLaunchKernel was given. function: its handle; thread: the host's, which called; n_bytes: the
+    size of all arguments; arguments: by the names of the kernel's parameters, pointers as numbers."""
+
     kernel: str
     function: int
     device: int
@@ -45,34 +50,39 @@ class Launch:
 
 @dataclass(frozen=True)
 class Variant:
-    """A cubin in the cache, and the same source with the same options for the emulator."""
+    """One compilation of a program: `image` is its cubin in the cache, `library` the same source with the same options
+    for the emulator. program: a key of EMULATED; architecture: such as 90."""
 
     image: str
     library: str
-    op: str
-    n: int
-    io_bytes: int
+    program: str
+    options: tuple[str, ...]
     architecture: int
 
 
 @dataclass
 class Stub:
+    """What the stub saw: launches in their order, (device, variant) of each module that was loaded, and what was
+    wrong. `tensors`: address and bytes of each tensor that the launch to come is given. `callbacks` are held here
+    because ctypes does not hold them."""
+
+    tensors: dict[int, int] = field(default_factory=dict)
     launches: list[Launch] = field(default_factory=list)
     loaded: list[tuple[int, Variant]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    callbacks: tuple = ()  # held here: ctypes does not hold them
+    callbacks: tuple = ()
 
 
-def parameters(source: str, kernel: str) -> dict[str, str]:
-    """Name -> type of a kernel's parameters, from its source; pointers end with *."""
-    declared = re.search(rf"\b{kernel}\((.*?)\)\s*{{", source, re.S)[1].replace("__restrict__", "").replace("const", "")
-    pairs = (re.fullmatch(r"(.*?)\s*(\*?)\s*(\w+)", " ".join(x.split())) for x in declared.split(","))
-    return {m[3]: m[1].strip() + m[2] for m in pairs}
+def connect(library: ctypes.CDLL, variants: list[Variant], table: Mapping[str, Emulated]) -> Stub:
+    """Makes the stub driver of this process load these variants and run launches of their kernels.
 
+    Args:
+        library: the stub `libcuda.so.1`.
+        table: the programs by name.
 
-def connect(library: ctypes.CDLL, variants: list[Variant]) -> Stub:
-    """Makes the stub driver of this process run launches; what it saw is in the result."""
-    sources = {op: (CUDA / f"{op}.cu").read_text() for op in {v.op for v in variants}}
+    Returns:
+        What the stub sees, filled as it goes on.
+    """
     images = {Path(v.image).read_bytes()[32:]: v for v in variants}  # behind the checksum
     heads = {image[:_HEAD]: image for image in images}
     assert len(heads) == len(images) == len(variants)
@@ -92,33 +102,28 @@ def connect(library: ctypes.CDLL, variants: list[Variant]) -> Stub:
     def launch(device, function, name, code, handle, sizes, stream, buffer, n_bytes) -> int:
         try:
             variant, kernel = by_handle[handle], name.decode()
-            types = parameters(sources[variant.op], kernel)
+            types = parameters(table[variant.program].program.source, kernel)
             if n_bytes != 8 * len(types):
                 stub.failures.append(f"{kernel}: {n_bytes} bytes of parameters, {len(types)} parameters of 8 bytes")
                 return 1
             values = (ctypes.c_uint64 * len(types)).from_address(buffer)
             arguments = dict(zip(types, values, strict=True))
             grid, block, shared = tuple(sizes[:3]), tuple(sizes[3:6]), sizes[6]
+            thread = threading.get_ident()
             stub.launches.append(
-                Launch(
-                    kernel,
-                    function,
-                    device,
-                    threading.get_ident(),
-                    grid,
-                    block,
-                    shared,
-                    stream or 0,
-                    n_bytes,
-                    arguments,
-                )
+                Launch(kernel, function, device, thread, grid, block, shared, stream or 0, n_bytes, arguments)
             )
-            report = _emulate(emulated[variant], code, grid, block, types, arguments, variant)
+            ranges = memory(variant, table[variant.program], types, grid, arguments)
+            for address, size in ranges:
+                there = stub.tensors[address]
+                assert size <= there, f"out of bounds: {size} bytes by the sizes given, the tensor has {there}"
+            order = len(stub.launches)
+            report = emulate(emulated[variant], code, grid, block, [*arguments.values()], ranges, order)
         except Exception as error:  # would be lost in the C code between here and the test
             report = repr(error)
         if report:
             stub.failures.append(f"{name.decode()}: {report}")
-            return 719  # CUDA_ERROR_LAUNCH_FAILED
+            return _LAUNCH_FAILED
         return 0
 
     stub.callbacks = _LOAD(load), _LAUNCH(launch)
@@ -126,37 +131,19 @@ def connect(library: ctypes.CDLL, variants: list[Variant]) -> Stub:
     return stub
 
 
-def _emulate(library, code, grid, block, types, arguments, variant) -> str | None:
-    """Runs the kernel on exactly the memory that its arguments are said to have."""
-    steps, heads = arguments["steps"], arguments["heads"]
-    batch, n = grid[0] // heads, variant.n
-    elements = {name: batch * heads * n * n for name in ("state_in", "state_out", "grad_state", "dstate")}
-    elements |= {"saved_states": batch * heads * -(-steps // 16) * n * n, "seq_start": batch * steps}
-    if variant.op == "wkv6":
-        elements |= {"u": heads * n, "du": batch * heads * n}
-    ranges = []
-    for name, kind in types.items():
-        if not kind.endswith("*") or not arguments[name]:
-            continue
-        count = elements.get(name, batch * steps * heads * n)
-        ranges += [arguments[name], count * (_POINTER_TYPES[kind[:-1]] or variant.io_bytes)]
-    library.simt_launch.restype = ctypes.c_char_p
-    values = list(arguments.values())
-    report = library.simt_launch(
-        ctypes.c_void_p(code),
-        (ctypes.c_uint * 3)(*grid),
-        (ctypes.c_uint * 3)(*block),
-        (ctypes.c_uint64 * len(values))(*values),
-        len(values),
-        (ctypes.c_uint64 * len(ranges))(*ranges),
-        len(ranges) // 2,
-        ctypes.c_uint64(len(values) + steps),
-    )
-    return report.decode() if report else None
+def memory(
+    variant: Variant, emulated: Emulated, types: Mapping[str, str], grid: tuple[int, ...], arguments: Integers
+) -> list[tuple[int, int]]:
+    """(address, bytes) of all that the kernel may touch: what its arguments lead to by the sizes among them."""
+    defined = macros(variant.options)
+    sizes = {"io*": 2 if defined.get("IO_BF16") else 4, "float*": 4, "unsigned char*": 1}
+    elements = emulated.elements(defined, grid, arguments)
+    pointers = [name for name, kind in types.items() if kind.endswith("*") and arguments[name]]
+    return [(arguments[name], elements[name] * sizes[types[name]]) for name in pointers]
 
 
 def read_manifest(path: Path) -> list[Variant]:
-    return [Variant(**x) for x in json.loads(path.read_text())]
+    return [Variant(**{**x, "options": tuple(x["options"])}) for x in json.loads(path.read_text())]
 
 
 def write_manifest(path: Path, variants: list[Variant]) -> None:

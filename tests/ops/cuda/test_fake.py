@@ -1,5 +1,5 @@
-"""What can be said of CUDA tensors without a GPU: torch's fake tensors have a device, shapes and dtypes, but no memory.
-They have no autograd where torch was built without CUDA: that part is in on_stub.py."""
+"""What can be tested with CUDA tensors on a machine without a GPU: torch's fake tensors have a device, a shape and a
+dtype, but no memory. Where torch was built without CUDA they have no autograd either, which is left to on_stub.py."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.ops.cuda.kernels import SAVE_EVERY
+from rwkv_miss.ops.cuda.wkv import SAVE_EVERY
 from tests.ops.cases import WKV6, odd_starts
 
 
 @pytest.fixture
 def fake():
+    """`fake(x, device)`: a fake tensor like x on that device."""
     with FakeTensorMode():
         yield lambda x, device="cuda:1": torch.empty(x.shape, dtype=x.dtype, device=device)
 
 
 @pytest.fixture
 def case(wkv):
-    """Made outside of the fake mode: inputs, state, starts."""
+    """Inputs, a state and seq_start as real tensors, made before the fake mode begins."""
     inputs, state = wkv.make_inputs(2 * SAVE_EVERY + 1, 16, torch.bfloat16, batch=2, n_head=3)
     return inputs, state, odd_starts(2 * SAVE_EVERY + 1)
 
 
 def kinds(tensors) -> list[tuple]:
+    """All that fake tensors have."""
     return [(x.shape, x.dtype, x.device.type, x.device.index) for x in tensors]
 
 

@@ -1,9 +1,8 @@
-"""Runs on_stub.py in a process whose driver is a stub, after NVRTC has filled the cache in this one."""
+"""Runs the files on_*.py in a process whose driver is a stub, after NVRTC has filled the cache in this process: NVRTC
+crashes beside a stub driver."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 import shutil
 import subprocess
@@ -15,32 +14,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_miss.ops.cuda import driver, kernels
+from rwkv_miss.ops.cuda import driver, kernel
 from rwkv_miss.ops.cuda.nvrtc import compile_source
+from rwkv_miss.ops.cuda.wkv import unusable
 from tests.ops.cases import odd_starts, run
+from tests.ops.cuda.emulated import EMULATED
 from tests.ops.cuda.stub import Variant, write_manifest
-from tests.simt.harness import build
+from tests.simt.harness import build_once
 
 HERE = Path(__file__).parent
 FP32, BF16 = torch.float32, torch.bfloat16
-# Head size, dtype, architecture: the stub's devices are of sm_90 and sm_75.
-VARIANTS = [(64, BF16, 90), (16, FP32, 90), (16, FP32, 75), (128, BF16, 90)]
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
+    """What a process needs to have the stub for a driver, and in the cache what it launches."""
     folder = tmp_path_factory.mktemp("stub")
     cache = folder / "cache" / "rwkv_miss"
-    emulator = functools.cache(lambda op, n, dtype: build(kernels.source(op), folder, *kernels.options(dtype, n))._name)
     variants = []
-    for op, (n, dtype, architecture) in itertools.product(("wkv6", "wkv7"), VARIANTS):
-        options = kernels.options(dtype, n)
-        before = set(cache.glob("*.cubin"))
-        compile_source(kernels.source(op), options, divmod(architecture, 10), cache)
-        (image,) = set(cache.glob("*.cubin")) - before
-        emulated = folder / f"{op}_{n}_sm_{architecture}.so"
-        shutil.copy(emulator(op, n, dtype), emulated)
-        variants.append(Variant(str(image), str(emulated), op, n, dtype.itemsize, architecture))
+    for name, emulated in EMULATED.items():
+        program = emulated.program
+        for variant, architecture in emulated.variants:
+            options = program.variants[variant]
+            before = set(cache.glob("*.cubin"))
+            compile_source(program.source, options, divmod(architecture, 10), cache)
+            (image,) = set(cache.glob("*.cubin")) - before
+            # A file of its own for each variant, by which the stub tells them apart.
+            library = folder / f"{image.stem}.so"
+            shutil.copy(build_once(program.source, *options)._name, library)
+            variants.append(Variant(str(image), str(library), name, options, architecture))
     write_manifest(folder / "manifest.json", variants)
     stub = ["g++", "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", str(HERE / "stub.cpp")]
     subprocess.run([*stub, "-o", str(folder / "libcuda.so.1")], check=True)
@@ -51,16 +53,10 @@ def environment(tmp_path_factory):
 
 def test_the_whole_path_on_host_memory(environment, tmp_path):
     report = tmp_path / "report.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        str(HERE / "on_stub.py"),
-        f"--junitxml={report}",
-    ]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
+    options = ["-p", "no:cacheprovider", "-p", "tests.ops.cuda.stub_fixtures", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(HERE.glob("on_*.py")))]
+    root = HERE.parents[2]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     assert int(suite.get("tests")) >= 100
@@ -69,18 +65,18 @@ def test_the_whole_path_on_host_memory(environment, tmp_path):
 
 def test_rocm_is_refused(wkv, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    assert "ROCm" in kernels.unusable(wkv.name, torch.device("cuda", 0), FP32, 64)
+    assert "ROCm" in unusable(wkv.name, torch.device("cuda", 0), FP32, 64)
 
 
 @pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a driver")
 def test_no_driver_is_a_reason_not_a_crash(wkv, monkeypatch):
     monkeypatch.setattr(driver, "location", lambda device: (0, 0))
-    assert "cuInit: " in kernels.unusable(wkv.name, torch.device("cuda", 0), FP32, 64)
-    kernels.kernels_or_reason.cache_clear()
+    assert "cuInit: " in unusable(wkv.name, torch.device("cuda", 0), FP32, 64)
+    kernel.functions_or_reason.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 2e-5), (BF16, 6e-3)])  # the GPU's fast exp has 2 to 8 ulp
+@pytest.mark.parametrize(("dtype", "tolerance"), [(FP32, 2e-5), (BF16, 6e-3)])  # a GPU's fast exp is off by 2 to 8 ulp
 @pytest.mark.parametrize("n", [16, 64, 128])
 def test_on_a_gpu(wkv, n, dtype, tolerance):
     inputs, state = wkv.make_inputs(57, n, dtype)

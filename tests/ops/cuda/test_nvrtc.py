@@ -1,24 +1,28 @@
-"""Compiling with NVRTC, which needs no GPU, and the cache of what it made."""
+"""Compiling with NVRTC, which needs no GPU, and the cache of what was compiled."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Hashable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from rwkv_miss.ops.cpu import build
-from rwkv_miss.ops.cuda import kernels, nvrtc
+from rwkv_miss.ops.cuda import nvrtc
+from rwkv_miss.ops.cuda.kernel import Program
+from rwkv_miss.ops.cuda.programs import PROGRAMS
+from tests.ops.cuda.toy import TOY
+from tests.ops.processes import finish
 
-FP32, BF16 = torch.float32, torch.bfloat16
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TINY = '#include "tiny.cuh"\nextern "C" __global__ void answer(long long* x) { *x = ANSWER; }\n'
 ROOT = Path(__file__).parents[3]
@@ -35,35 +39,45 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compile_tiny(tiny: Path, tmp_path: Path):
-    """Compiles it, with a cache in `tmp_path`."""
+    """`compile_tiny(options, capability)` compiles tiny.cu, with a cache in `tmp_path`."""
     return lambda options=(), capability=(9, 0): nvrtc.compile_source(tiny, options, capability, tmp_path / "cache")
 
 
 @pytest.fixture
 def compilations(monkeypatch) -> list[str]:
-    """The architecture option of each compilation that has run."""
+    """Grows by one for each compilation: its option that names the architecture."""
     seen = []
     real = nvrtc._compile
     monkeypatch.setattr(nvrtc, "_compile", lambda *x: (seen.append(x[-1][-1]), real(*x))[1])
     return seen
 
 
-# About a second each: every architecture for the commonest case, and every head size for one architecture.
-@pytest.mark.parametrize(
-    ("n", "dtype", "architecture"),
-    [(64, BF16, x) for x in ARCHITECTURES] + [(n, FP32, 90) for n in kernels.HEAD_SIZES],
-)
-def test_every_kernel_compiles_to_a_cubin(wkv, n, dtype, architecture, tmp_path):
-    capability = divmod(architecture, 10)
-    image = nvrtc.compile_source(kernels.source(wkv.name), kernels.options(dtype, n), capability, tmp_path)
+def str_of(x: Program | Hashable) -> str:
+    """A test's name says the program, the variant and the architecture."""
+    return x.source.stem if isinstance(x, Program) else str(x)
+
+
+def every_variant() -> list[tuple]:
+    """(program, variant, architecture): each variant of a program once, and each architecture in turn. All pairs of
+    both are compiled by tests/simt/test_resources.py."""
+    cases = []
+    for program in (*PROGRAMS.values(), TOY):
+        architectures = itertools.cycle(x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest)
+        cases += [(program, variant, next(architectures)) for variant in program.variants]
+    return cases
+
+
+@pytest.mark.parametrize(("program", "variant", "architecture"), every_variant(), ids=str_of)
+def test_every_program_compiles_to_a_cubin(program, variant, architecture, tmp_path):
+    image = nvrtc.compile_source(program.source, program.variants[variant], divmod(architecture, 10), tmp_path)
     assert image.startswith(b"\x7fELF")
     assert elf_architecture(image) == architecture
-    for kernel in kernels.ARGUMENTS[wkv.name]:
+    for kernel in program.kernels:
         assert f".text.{kernel}\0".encode() in image
 
 
 def elf_architecture(image: bytes) -> int:
-    """From the flags of the ELF header, whose place for it is another since ABI 8."""
+    """The architecture of a cubin, such as 90, from the flags of its ELF header; their layout changed with ABI 8."""
     flags, abi = int.from_bytes(image[48:52], "little"), image[8]
     return flags >> 8 & 0xFFFF if abi >= 8 else flags & 0xFF
 
@@ -108,7 +122,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(tiny, tmp_path, caplog):
 def test_a_cache_that_is_full_or_read_only_is_done_without(
     compile_tiny, compilations, tmp_path, full_disk, caplog, monkeypatch, fails
 ):
-    """With one compilation and one warning; nothing is left behind."""
+    """There is one compilation and one warning, and nothing but the lock is left in the cache."""
 
     def fail(*_):
         raise OSError(number, os.strerror(number))
@@ -133,9 +147,8 @@ nvrtc._compile = lambda *x: (print("compiled"), real(*x))[1]
 print(hash(nvrtc.compile_source(Path({str(tiny)!r}), (), (9, 0), Path({str(tmp_path)!r}))))"""
     start = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    processes = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    lines = "".join(process.communicate(timeout=120)[0] for process in processes).split()
-    assert [process.returncode for process in processes] == [0] * 3
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    lines = "".join(finish(*(subprocess.Popen(start, **piped, text=True, env=environment) for _ in range(3)))).split()
     assert lines.count("compiled") == 1 and len(lines) == 4 and len(set(lines)) == 2
 
 
@@ -167,18 +180,19 @@ def test_without_cuda_bindings_the_error_says_what_to_install(compile_tiny, monk
 
 
 def files(folder: Path) -> set[str]:
+    """The paths of all files in a folder, relative to it."""
     return {x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file()}
 
 
 def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
-    """Built from a copy: setuptools leaves files beside what it builds."""
+    """The wheel is built from a copy, because setuptools leaves files beside what it builds."""
     copy = tmp_path / "copy"
     for name in ("rwkv_miss", "cuda"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     build = "from setuptools.build_meta import build_wheel; build_wheel('..')"
-    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True)
+    subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
@@ -190,9 +204,10 @@ def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
 import sys
 sys.path.insert(0, {str(installed)!r})
 import torch
-from rwkv_miss.ops.cuda import kernels, nvrtc
+from rwkv_miss.ops.cuda import nvrtc
+from rwkv_miss.ops.cuda.programs import PROGRAMS
 from pathlib import Path
-source = kernels.source("wkv7")
-assert source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", source
-nvrtc.compile_source(source, kernels.options(torch.bfloat16, 64), (9, 0), Path({str(tmp_path)!r}))"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+program = PROGRAMS["wkv7"]
+assert program.source == Path({str(package)!r}) / "cuda_src" / "wkv7.cu", program.source
+nvrtc.compile_source(program.source, program.variants[torch.bfloat16, 64], (9, 0), Path({str(tmp_path)!r}))"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)

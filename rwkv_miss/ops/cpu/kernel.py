@@ -1,0 +1,41 @@
+"""Any C++ kernel: compiled at its first use, called with pointers to the tensors' data."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from rwkv_miss.ops.cpu.build import BuildError, load_library
+
+
+@cache
+def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    """The library of a C++ file, compiled where that was not done before, and None; or None and why there is none."""
+    try:
+        return load_library(source), None
+    except (BuildError, OSError) as error:
+        return None, str(error)
+
+
+def call(source: Path, function: str, arguments: Sequence[Tensor | int | None]) -> None:
+    """Calls a function of a C++ file (declared `extern "C"`, without a result), and returns when it has run.
+
+    Args:
+        source: a file for which `library_or_reason` found a library.
+        arguments: in the order of the function's parameters. A contiguous tensor is passed as a pointer to its data,
+            None as a null pointer, an int as an int64_t.
+    """
+    library, reason = library_or_reason(source)
+    assert library is not None, reason
+    getattr(library, function)(*map(_as_c, arguments))
+
+
+def _as_c(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if isinstance(x, int):
+        return ctypes.c_int64(x)
+    assert x is None or x.is_contiguous()
+    return ctypes.c_void_p(None if x is None else x.data_ptr())

@@ -1,0 +1,43 @@
+"""The table of the CUDA programs: every .cu file that the package has, its kernels, and what it is compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+from rwkv_miss.ops.cuda.kernel import Program
+from rwkv_miss.ops.cuda.nvrtc import SOURCES
+
+# By the tensors' dtype, the option that sets `io` of cuda/common.cuh, the type of a kernel's inputs and outputs.
+IO = {torch.float32: "-DIO_BF16=0", torch.bfloat16: "-DIO_BF16=1"}
+# The head sizes that cuda/wkv.cuh can be compiled for.
+HEAD_SIZES = (8, 16, 24, 32, 64, 96, 128)
+# By the inputs' dtype and the head size.
+_WKV_VARIANTS: dict[Hashable, tuple[str, ...]] = {
+    (dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES
+}
+
+# docs/recipes-kernel.md says how to add a program. In the names of parameters dx is the gradient of x.
+PROGRAMS = {
+    "wkv6": Program(
+        SOURCES / "wkv6.cu",
+        {
+            "wkv6_forward": "r k v w u state_in seq_start y state_out saved_states steps heads",
+            "wkv6_backward_values": "r k w u seq_start dy grad_state dv dstate steps heads",
+            "wkv6_backward_keys": "r k v w u seq_start saved_states dy grad_state dr dk dw du steps heads",
+        },
+        _WKV_VARIANTS,
+    ),
+    "wkv7": Program(
+        SOURCES / "wkv7.cu",
+        {
+            "wkv7_forward": "r z k v a b state_in seq_start y state_out saved_states saved_u steps heads",
+            "wkv7_backward_values": "r z k a b seq_start dy grad_state dv du dstate steps heads",
+            "wkv7_backward_keys": (
+                "r z k v a b seq_start saved_states saved_u dy du grad_state dr dz dk da db steps heads"
+            ),
+        },
+        _WKV_VARIANTS,
+    ),
+}

@@ -1,0 +1,106 @@
+"""WKV-6 and WKV-7 on NVIDIA GPUs: the kernels of cuda/wkv6.cu and cuda/wkv7.cu as operators of torch.library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.ops.cuda import driver, kernel
+from rwkv_miss.ops.cuda.programs import HEAD_SIZES, IO, PROGRAMS
+from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WkvOp, register
+
+# Steps between the states that the forward keeps for the backward: CHUNK of cuda/wkv.cuh.
+SAVE_EVERY = 16
+
+
+def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """Why the kernels of "wkv6" or "wkv7" cannot take tensors of that device, dtype and head size here, or None if
+    they can. Compiles and loads them at the first use.
+
+    Raises:
+        UserError: this is the first use, and torch is recording a CUDA graph.
+    """
+    if reason := driver.refused(device):
+        return reason
+    if dtype not in IO:
+        return f"the tensors are {dtype}, it takes float32 and bfloat16"
+    if n not in HEAD_SIZES:
+        return f"the head size is {n}, it takes {', '.join(map(str, HEAD_SIZES))}"
+    return kernel.unusable(PROGRAMS[op], (dtype, n), device)
+
+
+def launch_shape(batch: int, n_head: int, n: int) -> tuple[tuple[int, int], int]:
+    """The grid and the threads in a block of every kernel of both programs (cuda/wkv.cuh)."""
+    kept = n if n <= 64 else 32  # value or key indices of the state that one block holds
+    return (batch * n_head, n // kept), 2 * kept
+
+
+def _forward(
+    op: WkvOp,
+    inputs: Sequence[Tensor],
+    state: Tensor,
+    seq_start: Tensor | None,
+    y: Tensor,
+    last: Tensor,
+    saved: Sequence[Tensor | None],
+) -> None:
+    """Fills y, the last state and what is saved for the backward; see `register`."""
+    if y.numel() == 0:
+        last.copy_(state)
+        return
+    named = _by_name(op, inputs, seq_start, saved)
+    _launch(op, ("forward",), named | {"state_in": _ready(state), "y": y, "state_out": last})
+
+
+def _backward(
+    op: WkvOp,
+    inputs: Sequence[Tensor],
+    seq_start: Tensor | None,
+    saved: Sequence[Tensor],
+    grad_y: Tensor | None,
+    grad_state: Tensor | None,
+    grads: Sequence[Tensor],
+) -> None:
+    """Fills the gradients; see `register`."""
+    v = inputs[op.v]
+    if v.numel() == 0:
+        for x in grads:
+            x.zero_()
+        if grad_state is not None:
+            grads[-1].copy_(grad_state)
+        return
+    named = _by_name(op, inputs, seq_start, saved)
+    named |= {"dy": v.new_zeros(v.shape) if grad_y is None else _ready(grad_y), "grad_state": _ready(grad_state)}
+    # The gradients of what the forward saved beside the states: the first kernel writes them, the second reads them.
+    named |= {f"d{x.removeprefix('saved_')}": y.new_empty(y.shape) for x, y in zip(op.saved, saved[1:], strict=True)}
+    named |= dict(zip([*(f"d{letter}" for letter in op.inputs), "dstate"], grads, strict=True))
+    _launch(op, ("backward_values", "backward_keys"), named)
+
+
+def _by_name(
+    op: WkvOp, inputs: Sequence[Tensor], seq_start: Tensor | None, saved: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    names = [*op.inputs, "seq_start", "saved_states", *op.saved]
+    return dict(zip(names, map(_ready, (*inputs, seq_start, *saved)), strict=True))
+
+
+def _ready(x: Tensor | None) -> Tensor | None:
+    return None if x is None else kernel.ready(x)
+
+
+def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]) -> None:
+    """Launches the op's kernels of those names, one after the other."""
+    v = tensors["v"]
+    assert v is not None
+    batch, n_steps, n_head, n = v.shape
+    grid, block = launch_shape(batch, n_head, n)
+    arguments = {**tensors, "steps": n_steps, "heads": n_head}
+    for part in parts:
+        kernel.launch(PROGRAMS[op.name], (v.dtype, n), f"{op.name}_{part}", v.device, grid, block, arguments)
+
+
+# (*inputs, state, seq_start) -> (y, the last state), as in `rwkv_miss.ops`, with arguments that were checked.
+wkv6 = register(WKV6, "cuda", SAVE_EVERY, _forward, _backward)
+wkv7 = register(WKV7, "cuda", SAVE_EVERY, _forward, _backward)
