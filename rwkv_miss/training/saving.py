@@ -122,9 +122,8 @@ class Saver(L.Callback):
     def _save_adapter(self, trainer: L.Trainer, facts: dict[str, float]) -> None:
         with gathered(trainer.strategy, trained_parameters(self.module.model).values()):
             if trainer.is_global_zero:
-                save_adapter(
-                    self.module.model, self.out / "adapter", self.extra | {"step": trainer.global_step} | facts
-                )
+                extra = self.extra | {"step": trainer.global_step} | facts
+                save_adapter(self.module.model, self.out / "adapter", extra)
 
 
 def _check_trained(trainer: L.Trainer, module: LitRWKV) -> None:
