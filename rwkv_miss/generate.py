@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
-from rwkv_miss.data.tokenizers import END, Tokenizer
-from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.data.tokenizers import Tokenizer
+from rwkv_miss.engine import Engine
+from rwkv_miss.sampling import Sampling
 
 # A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
 STOP = "\n\nUser:"
-# Tokens whose text is looked at for STOP: it has 7 bytes, so it spans at most 7 tokens.
-_STOP_TOKENS = 8
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -31,61 +29,46 @@ def generate(
     Args:
         temperature: 0 takes the likeliest token; above, samples from softmax(logits / temperature).
         top_p: samples among the likeliest tokens whose probabilities sum to top_p.
+        seed: seed of the random sampling. Each prompt has random numbers of its own: the first those of the seed
+            itself, the others those of a seed made of it and of the prompt's index.
 
     Raises:
         UserError: an argument out of its range, an empty prompt, or a prompt with tokens the model lacks.
         RunError: the model's logits are not finite.
     """
-    if not temperature >= 0 or not 0 < top_p <= 1 or max_tokens < 1:
-        raise UserError(
-            f"temperature {temperature} must be at least 0, top_p {top_p} above 0 and at most 1, max_tokens "
-            f"{max_tokens} at least 1"
-        )
-    if not 0 <= seed < 2**63:
-        raise UserError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
-    if not prompts:
-        return []
-    device = model.emb.weight.device
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if not tokens:
-            raise UserError("the prompt is empty; give it at least one character")
-        if max(tokens) >= model.config.vocab_size:
-            raise UserError(
-                f"the prompt {prompt[:40]!r} has token {max(tokens)}, beyond the model's vocabulary of "
-                f"{model.config.vocab_size}; choose the tokenizer that the model was trained with"
-            )
-    # Prompts end together: shorter ones are padded on the left, and the state starts afresh at their first token.
-    width = max(map(len, ids))
-    tokens = torch.tensor([[END] * (width - len(t)) + t for t in ids], device=device)
-    starts = torch.tensor([[width - len(t)] for t in ids], device=device)
-    seq_start = torch.arange(width, device=device) == starts
-    generator = torch.Generator(device).manual_seed(seed)
-
-    logits, state = model(tokens, seq_start=seq_start)
-    written: list[list[int]] = [[] for _ in ids]
-    open_ = set(range(len(ids)))
-    for _ in range(max_tokens):
-        chosen = _choose(logits[:, -1].float(), temperature, top_p, generator)
-        for i in sorted(open_):
-            written[i].append(int(chosen[i]))
-            if written[i][-1] == END or STOP in tokenizer.decode(written[i][-_STOP_TOKENS:]):
-                open_.remove(i)
-        if not open_:
-            break
-        logits, state = model(chosen.unsqueeze(1), state)
-    return [tokenizer.decode(w).split(STOP)[0] for w in written]
+    Sampling(temperature, top_p, max_tokens, (STOP,), seed)  # raises for wrong arguments without a prompt, too
+    engine = Engine(model, tokenizer)
+    for i, prompt in enumerate(prompts):
+        engine.add(prompt, Sampling(temperature, top_p, max_tokens, (STOP,), _seed_of(seed, i)))
+    texts: list[list[str]] = [[] for _ in prompts]
+    for piece in engine:
+        texts[piece.member].append(piece.text)
+    return ["".join(pieces) for pieces in texts]
 
 
-def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token id of each row of logits (B, V)."""
-    if not torch.isfinite(logits).all():
-        raise RunError("the model's logits are not finite; its weights, or the state it begins from, are damaged")
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    # The floors keep the tiniest temperature and top_p from 0 / 0: in fp32 they are 0.
-    below_best = logits - logits.amax(dim=-1, keepdim=True)
-    probs, order = torch.softmax(below_best / max(temperature, 1e-30), dim=-1).sort(dim=-1, descending=True)
-    # A token stays while those before it have not filled top_p: the likeliest always does.
-    probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= max(top_p, 1e-30), 0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator)).squeeze(1)
+def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """What the model writes after one prompt, in pieces, each as soon as it is known. Errors are those of `generate`;
+    those of the user's input are raised before the first piece is asked for."""
+    engine = Engine(model, tokenizer)
+    engine.add(prompt, sampling)
+    return (piece.text for piece in engine if piece.text)
+
+
+def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text as pieces of `text.strip()`: white space is held back until more text follows it."""
+    held: list[str] = []
+    is_begun = False
+    for piece in pieces:
+        text = piece.rstrip()
+        if not text:
+            held.append(piece)
+            continue
+        whole = "".join([*held, text])
+        yield whole if is_begun else whole.lstrip()
+        is_begun = True
+        held = [piece[len(text) :]]
+
+
+def _seed_of(seed: int, index: int) -> int:
+    """The seed of a batch's prompt number `index`, from 0 to 2^63 - 1."""
+    return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
