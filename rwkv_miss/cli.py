@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +84,7 @@ def run_evaluate(
     text_field: str = "text",
     prompt_field: str | None = None,
     answer_field: str | None = None,
+    separator: str | None = None,
     limit: int | None = None,
     ctx_len: int = 512,
     batch_size: int = 32,
@@ -101,52 +104,64 @@ def run_evaluate(
         text_field: Field that holds plain text.
         prompt_field: Field that holds the prompt.
         answer_field: Field that holds the answer.
-        limit: Use the first records (of a binidx: documents) only.
-        ctx_len: Tokens in a row, for the loss; longer conversations lose their ends.
-        batch_size: Rows or questions run together.
-        max_tokens: Longest answer.
-        show: Answers to print.
-        dtype: The model runs in; the file's own when not given.
+        separator: What parts the documents of a .txt file; the whole file is one document when not given.
+        limit: Use only this many records (of a binidx: documents), the first ones.
+        ctx_len: Tokens in a row when the loss is computed; longer conversations lose their ends.
+        batch_size: Rows (for the loss) or questions (for exact_match) that run together.
+        max_tokens: The most tokens that an answer may have.
+        show: How many answers to print.
+        dtype: Number format that the model runs in; that of the file when not given.
         json: Print one JSON object instead of text.
     """
+    import math
     from itertools import islice
 
     from rwkv_miss.data.binidx import binidx_prefix
     from rwkv_miss.data.mapped import open_documents
     from rwkv_miss.data.records import read_records
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.evaluate import answers, documents_loss, mean_loss, perplexity
+    from rwkv_miss.evaluate import answers, documents_loss, figures, mean_loss, perplexity
+    from rwkv_miss.progress import show_progress
 
     for name, value in (("limit", limit), ("ctx_len", ctx_len), ("batch_size", batch_size), ("max_tokens", max_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     loaded = _load(model, adapter, dtype)
     tok = load_tokenizer(tokenizer)
-    fields = {"text_field": text_field, "prompt_field": prompt_field, "answer_field": answer_field}
-    if prefix := binidx_prefix(data):
-        if exact_match:
-            raise UserError(f"{data}: a binidx has no questions and answers; leave out exact_match")
-        records = open_documents(prefix, loaded.config.vocab_size, **fields)[:limit]
-        loss, tokens = documents_loss(loaded, records, ctx_len, batch_size)
-    else:
-        records = list(islice(read_records(data, **fields), limit))
-        loss, tokens = mean_loss(loaded, tok, records, ctx_len, batch_size)
-    figures: dict[str, Any] = {"records": len(records), "tokens": tokens, "loss": loss, "perplexity": perplexity(loss)}
-    shown = []
-    if exact_match:
-        given = answers(loaded, tok, records, max_tokens, batch_size)
-        figures |= {"right": sum(a.is_right for a in given), "exact_match": sum(a.is_right for a in given) / len(given)}
-        shown = given[:show]
+    fields = {
+        "text_field": text_field,
+        "prompt_field": prompt_field,
+        "answer_field": answer_field,
+        "separator": separator,
+    }
+    with show_progress("rows of the loss") as report:
+        if prefix := binidx_prefix(data):
+            if exact_match:
+                raise UserError(f"{data}: a binidx has no questions and answers; leave out exact_match")
+            records = open_documents(prefix, loaded.config.vocab_size, **fields)[:limit]
+            loss, tokens = documents_loss(loaded, records, ctx_len, batch_size, report)
+        else:
+            records = list(islice(read_records(data, **fields), limit))
+            loss, tokens = mean_loss(loaded, tok, records, ctx_len, batch_size, report)
+    given = None
+    if exact_match and math.isfinite(loss):
+        with show_progress("answers") as report:
+            given = answers(loaded, tok, records, max_tokens, batch_size, report)
+    found = figures(len(records), loss, tokens, given)
     if json:
-        print(_json_line(figures))
-        return 0
-    for a in shown:
-        print(f"{a.prompt.strip()} {a.given}\n  [{'right' if a.is_right else 'wrong, expected: ' + a.expected}]\n")
-    print(
-        f"loss {loss:.4f} a token, perplexity {figures['perplexity']:.3f}, {tokens:,} tokens of {len(records)} records"
-    )
-    if exact_match:
-        print(f"exact match: {figures['right']} of {len(records)} ({figures['exact_match']:.1%})")
+        print(_json_line(found))
+    else:
+        for a in (given or [])[:show]:
+            print(f"{a.prompt.strip()} {a.given}\n  [{'right' if a.is_right else 'wrong, expected: ' + a.expected}]\n")
+        size = f"{tokens:,} tokens of {len(records)} records"
+        if math.isfinite(loss):
+            print(f"loss {loss:.4f} a token, perplexity {perplexity(loss):.3f}, {size}")
+        else:
+            print(f"loss not finite ({loss}), {size}")
+        if given is not None:
+            print(f"exact match: {found['right']} of {len(records)} ({found['exact_match']:.1%})")
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is not finite ({loss}); the weights of the model or of the adapter are damaged")
     return 0
 
 
@@ -172,23 +187,25 @@ def run_generate(
         adapter: The folder of an adapter to load onto the model.
         state: A .pth with a learned state (blocks.0.att.time_state, ...) to begin from.
         raw: Take the prompt as it is.
-        max_tokens: Longest answer.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Sample among the likeliest tokens whose probabilities sum to this.
-        seed: Of the sampling.
-        dtype: The model runs in; the file's own when not given.
+        max_tokens: The most tokens that the answer may have.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn at random.
+        top_p: Draw among the likeliest tokens whose probabilities sum to this.
+        seed: Seed of the random sampling.
+        dtype: Number format that the model runs in; that of the file when not given.
     """
     from rwkv_miss.data.templates import chat_prompt
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.generate import generate
+    from rwkv_miss.generate import STOP, stream, strip_pieces
     from rwkv_miss.model.initial_state import load_initial_state
+    from rwkv_miss.sampling import Sampling
 
     loaded = _load(model, adapter, dtype)
     if state:
         load_initial_state(loaded, state)
     text = prompt if raw else chat_prompt(prompt)
-    [answer] = generate(loaded, load_tokenizer(tokenizer), [text], max_tokens, temperature, top_p, seed)
-    print(answer if raw else answer.strip())
+    sampling = Sampling(temperature, top_p, max_tokens, (STOP,), seed)
+    pieces = stream(loaded, load_tokenizer(tokenizer), text, sampling)
+    _print_pieces(pieces if raw else strip_pieces(pieces))
     return 0
 
 
@@ -380,7 +397,8 @@ _DATA_HELP = "Prepare training data."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. 0: done; 1: the run failed; 2: the input is wrong; 128 + n: stopped by signal n."""
+    """Runs a command and returns its exit status. 0: done; 1: the run failed; 2: the input is wrong; 128 + n: it was
+    stopped by signal n."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("rwkv_miss").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calls what torch 2.13 deprecates
@@ -401,6 +419,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as e:
         print(f"rwkv-miss {command}: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"rwkv-miss {command}".rstrip() + ": interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whatever reads the output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails as well
+        return 128 + signal.SIGPIPE
 
 
 def _parse(argv: Sequence[str] | None) -> jsonargparse.Namespace:
@@ -445,6 +469,21 @@ def _load(path: str, adapter: str | None, dtype: str | None):
 
     model = load_model(path, dtype, "cuda" if torch.cuda.is_available() else "cpu").eval()
     return load_adapter(model, adapter) if adapter else model
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    """Prints each piece as it comes, and a newline at the end: after an error too, so that its message has a line of
+    its own."""
+    is_begun = False
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            is_begun = True
+    except BaseException:
+        if is_begun:
+            print(flush=True)
+        raise
+    print(flush=True)
 
 
 def _json_line(figures: dict[str, Any]) -> str:
