@@ -477,8 +477,8 @@ def _print_pieces(pieces: Iterable[str]) -> None:
     is_begun = False
     try:
         for piece in pieces:
+            is_begun = True  # first: an interruption may come in the middle of a print
             print(piece, end="", flush=True)
-            is_begun = True
     except BaseException:
         if is_begun:
             print(flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.engine import Engine
 from rwkv_miss.generate import generate
 from rwkv_miss.sampling import Sampling
+from tests.scripted import Scripted
 
 BYTES = load_tokenizer("bytes")
 # Starts a command as a shell in the foreground does, whatever started the tests; progress lines come at once.
@@ -58,7 +60,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
 
     def run(*arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-c", START, *map(str, arguments)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered))
         return processes[-1]
 
     yield run
@@ -77,13 +80,20 @@ def test_generate_prints_what_generate_returns(base, capsys, options, raw):
     assert capsys.readouterr().out == (text if raw else text.strip()) + "\n"
 
 
+def test_generate_strips_an_answer_and_nothing_else(base, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_miss.cli._load", lambda *_: Scripted(b" \n yes,  \n\n no \n\n\0"))
+    argv = ["generate", f"--model={base}", "--tokenizer=bytes", "--prompt=a", "--temperature=0"]
+    assert main(argv) == 0 and main([*argv, "--raw"]) == 0
+    assert capsys.readouterr().out == "yes,  \n\n no\n" + " \n yes,  \n\n no \n\n\n"
+
+
 def test_generate_prints_pieces_as_they_come_until_it_is_interrupted(base, start):
     process = start("generate", "--model", base, "--tokenizer=bytes", "--prompt=a", "--max_tokens", 10**9)
-    first = process.stdout.read(20)  # there is no end to wait for
+    first = process.stdout.read1(2**20)  # there is no end to wait for
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert len(first) == 20 and out.endswith(b"\n")
+    assert 0 < len(first) < 4096 and out.endswith(b"\n")
     assert err.decode().splitlines()[-1] == "rwkv-miss generate: interrupted" and b"Traceback" not in err
 
 

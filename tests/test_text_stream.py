@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
 from rwkv_miss.text_stream import Detokenizer, StopStrings
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -106,6 +106,21 @@ def test_a_run_of_byte_tokens_comes_when_it_is_over(tokenizer):
     word = 1 + WORDS.index("▁the")
     ids = [word, *byte_ids("llama", tok, "你\n".encode()), word, *byte_ids("llama", tok, "é".encode())]
     assert pieces_of(tok, ids) == ["the", "", "", "", "", "你\n the", "", "", "é"]
+
+
+@pytest.mark.parametrize("kind", ["world", "bytes", "byte level", "llama"])
+def test_ids_without_text_inside_a_character(tokenizer, kind):
+    tok = tokenizer(kind)
+    first, *rest = byte_ids(kind, tok, "é😀".encode())[1:]
+    lead = byte_ids(kind, tok, "é".encode())[0]
+    nothing = [END] if kind in ("world", "bytes") else [END, tok.vocab_size + 5]
+    for n in range(1, 30):
+        ids = [lead, first, rest[0], *nothing * n, *rest[1:]]
+        assert "".join(pieces_of(tok, ids)) == tok.decode(ids) == "é😀", n
+
+
+def test_names_of_bytes_that_the_decoder_leaves_as_they_are_come_at_once(tokenizer):
+    assert pieces_of(tokenizer("byte names as text"), [len(WORDS) + 1, len(WORDS) + 2]) == ["<0x00>", "<0x01>", ""]
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes", *HUGGING_FACE])
