@@ -62,7 +62,7 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[t
         top_p = logits.new_tensor([[max(samplings[i].top_p, 1e-30)] for i in drawn])
         rows = logits[drawn]
         below_best = rows - rows.amax(dim=-1, keepdim=True)
-        probs, order = torch.softmax(below_best / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+        probs, order = torch.softmax(below_best / temperature, dim=-1).sort(dim=-1, descending=True)
         # A token stays while those before it have not filled top_p: the likeliest always does.
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0)
         picks = [
