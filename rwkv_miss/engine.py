@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.model.rwkv import RWKV
 from rwkv_miss.model.state import State
 from rwkv_miss.sampling import Sampling, choose
 from rwkv_miss.text_stream import Detokenizer, StopStrings
@@ -95,12 +96,12 @@ class Engine:
             chosen from the size of the vocabulary when not given.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, max_positions: int | None = None) -> None:
+    def __init__(self, model: RWKV, tokenizer: Tokenizer, max_positions: int | None = None) -> None:
         assert max_positions is None or max_positions >= 1
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
-        self._max_positions = max_positions or max(1, min(_MAX_POSITIONS, _MAX_LOGITS // self._vocab_size))
+        self._max_positions: int = max_positions or max(1, min(_MAX_POSITIONS, _MAX_LOGITS // self._vocab_size))
         self._added = 0
         self._members: dict[int, _Member] = {}  # all that are present, by number
         self._waiting: list[_Member] = []  # those whose prompts have not been read to the end, in order of arrival
@@ -279,18 +280,19 @@ class Engine:
         ended = {piece.member for piece in pieces if piece.finish}
         if not ended:
             return pieces
-        rows = {member.number: row for row, member in enumerate(self._running)}
-        for i, piece in enumerate(pieces):
-            is_kept = piece.finish not in (None, "not_finite") and self._members[piece.member].keep_state
-            if is_kept and piece.member in rows:
-                pieces[i] = piece._replace(state=_rows(self._state, [rows[piece.member]]))
+        if self._state is not None:
+            rows = {member.number: row for row, member in enumerate(self._running)}
+            for i, piece in enumerate(pieces):
+                is_kept = piece.finish not in (None, "not_finite") and self._members[piece.member].keep_state
+                if is_kept and piece.member in rows:
+                    pieces[i] = piece._replace(state=_rows(self._state, [rows[piece.member]]))
+            staying = [member for member in self._running if member.number not in ended]
+            if len(staying) < len(self._running):
+                self._state = _rows(self._state, [rows[member.number] for member in staying]) if staying else None
+                self._running = staying
         for number in ended:
             del self._members[number]
         self._waiting = [member for member in self._waiting if member.number not in ended]
-        staying = [member for member in self._running if member.number not in ended]
-        if len(staying) < len(self._running):
-            self._state = _rows(self._state, [rows[member.number] for member in staying]) if staying else None
-            self._running = staying
         return pieces
 
     @property

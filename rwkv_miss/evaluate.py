@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
 
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import Document, encode_record
@@ -21,6 +20,7 @@ from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.engine import Engine
 from rwkv_miss.generate import STOP
 from rwkv_miss.model.loss import loss_sum
+from rwkv_miss.model.rwkv import RWKV
 from rwkv_miss.progress import Report
 from rwkv_miss.sampling import Sampling
 
@@ -41,7 +41,7 @@ class Answer:
 
 
 def mean_loss(
-    model: nn.Module,
+    model: RWKV,
     tokenizer: Tokenizer,
     records: Sequence[Record],
     ctx_len: int,
@@ -55,7 +55,7 @@ def mean_loss(
 
 @torch.no_grad()
 def documents_loss(
-    model: nn.Module,
+    model: RWKV,
     documents: Sequence[Document],
     ctx_len: int,
     batch_size: int,
@@ -95,7 +95,7 @@ def perplexity(loss: float) -> float:
 
 
 def answers(
-    model: nn.Module,
+    model: RWKV,
     tokenizer: Tokenizer,
     records: Sequence[Record],
     max_tokens: int,

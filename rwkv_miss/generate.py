@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from torch import nn
 
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.engine import Engine
+from rwkv_miss.model.rwkv import RWKV
 from rwkv_miss.sampling import Sampling
 
 # A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
@@ -16,7 +16,7 @@ STOP = "\n\nUser:"
 
 
 def generate(
-    model: nn.Module,
+    model: RWKV,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_tokens: int = 256,
@@ -46,7 +46,7 @@ def generate(
     return ["".join(pieces) for pieces in texts]
 
 
-def stream(model: nn.Module, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+def stream(model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """What the model writes after one prompt, in pieces, each as soon as it is known. Errors are those of `generate`;
     those of the user's input are raised before the first piece is asked for."""
     engine = Engine(model, tokenizer)
