@@ -14,7 +14,7 @@ from rwkv_miss import load_adapter, load_model
 from rwkv_miss.data.records import read_records
 from rwkv_miss.data.templates import prompt_text
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
-from rwkv_miss.generate import STOP, generate
+from rwkv_miss.generation.generate import STOP, generate
 
 
 def rwkv_package(merged: str, version: int, tokenizer: Tokenizer, prompts: list[str], max_tokens: int) -> list[str]:

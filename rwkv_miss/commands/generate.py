@@ -1,6 +1,65 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
 
-def run(data: str, tokenizer: str, out: str) -> int:
-    """x"""
+from rwkv_miss.commands.model import RunDtype
+
+
+def run(
+    model: str,
+    prompt: str,
+    tokenizer: str,
+    adapter: str | None = None,
+    state: str | None = None,
+    raw: bool = False,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 0.5,
+    seed: int = 0,
+    dtype: RunDtype | None = None,
+) -> int:
+    """What a model answers to a question, or how it goes on with a text.
+
+    Args:
+        model: A checkpoint (.pth or .st).
+        prompt: The question; it is put into the chat template unless raw is given.
+        tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
+        adapter: The folder of an adapter, or of a run, to load onto the model.
+        state: A .pth with a learned state (blocks.0.att.time_state, ...) to begin from.
+        raw: Take the prompt as it is.
+        max_tokens: The most tokens that the answer may have.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn at random.
+        top_p: Draw among the likeliest tokens whose probabilities sum to this.
+        seed: Seed of the random sampling.
+        dtype: Number format that the model runs in; that of the file when not given.
+    """
+    from rwkv_miss.commands.model import load
+    from rwkv_miss.data.templates import chat_prompt
+    from rwkv_miss.data.tokenizers import load_tokenizer
+    from rwkv_miss.generation.generate import STOP, stream, strip_pieces
+    from rwkv_miss.generation.sampling import Sampling
+    from rwkv_miss.model.initial_state import load_initial_state
+
+    loaded = load(model, adapter, dtype)
+    if state:
+        load_initial_state(loaded, state)
+    text = prompt if raw else chat_prompt(prompt)
+    sampling = Sampling(temperature, top_p, max_tokens, (STOP,), seed)
+    pieces = stream(loaded, load_tokenizer(tokenizer), text, sampling)
+    _print_pieces(pieces if raw else strip_pieces(pieces))
     return 0
+
+
+def _print_pieces(pieces: Iterable[str]) -> None:
+    """Prints each piece as it comes, and a newline at the end: after an error too, so that its message has a line of
+    its own."""
+    is_begun = False
+    try:
+        for piece in pieces:
+            is_begun = True  # first: an interruption may come in the middle of a print
+            print(piece, end="", flush=True)
+    except BaseException:
+        if is_begun:
+            print(flush=True)
+        raise
+    print(flush=True)

@@ -22,12 +22,15 @@ class Tokenizer:
     """`encode` and `decode` may be called from several threads; a pickled tokenizer is loaded anew by its name.
 
     `vocab_size` is the highest id + 1. `decode` writes U+FFFD for what is not UTF-8 and nothing for `END`.
+    `settles(id)`: whether no token after this one can change the text up to it, except for a last U+FFFD, which may
+    be a character that is not yet complete. It is false for tokens without text as well.
     """
 
     name: str
     vocab_size: int
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
+    settles: Callable[[int], bool] = lambda _: True
 
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return load_tokenizer, (self.name,)
@@ -86,7 +89,7 @@ def _hugging_face(name: str) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         message = f"tokenizer {name!r}: is not a Hugging Face tokenizer.json ({error})"
         raise UserError(message) from error
-    ids = inner.get_vocab(with_added_tokens=True).values()
+    ids = frozenset(inner.get_vocab(with_added_tokens=True).values())
     if not ids:
         raise UserError(f"tokenizer {name!r}: has no tokens")
     inner.no_truncation()
@@ -98,9 +101,11 @@ def _hugging_face(name: str) -> Tokenizer:
         except Exception as error:  # for one, an unknown word and no token for it
             raise UserError(f"tokenizer {name!r}: cannot encode {text[:40]!r} ({error})") from error
 
-    return Tokenizer(
-        name,
-        max(ids) + 1,
-        encode,
-        lambda ids: inner.decode([i for i in ids if i != END], skip_special_tokens=False),
-    )
+    def decode(ids: list[int]) -> str:
+        return inner.decode([i for i in ids if i != END], skip_special_tokens=False)
+
+    # Where a character that has no token is written as tokens of its bytes, `<0xE4>` and so on, the decoder turns a
+    # run of them into text as a whole: one byte that does not fit makes U+FFFD of all.
+    names = {f"<0x{byte:02X}>" for byte in range(256)}
+    bytes_of_runs = {i for n in names if (i := inner.token_to_id(n)) is not None and decode([i]) != n}
+    return Tokenizer(name, max(ids) + 1, encode, decode, (ids - bytes_of_runs - {END}).__contains__)

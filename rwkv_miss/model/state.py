@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,12 @@ class State:
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The state of `function` of each tensor, such as `lambda x: x[:, :1]` for the first sequence alone."""
         return State(*(function(getattr(self, name)) for name in _TENSORS), self.version)
+
+    @classmethod
+    def cat(cls, states: Sequence[State]) -> State:
+        """The sequences of all `states`, one after the other, as one batch."""
+        tensors = (torch.cat([getattr(state, name) for state in states], dim=1) for name in _TENSORS)
+        return cls(*tensors, states[0].version)
 
     def detach(self) -> State:
         """No gradient flows back through the result."""

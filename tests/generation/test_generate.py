@@ -6,34 +6,21 @@ import math
 
 import pytest
 import torch
+from hypothesis import given as hypothesis_given
+from hypothesis import strategies as st
 
 from rwkv_miss import load_model
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.evaluate import Answer, answers, mean_loss, perplexity
-from rwkv_miss.generate import STOP, _choose, generate
+from rwkv_miss.evaluate import Answer, answers, figures, mean_loss, perplexity
+from rwkv_miss.generation.generate import STOP, generate, stream, strip_pieces
+from rwkv_miss.generation.sampling import Sampling, choose
+from tests.scripted import Scripted
 
 BYTES = load_tokenizer("bytes")
 PROMPTS = ["a", "The cat sat on", "\n\n", "in the beginning", "zz"]
-
-
-class Scripted(torch.nn.Module):
-    """Says the given texts, one a row, whatever it reads: each step's logits favour the text's next byte."""
-
-    def __init__(self, *texts: bytes) -> None:
-        super().__init__()
-        self.emb = torch.nn.Embedding(256, 1)
-        self.config = type("Config", (), {"vocab_size": 256})
-        self.texts = texts
-
-    def forward(self, tokens, state=None, seq_start=None):
-        step = 0 if state is None else state + 1
-        logits = torch.zeros(*tokens.shape, 256)
-        for row, text in enumerate(self.texts):
-            logits[row, -1, text[step] if step < len(text) else ord("~")] = 1
-        return logits, step
 
 
 def full_forward_greedy(model, prompt: str, n_tokens: int) -> str:
@@ -95,6 +82,16 @@ def test_sampling_is_seeded(model):
     assert sample(1) != sample(2)
 
 
+def test_each_prompt_has_random_numbers_of_its_own(model):
+    options = {"max_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 3}
+    together = generate(model, BYTES, ["a", "b", "a", "a"], **options)
+    assert together[0] == generate(model, BYTES, ["a"], **options)[0]
+    assert together[:2] == generate(model, BYTES, ["a", "b"], **options)
+    assert len({together[0], together[2], together[3]}) == 3
+    for seed in range(3, 7):  # nor are they those of the seeds nearby
+        assert seed == 3 or generate(model, BYTES, ["a"], **options | {"seed": seed})[0] not in together
+
+
 def test_a_nucleus_of_one_is_greedy(model):
     greedy = generate(model, BYTES, PROMPTS, max_tokens=12)
     assert generate(model, BYTES, PROMPTS, max_tokens=12, temperature=1.0, top_p=1e-6) == greedy
@@ -114,8 +111,9 @@ def test_the_distribution_that_is_sampled(temperature, top_p):
         nucleus.append(i)
         mass += p[i]
     n = 20_000
-    chosen = _choose(logits.expand(n, 5), temperature, top_p, torch.Generator().manual_seed(0))
-    counts = torch.bincount(chosen, minlength=5).tolist()
+    sampling = Sampling(temperature, top_p)
+    chosen = choose(logits.expand(n, 5), [sampling] * n, [sampling.generator(logits.device)] * n)
+    counts = torch.bincount(torch.tensor(chosen), minlength=5).tolist()
     assert {i for i in range(5) if counts[i]} <= set(nucleus)
     chi2 = sum((counts[i] - n * p[i] / mass) ** 2 / (n * p[i] / mass) for i in nucleus)
     assert chi2 < 25  # at most 4 degrees of freedom: p < 1e-4
@@ -165,6 +163,24 @@ def test_wrong_arguments(model, prompt, arguments, word):
         generate(model, BYTES, [prompt], **arguments)
 
 
+def test_a_stream_is_the_text(model):
+    for prompt in PROMPTS:
+        pieces = list(stream(model, BYTES, prompt, Sampling(1.0, 0.9, 30, (STOP,), seed=2)))
+        assert "".join(pieces) == generate(model, BYTES, [prompt], 30, 1.0, 0.9, seed=2)[0]
+        assert "" not in pieces
+    with pytest.raises(UserError, match="prompt is empty"):
+        stream(model, BYTES, "", Sampling())
+
+
+@hypothesis_given(st.lists(st.text(" \n\ta\u00a0b", max_size=4)))
+def test_stripped_pieces(pieces):
+    stripped = list(strip_pieces(pieces))
+    assert "".join(stripped) == "".join(pieces).strip()
+    assert all(stripped)
+    for n in range(len(pieces)):  # whatever must follow has come
+        assert "".join(strip_pieces(pieces[:n])) == "".join(pieces[:n]).strip()
+
+
 # Evaluation
 
 
@@ -211,6 +227,39 @@ def test_a_right_answer_is_an_equal_one():
     given = answers(said, BYTES, [record("a", "42"), record("b", "42")], max_tokens=9, batch_size=2)
     assert given == [Answer("User: a\n\nAssistant:", "42", "42"), Answer("User: b\n\nAssistant:", "42", "41")]
     assert [a.is_right for a in given] == [True, False]
+
+
+def test_a_question_that_is_answered_is_replaced_at_once():
+    said = Scripted(b"long answer\0", b"b\0", b"c\0", b"dd\0", b"e\0")
+    rows, done = [], []
+    said.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    records = [record("q" * (9 - i), "x") for i in range(5)]
+    given = answers(said, BYTES, records, max_tokens=20, batch_size=2, report=lambda *x: done.append(x))
+    assert [a.given for a in given] == ["long answer", "b", "c", "dd", "e"]
+    # The first question takes 12 steps; beside it the others one after the other, each read when there is a place.
+    assert rows == [2, 2, *[1, 1], 2, *[1, 1], 2, 2, *[1, 1], 2, 1, 1, 1]
+    assert done[0] == (0, 5) and done[-1] == (5, 5) and done == sorted(done)
+
+
+def test_logits_that_are_not_finite_end_the_answers(model):
+    model.ln_out.weight.data[0] = math.nan
+    with pytest.raises(RunError, match="logits are not finite"):
+        answers(model, BYTES, [record("a", "b")], max_tokens=3, batch_size=2)
+
+
+def test_the_rows_of_the_loss_are_reported(model):
+    records = [record("q" * 20, "a" * 30) for _ in range(5)]
+    done = []
+    mean_loss(model, BYTES, records, ctx_len=64, batch_size=2, report=lambda *x: done.append(x))
+    assert done == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_figures_that_json_has_no_numbers_for_are_none():
+    assert figures(3, math.nan, 9) == {"records": 3, "tokens": 9, "loss": None, "perplexity": None}
+    assert figures(3, 1e4, 9) == {"records": 3, "tokens": 9, "loss": 1e4, "perplexity": None}
+    right, wrong = Answer("p", "a", "a"), Answer("p", "a", "b")
+    found = figures(4, 1.0, 9, [right, wrong, wrong, wrong])
+    assert found["right"] == 1 and found["exact_match"] == 0.25 and found["perplexity"] == pytest.approx(math.e)
 
 
 def test_a_loss_of_a_part_says_so(model, caplog):

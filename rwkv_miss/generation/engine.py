@@ -1,0 +1,309 @@
+"""Text for many sequences at once: a batch whose members come and go between two tokens.
+
+engine = Engine(model, tokenizer)
+first = engine.add("User: Hi\n\nAssistant:", Sampling(max_tokens=100))
+for piece in engine:            # until no member is left; `add` and `cancel` may be called in the loop
+    print(piece.member, piece.text, piece.finish)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.data.tokenizers import END, Tokenizer
+from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.state import State
+from rwkv_miss.generation.sampling import Sampling, choose
+from rwkv_miss.generation.text_stream import Detokenizer, StopStrings
+
+Finish = Literal["end", "stop", "max_tokens", "cancelled", "not_finite"]
+"""Why a text ended: token `END`, a stop string, `Sampling.max_tokens`, `Engine.cancel`, or logits that are infinite or
+not numbers."""
+
+# Most logits (512 MiB in fp32) that one forward of prompts makes, for all its tokens, and most tokens.
+_MAX_LOGITS = 2**27
+_MAX_POSITIONS = 8192
+
+
+class Piece(NamedTuple):
+    """What one step added to one member.
+
+    member: what `Engine.add` returned.
+    text: the new text. It may be empty: what may still become a part of a character or of a stop string is held back.
+    ids: the token ids chosen in this step; an `END` or a stop string's tokens are among them.
+    finish: why the text ended, in the member's last piece; None in all others.
+    state: in the last piece of a member with `keep_state` the state of one sequence that has read the prompt and all
+        ids but the last one, so that `add([last_id, *further_ids], state=state)` goes on. None where the member was
+        cancelled before its prompt had been read, or its logits are not finite.
+    """
+
+    member: int
+    text: str
+    ids: tuple[int, ...] = ()
+    finish: Finish | None = None
+    state: State | None = None
+
+
+@dataclass(eq=False)
+class _Member:
+    number: int
+    sampling: Sampling
+    generator: torch.Generator | None
+    keep_state: bool
+    detokenizer: Detokenizer
+    stops: StopStrings
+    unread: list[int]  # those of the prompt's tokens that the model has not read
+    state: State | None  # of one sequence, until the prompt has been read; None is the initial one
+    ids: list[int] = field(default_factory=list)
+    is_cancelled: bool = False
+
+    def write(self, token: int) -> Piece:
+        self.ids.append(token)
+        text, is_stopped = self.stops.push(self.detokenizer.push(token))
+        if is_stopped:
+            return Piece(self.number, text, (token,), "stop")
+        if token == END or len(self.ids) == self.sampling.max_tokens:
+            return self.end("end" if token == END else "max_tokens", text, (token,))
+        return Piece(self.number, text, (token,))
+
+    def end(self, finish: Finish, text: str = "", ids: tuple[int, ...] = ()) -> Piece:
+        """The last piece: `text` and what the detokenizer held back, which may complete a stop string."""
+        rest, is_stopped = self.stops.push(self.detokenizer.finish())
+        if is_stopped:
+            return Piece(self.number, text + rest, ids, "stop")
+        return Piece(self.number, text + rest + self.stops.finish(), ids, finish)
+
+
+class Engine:
+    """A batch of sequences on one model. A member's text depends on its own prompt, settings and state alone, but for
+    the rounding of sums, which differs a little with the size of the batch.
+
+    Memory grows with the number of members only, which the caller limits: the state of each has the same size however
+    long its text is, and prompts are read in pieces. `len(engine)` is the number of members present. An error of the
+    model itself, such as a lack of memory, leaves the engine unusable.
+
+    Args:
+        model: `model(tokens, state, seq_start) -> (logits, State)`, see `rwkv_miss.model.base.RWKV.forward`.
+        tokenizer: the one that the model was trained with.
+        max_positions: most tokens, all sequences together and padding counted, that one forward reads of prompts;
+            chosen from the size of the vocabulary when not given.
+    """
+
+    def __init__(self, model: RWKV, tokenizer: Tokenizer, max_positions: int | None = None) -> None:
+        assert max_positions is None or max_positions >= 1
+        self._model = model
+        self._tokenizer = tokenizer
+        self._vocab_size = model.config.vocab_size
+        self._max_positions: int = max_positions or max(1, min(_MAX_POSITIONS, _MAX_LOGITS // self._vocab_size))
+        self._added = 0
+        self._members: dict[int, _Member] = {}  # all that are present, by number
+        self._waiting: list[_Member] = []  # those whose prompts have not been read to the end, in order of arrival
+        self._running: list[_Member] = []  # the others: row i of the state is the i-th of them
+        self._state: State | None = None
+        self._to_yield: deque[Piece] = deque()  # the rest of a step's pieces, also when a loop over them is left
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces of all steps, until no member is left. A loop that was left goes on with the next piece.
+
+        Raises:
+            RunError: the logits of a member are not finite. It has left, and the loop may be begun again.
+        """
+        while self._to_yield or self._members:
+            if not self._to_yield:
+                self._to_yield.extend(self.step())
+                continue
+            piece = self._to_yield.popleft()
+            if piece.finish == "not_finite":
+                raise RunError(
+                    "the model's logits are not finite; its weights, or the state it begins from, are damaged"
+                )
+            yield piece
+
+    def add(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        state: State | None = None,
+        keep_state: bool = False,
+    ) -> int:
+        """A new member, which joins at the next step.
+
+        Args:
+            prompt: text, or its token ids.
+            sampling: None is that of `Sampling()`.
+            state: of one sequence, which the prompt goes on with; None is the model's initial state. It is not
+                changed.
+            keep_state: return the member's state in its last piece.
+
+        Returns:
+            The member's number: 0 for the first, 1 for the next, ...
+
+        Raises:
+            UserError: the prompt is empty or has tokens that the model lacks, or the state does not fit the model.
+        """
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise UserError("the prompt is empty; give it at least one character")
+        if wrong := [token for token in ids if not 0 <= token < self._vocab_size]:
+            text = prompt if isinstance(prompt, str) else self._tokenizer.decode([t for t in ids if t >= 0])
+            raise UserError(
+                f"the prompt {text[:40]!r} has token {max(wrong)}, beyond the model's vocabulary of "
+                f"{self._vocab_size}; choose the tokenizer that the model was trained with"
+            )
+        if state is not None:
+            state.check(self._model.config, 1, self._model.emb.weight)
+            state = state.detach()
+        sampling = sampling or Sampling()
+        member = _Member(
+            number=self._added,
+            sampling=sampling,
+            generator=sampling.generator(self._device),
+            keep_state=keep_state,
+            detokenizer=Detokenizer(self._tokenizer),
+            stops=StopStrings(sampling.stop),
+            unread=ids,
+            state=state,
+        )
+        self._added += 1
+        self._members[member.number] = member
+        self._waiting.append(member)
+        return member.number
+
+    def cancel(self, member: int) -> None:
+        """The member leaves at the next step, with a last piece that says "cancelled". One that has ended already is
+        left as it is."""
+        if member in self._members:
+            self._members[member].is_cancelled = True
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """One token for each member whose prompt has been read, and the next part of the prompts of the others.
+
+        A piece for each member that got a token or was cancelled. A member whose logits are not finite leaves
+        without a token, with the finish "not_finite"; the others are not affected.
+        """
+        cancelled = [member for member in self._members.values() if member.is_cancelled]
+        pieces = self._leave([member.end("cancelled") for member in cancelled])
+        logits, states = [], []
+        if self._running:
+            all_logits, state = self._model(self._tensor([member.ids[-1:] for member in self._running]), self._state)
+            logits.append(all_logits[:, -1])
+            states.append(state)
+        for read in (self._read_short_prompts, self._read_long_prompts):
+            members, last_logits, state = read()
+            if members:
+                self._running += members
+                logits.append(last_logits)
+                states.append(state)
+        if not self._running:
+            return pieces
+        self._waiting = [member for member in self._waiting if member.unread]
+        self._state = State.cat(states) if len(states) > 1 else states[0]
+        return pieces + self._leave(self._write(torch.cat(logits).float()))
+
+    def _read_short_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
+        """Reads the longest-waiting prompts that can be read whole in one forward: (their members, the logits (B, V)
+        after their last tokens, the state). None and None where there are no members.
+
+        They end together: shorter ones are padded on the left, and the state starts afresh at their first token. A
+        prompt that goes on from a state cannot be padded, as the padding would change the state.
+        """
+        group: list[_Member] = []
+        width = 0
+        for member in self._waiting:
+            length = len(member.unread)
+            if member.state is not None or length > self._max_positions:
+                continue
+            if (len(group) + 1) * max(width, length) > self._max_positions:
+                break
+            group.append(member)
+            width = max(width, length)
+        if not group:
+            return [], None, None
+        tokens = self._tensor([[END] * (width - len(member.unread)) + member.unread for member in group])
+        starts = self._tensor([[width - len(member.unread)] for member in group])
+        logits, state = self._model(tokens, None, torch.arange(width, device=self._device) == starts)
+        for member in group:
+            member.unread = []
+        return group, logits[:, -1].clone(), state  # the clone lets go of the logits of all other positions
+
+    def _read_long_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
+        """Reads as many tokens of each of the other prompts as the one that is nearest to its end has left, or as one
+        forward may have. Returns what `_read_short_prompts` does, of those read to their ends."""
+        group = [m for m in self._waiting if m.state is not None or len(m.unread) > self._max_positions]
+        group = group[: self._max_positions]
+        if not group:
+            return [], None, None
+        n_tokens = min(min(len(member.unread) for member in group), self._max_positions // len(group))
+        tokens = self._tensor([member.unread[:n_tokens] for member in group])
+        state = seq_start = None
+        if begun := next((member.state for member in group if member.state is not None), None):
+            # The others begin here: what stands in their rows of the state is not used.
+            state = State.cat([member.state or begun for member in group])
+            begins = self._tensor([[member.state is None] for member in group])
+            seq_start = begins & (torch.arange(n_tokens, device=self._device) == 0)
+        logits, state = self._model(tokens, state, seq_start)
+        for row, member in enumerate(group):
+            del member.unread[:n_tokens]
+            member.state = _rows(state, [row]) if member.unread else None
+        done = [row for row, member in enumerate(group) if not member.unread]
+        if not done:
+            return [], None, None
+        return [group[row] for row in done], logits[done, -1], _rows(state, done)
+
+    def _write(self, logits: Tensor) -> list[Piece]:
+        """The next token of each running member, from logits (B, V)."""
+        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        members = [member for member, is_finite in zip(self._running, finite, strict=True) if is_finite]
+        pieces = []
+        if len(members) < len(finite):
+            lost = [member for member, is_finite in zip(self._running, finite, strict=True) if not is_finite]
+            pieces = [Piece(member.number, "", finish="not_finite") for member in lost]
+            logits = logits[torch.tensor(finite, device=logits.device)]
+        tokens = choose(logits, [member.sampling for member in members], [member.generator for member in members])
+        return [member.write(token) for member, token in zip(members, tokens, strict=True)] + pieces
+
+    def _leave(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces, the last ones with the states that were asked for. Members whose last piece is among them are
+        taken out of the batch."""
+        ended = {piece.member for piece in pieces if piece.finish}
+        if not ended:
+            return pieces
+        if self._state is not None:
+            rows = {member.number: row for row, member in enumerate(self._running)}
+            for i, piece in enumerate(pieces):
+                is_kept = piece.finish not in (None, "not_finite") and self._members[piece.member].keep_state
+                if is_kept and piece.member in rows:
+                    pieces[i] = piece._replace(state=_rows(self._state, [rows[piece.member]]))
+            staying = [member for member in self._running if member.number not in ended]
+            if len(staying) < len(self._running):
+                self._state = _rows(self._state, [rows[member.number] for member in staying]) if staying else None
+                self._running = staying
+        for number in ended:
+            del self._members[number]
+        self._waiting = [member for member in self._waiting if member.number not in ended]
+        return pieces
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.emb.weight.device
+
+    def _tensor(self, rows: list) -> Tensor:
+        return torch.tensor(rows, device=self._device)
+
+
+def _rows(state: State, rows: list[int]) -> State:
+    """The state of these sequences alone, in memory of its own."""
+    index = torch.tensor(rows, device=state.wkv.device)
+    return state.map(lambda x: x.index_select(1, index))

@@ -1,0 +1,74 @@
+"""Text from a model, many prompts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from rwkv_miss.data.tokenizers import Tokenizer
+from rwkv_miss.generation.engine import Engine
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.generation.sampling import Sampling
+
+# A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
+STOP = "\n\nUser:"
+
+
+def generate(
+    model: RWKV,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """What the model writes after each prompt, until the end of the document, `STOP` or max_tokens.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, samples from softmax(logits / temperature).
+        top_p: samples among the likeliest tokens whose probabilities sum to top_p.
+        seed: seed of the random sampling. Each prompt has random numbers of its own: the first those of the seed
+            itself, the others those of a seed made of it and of the prompt's index.
+
+    Raises:
+        UserError: an argument out of its range, an empty prompt, or a prompt with tokens the model lacks.
+        RunError: the model's logits are not finite.
+    """
+    Sampling(temperature, top_p, max_tokens, (STOP,), seed)  # raises for wrong arguments without a prompt, too
+    engine = Engine(model, tokenizer)
+    for i, prompt in enumerate(prompts):
+        engine.add(prompt, Sampling(temperature, top_p, max_tokens, (STOP,), _seed_of(seed, i)))
+    texts: list[list[str]] = [[] for _ in prompts]
+    for piece in engine:
+        texts[piece.member].append(piece.text)
+    return ["".join(pieces) for pieces in texts]
+
+
+def stream(model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """What the model writes after one prompt, in pieces, each as soon as it is known. Errors are those of `generate`;
+    those of the user's input are raised before the first piece is asked for."""
+    engine = Engine(model, tokenizer)
+    engine.add(prompt, sampling)
+    return (piece.text for piece in engine if piece.text)
+
+
+def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text as pieces of `text.strip()`: white space is held back until more text follows it."""
+    held: list[str] = []
+    is_begun = False
+    for piece in pieces:
+        text = piece.rstrip()
+        if not text:
+            held.append(piece)
+            continue
+        whole = "".join([*held, text])
+        yield whole if is_begun else whole.lstrip()
+        is_begun = True
+        held = [piece[len(text) :]]
+
+
+def _seed_of(seed: int, index: int) -> int:
+    """The seed of a batch's prompt number `index`, from 0 to 2^63 - 1."""
+    return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
