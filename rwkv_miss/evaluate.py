@@ -19,10 +19,10 @@ from rwkv_miss.data.templates import answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.generate import STOP
-from rwkv_miss.model.log_probs import batch_log_probs
-from rwkv_miss.model.base import RWKV
-from rwkv_miss.progress import Report
 from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.log_probs import batch_log_probs
+from rwkv_miss.progress import Report
 
 _log = logging.getLogger("rwkv_miss")
 

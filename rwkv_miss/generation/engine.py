@@ -18,10 +18,10 @@ from torch import Tensor
 
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.model.base import RWKV
-from rwkv_miss.model.state import State
 from rwkv_miss.generation.sampling import Sampling, choose
 from rwkv_miss.generation.text_stream import Detokenizer, StopStrings
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.state import State
 
 Finish = Literal["end", "stop", "max_tokens", "cancelled", "not_finite"]
 """Why a text ended: token `END`, a stop string, `Sampling.max_tokens`, `Engine.cancel`, or logits that are infinite or

@@ -8,8 +8,8 @@ import numpy as np
 
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
-from rwkv_miss.model.base import RWKV
 from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.model.base import RWKV
 
 # A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
 STOP = "\n\nUser:"

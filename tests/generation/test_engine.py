@@ -9,12 +9,12 @@ import torch
 
 from rwkv_miss import load_model
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
-from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.model.initial_state import add_initial_state
-from rwkv_miss.model.base import RWKV
-from rwkv_miss.model.state import State
+from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.initial_state import add_initial_state
+from rwkv_miss.model.state import State
 from tests.scripted import Scripted
 
 BYTES = load_tokenizer("bytes")
