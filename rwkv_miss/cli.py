@@ -15,7 +15,7 @@ import jsonargparse
 from rich.console import Console
 from rich.table import Table
 
-from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.config import AdapterConfig, DataOptions, TrainConfig
 from rwkv_miss.errors import RunError, UserError
 
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -113,7 +113,7 @@ def run_evaluate(
 
     from rwkv_miss.data.binidx import binidx_prefix
     from rwkv_miss.data.mapped import open_documents
-    from rwkv_miss.data.records import read_records
+    from rwkv_miss.data.readers.reader import read_records
     from rwkv_miss.data.tokenizers import load_tokenizer
     from rwkv_miss.evaluate import answers, documents_loss, mean_loss, perplexity
 
@@ -122,19 +122,19 @@ def run_evaluate(
             raise UserError(f"{name} is {value}; it must be at least 1")
     loaded = _load(model, adapter, dtype)
     tok = load_tokenizer(tokenizer)
-    fields = {"text_field": text_field, "prompt_field": prompt_field, "answer_field": answer_field}
+    options = DataOptions(text_field=text_field, prompt_field=prompt_field, answer_field=answer_field)
     if prefix := binidx_prefix(data):
         if exact_match:
             raise UserError(f"{data}: a binidx has no questions and answers; leave out exact_match")
-        records = open_documents(prefix, loaded.config.vocab_size, **fields)[:limit]
+        records = open_documents(prefix, loaded.config.vocab_size, options)[:limit]
         loss, tokens = documents_loss(loaded, records, ctx_len, batch_size)
     else:
-        records = list(islice(read_records(data, **fields), limit))
-        loss, tokens = mean_loss(loaded, tok, records, ctx_len, batch_size)
+        records = list(islice(read_records(data, options), limit))
+        loss, tokens = mean_loss(loaded, tok, records, options, ctx_len, batch_size)
     figures: dict[str, Any] = {"records": len(records), "tokens": tokens, "loss": loss, "perplexity": perplexity(loss)}
     shown = []
     if exact_match:
-        given = answers(loaded, tok, records, max_tokens, batch_size)
+        given = answers(loaded, tok, records, options, max_tokens, batch_size)
         figures |= {"right": sum(a.is_right for a in given), "exact_match": sum(a.is_right for a in given) / len(given)}
         shown = given[:show]
     if json:
@@ -294,13 +294,7 @@ def run_binidx(
         answer_field: Field that holds the answer.
         separator: What parts the documents of a .txt file.
     """
-    from itertools import chain
-
-    import numpy as np
-
-    from rwkv_miss.data.binidx import write_binidx
-    from rwkv_miss.data.documents import encode_record
-    from rwkv_miss.data.records import read_records
+    from rwkv_miss.data.corpus import records_to_binidx
     from rwkv_miss.data.tokenizers import load_tokenizer
 
     if out.endswith((".bin", ".idx")) or out.rpartition("/")[2] in ("", ".", ".."):
@@ -308,24 +302,14 @@ def run_binidx(
     for path in (f"{out}.bin", f"{out}.idx"):
         if Path(path).exists():
             raise UserError(f"{path}: exists already; give another out, or remove it first")
-    tok = load_tokenizer(tokenizer)
-    records = with_prompts = 0
-
-    def ids():
-        nonlocal records, with_prompts
-        fields = {"prompt_field": prompt_field, "answer_field": answer_field, "text_field": text_field}
-        for record in read_records(data, separator=separator, **fields):
-            records += 1
-            with_prompts += not record.is_text
-            yield encode_record(record, tok, tok.vocab_size).ids
-
-    documents = ids()
-    first = next(documents)  # no folder is made for data that cannot be read
-    tokens = write_binidx(out, chain([first], documents), np.uint16 if tok.vocab_size <= 2**16 else np.int32)
-    print(f"{out}.bin, {out}.idx: {records:,} documents, {tokens:,} tokens")
-    if with_prompts:
+    options = DataOptions(
+        text_field=text_field, prompt_field=prompt_field, answer_field=answer_field, separator=separator
+    )
+    written = records_to_binidx(data, out, load_tokenizer(tokenizer), options)
+    print(f"{out}.bin, {out}.idx: {written.documents:,} documents, {written.tokens:,} tokens")
+    if written.with_prompts:
         print(
-            f"documents with prompts: {with_prompts:,}; a binidx does not mark the answers, so training "
+            f"documents with prompts: {written.with_prompts:,}; a binidx does not mark the answers, so training "
             f"on it learns the prompts too. Train on {data} itself to learn the answers alone"
         )
     return 0

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.packing import make_rows
+from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer
@@ -34,23 +35,24 @@ class Answer:
 
 
 def mean_loss(
-    model: nn.Module, tokenizer: Tokenizer, records: Sequence[Record], ctx_len: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    options: DataOptions,
+    ctx_len: int,
+    batch_size: int,
 ) -> tuple[float, int]:
     """As `documents_loss`, of records."""
-    documents = [encode_record(record, tokenizer, model.config.vocab_size) for record in records]
+    documents = [encode_record(record, tokenizer, model.config.vocab_size, options) for record in records]
     return documents_loss(model, documents, ctx_len, batch_size)
 
 
 @torch.no_grad()
 def documents_loss(model: nn.Module, documents: Sequence[Document], ctx_len: int, batch_size: int) -> tuple[float, int]:
     """(mean of -log p over the tokens that carry loss, their number), rows packed as training packs them.
-    Warns where ctx_len cuts documents off, or all of their loss."""
+    Warns if ctx_len loses more of the documents than is `tolerated`."""
     rows, report = make_rows(documents, ctx_len, packing=True)
-    if report.truncated or report.dropped:
-        _log.warning(
-            "of %s records, %s lose their ends to ctx_len %s and %s have no token with loss in it",
-            *(report.records, report.truncated, ctx_len, report.dropped),
-        )
+    check_losses(report, "the loss is over a part of the data", allow_dropping=True)
     stream = BatchStream(
         rows, batch_size=batch_size, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False
     )
@@ -67,15 +69,21 @@ def perplexity(loss: float) -> float:
 
 
 def answers(
-    model: nn.Module, tokenizer: Tokenizer, records: Sequence[Record], max_tokens: int, batch_size: int
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    options: DataOptions,
+    max_tokens: int,
+    batch_size: int,
 ) -> list[Answer]:
-    """The model's likeliest answer to each record's last question. Right means equal, white space at the ends
-    aside."""
+    """The model's likeliest answer to each record's last question. Right means equal to the answer in the form that
+    the model learns, white space at the ends aside."""
+    prompts = [prompt_text(record, options) for record in records]
     # Prompts of about one length side by side: a batch runs as long as its longest.
-    order = sorted(range(len(records)), key=lambda i: len(prompt_text(records[i])))
+    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     given: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        texts = generate(model, tokenizer, [prompt_text(records[i]) for i in chunk], max_tokens)
+        texts = generate(model, tokenizer, [prompts[i] for i in chunk], max_tokens)
         given.update(zip(chunk, (text.strip() for text in texts), strict=True))
-    return [Answer(prompt_text(r), answer_text(r), given[i]) for i, r in enumerate(records)]
+    return [Answer(prompts[i], answer_text(record, options), given[i]) for i, record in enumerate(records)]

@@ -1,5 +1,5 @@
-"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: a corpus takes memory for
-where its documents and pieces begin, not for its tokens."""
+"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: memory is needed for where
+documents and pieces begin, not for the tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.binidx import BinIdx, read_binidx
 from rwkv_miss.data.documents import Document, choose_held_out, count_held_out, split_validation
 from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_lengths
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
-# Tokens that are looked at from the beginning, from the end, and from anywhere.
+# Tokens that are looked at when the file is opened: so many from its beginning, from its end, and from anywhere.
 _SAMPLE = 4096
+_OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,25 +49,17 @@ class MappedDocuments(Sequence[Document]):
         return ids.astype(np.int32)
 
 
-def open_documents(
-    prefix: str | Path,
-    vocab_size: int,
-    *,
-    text_field: str = "text",
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    separator: str | None = None,
-) -> MappedDocuments:
+def open_documents(prefix: str | Path, vocab_size: int, options: DataOptions) -> MappedDocuments:
     """The documents of PREFIX.bin and PREFIX.idx for a model of `vocab_size` ids.
 
-    The first, the last and some random tokens are looked at here, all the others when they are used: whichever
-    is not in the vocabulary raises UserError, which names its document. So do the options of `read_records`, as
-    there are no fields here.
+    The first, the last and some random tokens are looked at here, all the others when they are used.
+
+    Raises:
+        UserError: a token is not in the vocabulary (the message names its document), the pair cannot be read, or
+            `options` name fields or a separator, of which a binidx has none.
     """
-    if text_field != "text" or prompt_field is not None or answer_field is not None or separator is not None:
-        raise UserError(
-            f"{prefix}: a binidx has no fields; leave out text_field, prompt_field, answer_field and separator"
-        )
+    if any(getattr(options, name) != getattr(DataOptions(), name) for name in _OF_OTHER_FORMATS):
+        raise UserError(f"{prefix}: a binidx has no fields; leave out {', '.join(_OF_OTHER_FORMATS)}")
     file = read_binidx(prefix)
     n = len(file.tokens)
     anywhere = np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE)
@@ -85,7 +79,10 @@ def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarra
 
 
 @split_validation.register
-def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDocuments, MappedDocuments]:
+def _(
+    documents: MappedDocuments, fraction: float, seed: int, group_size: int | None = None
+) -> tuple[MappedDocuments, MappedDocuments]:
+    _refuse_groups(documents, group_size)
     if fraction == 0:
         return documents, documents[:0]
     if len(documents) > 1:
@@ -101,10 +98,19 @@ def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDoc
     )
 
 
+def _refuse_groups(documents: MappedDocuments, group_size: int | None) -> None:
+    if group_size is not None:
+        raise UserError(
+            f"{documents.file.prefix}: a binidx does not say which documents belong to a group; give records, such as "
+            "a .jsonl file"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedRows:
-    """Rows, as `Rows` has them, of pieces of documents. Row i holds the pieces members[bounds[i]:bounds[i + 1]];
-    piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]] and, one further, the targets.
+    """Rows, as `Rows` has them without groups, of pieces of documents. Row i holds the pieces
+    members[bounds[i]:bounds[i + 1]]; piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]]
+    and, one position further, the targets.
 
     An `END` inside a document begins a new one, so the state is reset there too.
     """
@@ -125,8 +131,18 @@ class MappedRows:
         return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
 
     @property
+    def groups(self) -> None:
+        """A binidx has none."""
+        return None
+
+    @property
+    def filled(self) -> np.ndarray:
+        """The positions of each row before its padding, int64 (R,): each of them has a target."""
+        return self.loss_tokens
+
+    @property
     def used(self) -> np.ndarray:
-        """Of each row, the columns up to its last target: all of them have one."""
+        """Of each row, the columns up to its last target, int64 (R,)."""
         return self.loss_tokens
 
     def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
@@ -144,7 +160,7 @@ class MappedRows:
         """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
         shape = len(rows), self.width
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
-        seq_start = np.zeros(shape, bool)
+        seq_start, filled = np.zeros(shape, bool), np.zeros(len(rows), np.int64)
         for i, row in enumerate(rows):
             at = 0
             for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
@@ -154,14 +170,18 @@ class MappedRows:
                 seq_start[i, at:stop] = ids[:-1] == END
                 seq_start[i, at] = True
                 at = stop
+            filled[i] = at
             if at < self.width:
                 seq_start[i, at] = True
-        return Rows(tokens, targets, seq_start)
+        return Rows(tokens, targets, seq_start, filled)
 
 
 @make_rows.register
-def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False) -> tuple[MappedRows, PackReport]:
+def _(
+    documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
+) -> tuple[MappedRows, PackReport]:
     # carry is for conversations; here all is plain text, which always goes on.
+    _refuse_groups(documents, group_size)
     targets = documents.stops - documents.starts - 1
     learned = targets > 0
     if not learned.any():
@@ -189,12 +209,15 @@ def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = Fal
     return rows, PackReport(
         records=len(documents),
         rows=len(rows),
-        ctx_len=width,
+        width=width,
+        ctx_len=ctx_len,
         longest=int(targets.max()),
         tokens=tokens,
         loss_tokens=tokens,
+        lost_tokens=0,
         fill=tokens / (len(rows) * width),
         truncated=0,
         carried=0,
         dropped=int(np.count_nonzero(~learned)),
+        enough_ctx_len=None,
     )

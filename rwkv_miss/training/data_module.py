@@ -35,5 +35,5 @@ class PackedData(L.LightningDataModule):
             seed=self.config.seed,
             shuffle=shuffle,
             trim=not self.config.packing,
-            segment_len=self.config.segment_len,
+            window_len=self.config.window_len,
         )

@@ -31,7 +31,7 @@ class LitRWKV(L.LightningModule):
         self.model, self.config, self.total_steps = model, config, total_steps
         self.step_loss = torch.zeros(())
         self.val_loss: float | None = None
-        self._carried: State | None = None  # into the next segment of the same rows
+        self._carried: State | None = None  # into the next window of the same rows
         self._val_sums: Tensor | None = None
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class LitRWKV(L.LightningModule):
         self.val_loss = loss / tokens
 
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
-        """`loss_sum` of a segment, from the state that the segment before it left."""
+        """`loss_sum` of a window, from the state that the window before it left."""
         state, last = self._carried, batch["last"]
         if torch.is_grad_enabled() and not batch["has_loss"] and batch["tokens"].shape[1] > 1:
             # Only the state is wanted, without a gradient. But DDP and DeepSpeed want a backward pass through all

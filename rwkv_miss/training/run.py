@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import lightning as L
@@ -21,12 +22,10 @@ from rwkv_miss.adapters.full import whole_parameters
 from rwkv_miss.adapters.inject import inject
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import AdapterConfig, TrainConfig, check
-from rwkv_miss.data.batches import count_segments
-from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record, split_validation
-from rwkv_miss.data.mapped import MappedDocuments, open_documents
-from rwkv_miss.data.packing import make_rows
-from rwkv_miss.data.records import read_records
+from rwkv_miss.data.batches import count_windows
+from rwkv_miss.data.corpus import read_documents
+from rwkv_miss.data.documents import split_validation
+from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write
@@ -43,10 +42,13 @@ _OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
 # whatever is given; the base is told by its fingerprint, since its file may have moved.
 _SAME = (
-    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "val_data", "val_split"),
+    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
+    *("val_data", "val_split"),
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
     *("adapter", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices", "num_nodes"),
 )
+# What runs did before they had a setting, where that is not its default now.
+_BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     out = Path(config.out)
     # Lightning starts the other ranks by running the command again; only the first looks at the folder.
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-    if not first:
+    if not first:  # what it says, all would say
         console = Console(quiet=True)
+        logging.getLogger("rwkv_miss").setLevel(logging.ERROR)
     resume = (
         _check_out(out, config) if first else last_checkpoint(out / "checkpoints") if config.resume == "auto" else None
     )
@@ -89,8 +92,9 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
     if first:  # alone: the others have no business on its GPU
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         check_usable(f"wkv{sizes.version}", config.wkv_backend, device, model.emb.weight.dtype, sizes.head_size)
-    documents = read_documents(config.data, config, sizes.vocab_size)
-    held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
+    tokenizer = load_tokenizer(config.tokenizer)
+    documents = read_documents(config.data, tokenizer, sizes.vocab_size, config)
+    held_out = read_documents(config.val_data, tokenizer, sizes.vocab_size, config) if config.val_data else []
     if config.val_split:
         documents, held_out = split_validation(documents, config.val_split, config.seed)
     fit = partial(make_rows, ctx_len=config.ctx_len, packing=config.packing, carry=config.long_documents == "carry")
@@ -100,7 +104,10 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
             f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
             f"{report.longest} tokens); lower chunk_len, or leave it out"
         )
+    check_losses(report, config.data, config.allow_dropping)
     val_rows, val_report = fit(held_out) if held_out else (None, None)
+    if val_report:
+        check_losses(val_report, config.val_data or f"{config.data}, held out", config.allow_dropping)
 
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
     total_steps = config.max_steps or config.epochs * -(-len(rows) // rows_a_step)
@@ -119,10 +126,15 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
         raise UserError(
             f"{out}: the run is done ({resume[1]} of {total_steps} steps); raise epochs or max_steps to go on"
         )
-    extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
+    extra = {
+        "tokenizer": config.tokenizer,
+        "template": "rwkv-world",
+        "answer_lines": config.answer_lines,
+        "answer_end": config.answer_end,
+    }
     saver = Saver(out, config.save_every, total_steps, val_rows is not None, extra)
     reporter = Reporter(out, config.log_every, total_steps, console)
-    micro_batches = config.accumulate * count_segments(rows, config.segment_len)
+    micro_batches = config.accumulate * count_windows(rows, config.window_len)
     # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
     starter = LambdaCallback(on_train_start=lambda trainer, _: trainer.is_global_zero and _start_folder(out, config))
     trainer = _trainer(
@@ -140,16 +152,6 @@ def train(config: TrainConfig, console: Console) -> TrainResult:
             "--chunk_len or --gradient_checkpointing true"
         ) from None
     return TrainResult(trainer.global_step, reporter.last_loss, reporter.base_val_loss, saver.best, saver.best_step)
-
-
-def read_documents(path: str, config: TrainConfig, vocab_size: int) -> list[Document] | MappedDocuments:
-    """The file's records as token ids and loss masks; a binidx has them already."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
-    if prefix := binidx_prefix(path):
-        return open_documents(prefix, vocab_size, **options)
-    records = read_records(path, **options)
-    return [encode_record(record, tokenizer, vocab_size) for record in records]
 
 
 def _trainer(
@@ -213,7 +215,7 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
 
 
 def _read_settings(path: Path) -> dict:
-    """A run's settings; those that it did not have yet were at their defaults."""
+    """A run's settings; those that it did not have yet were at their defaults, or as `_BEFORE` says."""
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -221,7 +223,7 @@ def _read_settings(path: Path) -> dict:
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
         raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
-    return defaults | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}
+    return defaults | _BEFORE | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}
 
 
 def _start_folder(out: Path, config: TrainConfig) -> None:
@@ -236,4 +238,7 @@ def _start_folder(out: Path, config: TrainConfig) -> None:
 
 
 def _as_yaml(config: TrainConfig) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    values = asdict(config)
+    # The order of the help, which begins with base, data, tokenizer and out.
+    ordered = {name: values[name] for name in signature(TrainConfig).parameters}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in ordered.items()}

@@ -74,13 +74,13 @@ def test_cut_gradients_have_the_loss_of_whole_rows_and_other_gradients(long_conf
 
 @pytest.fixture
 def cut_run(long_config, tmp_path) -> TrainConfig:
-    """Segments of 32 tokens: 8 a row, of which some are beyond the documents' ends and some have no loss."""
+    """Windows of 32 tokens: 8 a row, of which some are beyond the documents' ends and some have no loss."""
     config = long_config(chunk_len=16, bptt_chunks=2, out=str(tmp_path / "one"))
     quiet_train(config)
     return config
 
 
-def test_segments_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
+def test_windows_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
     """They are run without gradients, for speed: as if they were run with."""
     marks = []
 
@@ -148,7 +148,7 @@ def test_a_run_from_before_chunks_resumes(cut_run, long_config, tmp_path):
     assert quiet_train(replace(config, resume="auto", max_steps=2)).steps == 2
 
 
-def test_a_state_that_is_not_finite_is_found_in_the_segment_that_reads_it(cut_run, monkeypatch, tmp_path):
+def test_a_state_that_is_not_finite_is_found_in_the_window_that_reads_it(cut_run, monkeypatch, tmp_path):
     from rwkv_miss.training import lit_module
 
     loss_sum = lit_module.loss_sum
