@@ -72,17 +72,17 @@ class DataOptions:
     """How data files are read, and how their records become text. Readers and templates take it whole."""
 
     text_field: str = "text"
-    """Field of a .jsonl record that holds plain text."""
+    """Field of a record that holds plain text."""
     prompt_field: str | None = None
-    """Field that holds the prompt (question, query, instruction, ... are found without it)."""
+    """Field of a record that holds the prompt (question, query, instruction and prompt are found without it)."""
     answer_field: str | None = None
-    """Field that holds the answer (answer, response, output, ... are found without it)."""
+    """Field of a record that holds the answer (answer, response, output and completion are found without it)."""
     separator: str | None = None
-    """What parts the documents of a .txt file; without it the whole file is one document."""
+    """The text between two documents of a .txt file; without it the whole file is one document."""
     answer_lines: Literal["keep", "join"] = "keep"
     """Blank lines in answers. keep: answers are learned as they stand; a runtime that stops at a blank line cuts such
-    an answer at its first one. join: each run of line breaks becomes one and the ends are stripped, as the World models
-    were trained, so that no answer holds a blank line."""
+    an answer at its first one. join: each run of line breaks becomes one and the ends are stripped, as in older data
+    for World models, so that no answer holds a blank line."""
     answer_end: Literal["token", "blank_line"] = "token"
     """What follows the last answer. token: token 0, the end of the document, as in BlinkDL's data. blank_line: a blank
     line and then token 0, for runtimes that stop at a blank line alone. Between turns there is always a blank line."""

@@ -1,4 +1,4 @@
-"""The order of the rows, each rank's share of them, and going on where a run stopped."""
+"""Micro-batches: the order of the rows, each rank's share of them, and going on where a run stopped."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ _PADDING = {"tokens": 0, "targets": NO_LOSS, "seq_start": False, "records": NO_R
 
 
 def count_windows(rows: Rows | MappedRows, window_len: int | None) -> int:
-    """The windows of at most `window_len` columns that `BatchStream` cuts every row into; None does not cut."""
+    """The number of windows, of at most `window_len` columns each, that `BatchStream` cuts every row into; 1 if
+    window_len is None. Windows are those of truncated back-propagation through time."""
     return -(-rows.width // window_len) if window_len else 1
 
 
 class BatchStream:
-    """One rank's micro-batches of `rows`. Each full iteration is one epoch, in which every row comes once over all
+    """One rank's micro-batches of `rows`. A full iteration is one epoch, in which each row comes once, to one of the
     ranks.
 
     The rows' order is a function of (seed, epoch). An optimizer step takes the next batch_size * accumulate *
-    world_size of them, dealt as evenly as can be over accumulate * world_size shares, though the last step of an
-    epoch may have fewer rows: a share left without any is one row of padding. Each share is `count_windows`
-    micro-batches, its columns in turn, so that every rank has the same number of micro-batches.
+    world_size rows and divides them as evenly as possible into accumulate * world_size shares. The last step of an
+    epoch may have fewer rows; a share that is left without any is one row of padding. Each share becomes
+    `count_windows` micro-batches, one for each window of its columns, so that every rank has the same number of them.
 
     A micro-batch of b rows and T columns is a dict:
 
     - `tokens`, `targets` int64 (b, T) and `seq_start` bool (b, T), as in `Rows`;
     - `step_tokens` int: the loss tokens in the whole optimizer step, over all its micro-batches and ranks. The sum of
       the loss over `step_tokens` adds up to the step's exact mean over tokens;
-    - `positions` int: those of all ranks' rows in these columns, without the padding of empty shares;
-    - `filled` int: those of `positions` that hold a token of a document and are not padding;
+    - `positions` int: the positions of all ranks' rows in these columns; the padding rows of empty shares do not count;
+    - `filled` int: the part of `positions` that holds a document's tokens and no padding;
     - `has_loss` bool: whether any rank has a target in these columns;
     - `last` bool: whether these columns are the last of their rows. If not, the next micro-batch goes on with the same
       rows;
-    - of rows with groups also `records` int64 (b, T), as in `Rows`, and `step_groups` int: the groups in the whole
+    - if the rows have groups, `records` int64 (b, T), as in `Rows`, and `step_groups` int: the groups in the whole
       optimizer step, over all its micro-batches and ranks.
 
-    All ranks have the same T. With `trim` (for rows of one document or group each) the columns after the last target
-    of all ranks' rows, which bear on no loss, are cut off; a window that this leaves empty is a column of padding.
+    All ranks have the same T. With `trim` (for rows that are not packed) the columns after the last target of all
+    ranks' rows, on which no loss depends, are cut off; a window that this leaves empty is one column of padding.
 
     `state_dict` and `load_state_dict` are the protocol by which Lightning saves and restores a loader: the first
-    iterator after loading goes on with the micro-batch after the last one yielded. Every other new iterator
-    begins an epoch that no iterator has begun. Only the newest iterator may be used.
+    iterator after loading goes on with the micro-batch after the last one that was yielded. Every other new iterator
+    begins the next epoch that none has begun. Only the newest iterator may be used.
     """
 
     def __init__(
@@ -84,11 +85,11 @@ class BatchStream:
         self._begun = False  # whether an iterator is in this epoch
 
     def __len__(self) -> int:
-        """Micro-batches an epoch: the same for every rank."""
+        """The number of micro-batches in an epoch, the same for every rank."""
         return -(-len(self._rows) // self._step_rows) * self._accumulate * self._windows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # A generator: nothing of this runs before the first batch is asked for, so an unused iterator is harmless.
+        # A generator: its body does not run before the first batch is asked for, so an unused iterator is harmless.
         if self._begun or self._batch == len(self):
             self._epoch, self._batch = self._epoch + 1, 0
         self._begun = True
@@ -96,14 +97,17 @@ class BatchStream:
         if self._shuffle:
             np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
         while self._batch < len(self):
-            self._batch += 1  # before the yield: a state saved while this batch is in use is past it
+            self._batch += (
+                1  # before the yield, so that a state that is saved while this batch is in use goes on after it
+            )
             yield self._micro_batch(order, self._batch - 1)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "batch": self._batch, "batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError if the state is of a stream with another number of micro-batches an epoch."""
+        """Restores a position. Raises UserError if it is that of a stream with another number of micro-batches in an
+        epoch."""
         if state["batches"] != len(self):
             raise UserError(
                 f"the checkpoint was saved in a run of {state['batches']} micro-batches an epoch, this run has "

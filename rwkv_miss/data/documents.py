@@ -16,9 +16,10 @@ from rwkv_miss.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Document:
-    """`ids` int32 (L,), ending in `END` unless the document was cut; `mask` bool (L,): true where the token carries
-    loss as a target. The first token is never a target. A document whose mask is true from the second token on is
-    plain text.
+    """A document of L tokens.
+
+    ids int32 (L,): they end in `END` unless the document was cut. mask bool (L,): true where the token carries loss as
+    a target, which the first token never does.
     """
 
     ids: np.ndarray
@@ -26,25 +27,26 @@ class Document:
 
     @property
     def is_text(self) -> bool:
+        """Whether every token after the first carries loss, as in plain text."""
         return bool(self.mask[1:].all())
 
     def piece(self, start: int, stop: int) -> Document:
-        """Tokens start to stop - 1 as a document of their own: the first is context only."""
+        """The tokens from `start` up to `stop` as a document, of which the first carries no loss."""
         mask = self.mask[start:stop].copy()
         mask[0] = False
         return Document(self.ids[start:stop], mask)
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Document:
-    """The record's tokens and `END`; the tokens of learned spans, and `END`, carry loss.
+    """The record's tokens and `END`. The tokens of learned spans and `END` carry loss.
 
-    Spans are encoded one by one, so the mask's edges are exact and a prompt has the tokens that a runtime gives it.
+    Each span is encoded by itself, so the mask's edges are exact and a prompt has the tokens that a runtime gives it.
 
     Args:
         vocab_size: the number of ids that the model has.
 
     Raises:
-        UserError: naming the record, for a token that the model does not have and for `END` inside the text.
+        UserError: the text has a token that the model does not have, or `END`. The message names the record.
     """
     ids: list[int] = []
     mask: list[bool] = []
@@ -72,10 +74,16 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options
 def split_validation(
     documents: list[Document], fraction: float, seed: int, group_size: int | None = None
 ) -> tuple[list[Document], list[Document]]:
-    """(training, validation): `fraction` of the documents, drawn by `seed`, is held out; both keep their order.
+    """Holds out a share of the documents for validation.
 
-    With a `group_size` n whole groups are drawn: documents n * i to n * i + n - 1 stay together. Otherwise, of a
-    single plain text its last `fraction` of targets is held out. A fraction of 0 holds nothing out.
+    Args:
+        fraction: the share that is held out; 0 holds nothing out. Of a single plain text it is the last targets.
+        seed: seed of the random choice.
+        group_size: with n, documents n * i to n * i + n - 1 are a group, which stays together, and a single plain text
+            is not split.
+
+    Returns:
+        The documents for training and those for validation, each in their order.
 
     Raises:
         UserError: `fraction` leaves either side empty, or the documents do not make whole groups.
@@ -94,17 +102,17 @@ def split_validation(
 
 
 def count_groups(n_documents: int, group_size: int) -> int:
-    """The number of groups of `group_size` consecutive documents; UserError if some are left over."""
+    """The number of groups of `group_size` consecutive documents. Raises UserError if some are left over."""
     if n_documents % group_size:
         raise UserError(
             f"{n_documents:,} records do not make groups of {group_size}: {n_documents % group_size} are left over; "
-            "add the missing ones or remove these"
+            "add the missing ones, or remove these"
         )
     return n_documents // group_size
 
 
 def count_held_out(fraction: float, whole: int, unit: str) -> int:
-    """How many of `whole` units are held out; UserError if that leaves nothing on either side."""
+    """How many of `whole` units are held out. Raises UserError if that leaves nothing on either side."""
     if not 0 <= fraction < 1:
         raise UserError(f"val_split is {fraction}; it must be at least 0 and less than 1")
     held_out = round(whole * fraction)

@@ -1,4 +1,4 @@
-"""Fitting documents to a context length: what is cut, what is left out, and which context length would be enough."""
+"""Fitting documents to a context length: which are cut or left out, and which context length would be enough."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rwkv_miss.errors import UserError
 def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:
     """Fits documents to ctx_len (input, target) positions, that is ctx_len + 1 tokens.
 
-    Longer plain text is split into pieces that share one token, so that every target stays, once. Other longer
-    documents are truncated at the end, or with `carry` split as well, without the pieces that have no loss token.
-    Documents with no loss token (left) are dropped.
+    Longer plain text is split into pieces of which each begins with the last token of the one before, so that every
+    target is learned once. Other longer documents are truncated at the end, or with `carry` split as well; pieces
+    without a loss token are left out. A document that has no loss token, or none left, is dropped.
 
     Returns:
-        The fitted documents, the number that were truncated or split and are not plain text, and the number dropped.
+        The fitted documents; the number of documents, plain text aside, that were truncated or split; and the number
+        dropped.
 
     Raises:
         UserError: every document would be dropped.
@@ -48,20 +49,20 @@ def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> 
 def cut_groups(documents: list[Document], ctx_len: int, group_size: int) -> tuple[list[Document], np.ndarray, int, int]:
     """Fits groups of `group_size` consecutive documents to rows of ctx_len positions.
 
-    Every document has an equal share of the row, ctx_len // group_size positions; what is longer, plain text too, is
-    truncated at the end. A group in which a document has no loss token (left) is dropped whole.
+    Every document has an equal share of a row, ctx_len // group_size positions; longer ones, plain text too, are
+    truncated at the end. A group is dropped whole if one of its documents has no loss token, or none left.
 
     Returns:
-        The fitted documents, group by group; the number that each had in `documents`, int64 (fitted,); the number of
-        those that were truncated; and the number of documents dropped.
+        The fitted documents, group by group; the index that each had in `documents`, int64 (fitted,); how many of
+        them were truncated; and the number of documents dropped.
 
     Raises:
-        UserError: the documents do not make whole groups, a share has no position, or every group would be dropped.
+        UserError: the documents do not make whole groups, a share is empty, or every group would be dropped.
     """
     n_groups = count_groups(len(documents), group_size)
     share = ctx_len // group_size
     if share < 1:
-        raise UserError(f"ctx_len {ctx_len} is too short for groups of {group_size}; each needs a position a document")
+        raise UserError(f"ctx_len {ctx_len} is too short for groups of {group_size} records; raise it")
     fitted: list[Document] = []
     numbers: list[int] = []
     truncated = 0
@@ -78,8 +79,8 @@ def cut_groups(documents: list[Document], ctx_len: int, group_size: int) -> tupl
         if not needed:
             raise UserError(f"in each of the {n_groups:,} groups a record has no token that carries loss")
         raise UserError(
-            f"ctx_len {ctx_len} is too short: in each of the {n_groups:,} groups it cuts off all that one of the "
-            f"{group_size} records has to learn; the first group needs a ctx_len of at least {group_size * min(needed)}"
+            f"ctx_len {ctx_len} is too short: in each of the {n_groups:,} groups of {group_size} records it cuts off "
+            f"every loss token of one of them; it must be at least {group_size * min(needed)}"
         )
     return fitted, np.array(numbers), truncated, len(documents) - len(fitted)
 
@@ -90,11 +91,11 @@ def tolerated(count: int) -> int:
 
 
 def enough_ctx_len(documents: list[Document], group_size: int | None = None) -> int:
-    """The least ctx_len at which `split_long` (not carrying) or `cut_groups` lose what is `tolerated` at most: of the
-    documents, counting those truncated or dropped, and of their loss tokens. Documents that have nothing to learn at
-    any ctx_len do not count."""
+    """The least ctx_len at which `split_long` (with carry false) or `cut_groups` truncate or drop no more documents
+    than are `tolerated`, and lose no more loss tokens. Documents that are dropped at any ctx_len do not count."""
     n = group_size or 1
-    # The least ctx_len at which each document is whole; the loss tokens, counted by the least that keeps them.
+    # whole[i]: the least ctx_len at which document i is whole. tokens[c]: the loss tokens of which c is the least
+    # ctx_len that keeps them.
     whole = np.ones(len(documents), np.int64)
     tokens = np.zeros(n * max(len(document.ids) for document in documents) + 1, np.int64)
     for first in range(0, len(documents), n):
@@ -104,7 +105,7 @@ def enough_ctx_len(documents: list[Document], group_size: int | None = None) -> 
         if group_size is None and group[0].is_text:
             tokens[1] += np.count_nonzero(group[0].mask)
             continue
-        kept = n * max(int(np.argmax(document.mask)) for document in group)  # at less the group is dropped
+        kept = n * max(int(np.argmax(document.mask)) for document in group)  # below it the group is dropped
         for i, document in enumerate(group, start=first):
             whole[i] = max(n * (len(document.ids) - 1), kept)
             np.add.at(tokens, np.maximum(n * np.flatnonzero(document.mask), kept), 1)

@@ -1,5 +1,5 @@
-"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: memory is needed for where
-documents and pieces begin, not for the tokens."""
+"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: what is kept in memory is
+where documents and pieces begin, not the tokens."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_le
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
-# Tokens that are looked at when the file is opened: so many from its beginning, from its end, and from anywhere.
+# When a file is opened, so many tokens of its beginning, of its end, and from random places are looked at.
 _SAMPLE = 4096
+# Options that a binidx has no use for.
 _OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedDocuments(Sequence[Document]):
-    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], int64 (documents,) each. They are as
-    they stand: none is given an `END` that it lacks, and one of fewer than 2 tokens has nothing to learn."""
+    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], with starts and stops int64 (documents,).
+
+    They are taken as they stand: a document that lacks an `END` is not given one. Of a document of fewer than 2 tokens
+    nothing is learned.
+    """
 
     file: BinIdx
     vocab_size: int
@@ -36,14 +40,14 @@ class MappedDocuments(Sequence[Document]):
         return len(self.starts)
 
     def __getitem__(self, i: int | slice | np.ndarray) -> Document | MappedDocuments:
-        """A document for a number; for a slice or a bool array (documents,) those that it selects."""
+        """Document i. For a slice or a bool array (documents,) instead, the documents that it selects."""
         if isinstance(i, (slice, np.ndarray)):
             return MappedDocuments(self.file, self.vocab_size, self.starts[i], self.stops[i])
         ids = self.tokens(self.starts[i], self.stops[i])
         return Document(ids, np.arange(len(ids)) > 0)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """file.tokens[start:stop] as int32; UserError where one is not in the vocabulary."""
+        """file.tokens[start:stop] as int32. Raises UserError if one is not in the vocabulary."""
         ids = self.file.tokens[start:stop]
         _check_ids(self.file, self.vocab_size, ids, range(start, stop))
         return ids.astype(np.int32)
@@ -69,7 +73,7 @@ def open_documents(prefix: str | Path, vocab_size: int, options: DataOptions) ->
 
 
 def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarray | range) -> None:
-    """UserError unless all `ids`, which are those of `places` in the file, are below vocab_size."""
+    """Raises UserError unless all `ids`, which stand at `places` in the file, are from 0 up to vocab_size."""
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(
@@ -137,7 +141,7 @@ class MappedRows:
 
     @property
     def filled(self) -> np.ndarray:
-        """The positions of each row before its padding, int64 (R,): each of them has a target."""
+        """The positions of each row before its padding, int64 (R,). All of them have targets."""
         return self.loss_tokens
 
     @property
@@ -151,13 +155,13 @@ class MappedRows:
         return any(self.lengths[members].sum() > columns.start for members in pieces)
 
     def check(self, rows: np.ndarray) -> None:
-        """UserError where a token of these rows is not in the vocabulary."""
+        """Raises UserError if a token of these rows is not in the vocabulary."""
         for row in rows:
             for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
                 self.documents.tokens(self.starts[piece], self.starts[piece] + self.lengths[piece] + 1)
 
     def take(self, rows: np.ndarray) -> Rows:
-        """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
+        """The rows of these indices, laid out. Raises UserError if a token is not in the vocabulary."""
         shape = len(rows), self.width
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
         seq_start, filled = np.zeros(shape, bool), np.zeros(len(rows), np.int64)
@@ -180,7 +184,7 @@ class MappedRows:
 def _(
     documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
 ) -> tuple[MappedRows, PackReport]:
-    # carry is for conversations; here all is plain text, which always goes on.
+    # `carry` is not read: it says what becomes of long conversations, and plain text always goes on.
     _refuse_groups(documents, group_size)
     targets = documents.stops - documents.starts - 1
     learned = targets > 0
@@ -190,13 +194,14 @@ def _(
             "learn"
         )
     targets, begins = targets[learned], documents.starts[learned]
-    # Longer documents in pieces of ctx_len targets that share one token, the last with the rest.
+    # A longer document is cut into pieces of ctx_len targets, the last of those that are left; each piece begins with
+    # the last token of the one before.
     pieces = -(-targets // ctx_len)
-    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # each piece's in its document
     starts = np.repeat(begins, pieces) + number * ctx_len
     lengths = np.minimum(np.repeat(targets, pieces) - number * ctx_len, ctx_len)
 
-    # A whole row each comes first, as it would from packing; only the others need to be packed.
+    # Pieces that fill a row come first, as they would from packing, so that only the others need to be packed.
     alone = lengths == ctx_len if packing else np.ones(len(lengths), bool)
     rest = np.flatnonzero(~alone)
     packed = pack_lengths(lengths[rest], ctx_len) if len(rest) else []

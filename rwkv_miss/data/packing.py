@@ -55,7 +55,7 @@ class Rows:
 
     @property
     def used(self) -> np.ndarray:
-        """Of each row, the columns up to its last target, int64 (R,)."""
+        """The columns of each row up to its last target, int64 (R,)."""
         has_loss = self.targets != NO_LOSS
         return np.where(has_loss.any(1), self.width - has_loss[:, ::-1].argmax(1), 0)
 
@@ -64,7 +64,7 @@ class Rows:
         return bool((self.targets[rows, columns] != NO_LOSS).any())
 
     def take(self, rows: np.ndarray) -> Rows:
-        """The rows of these numbers."""
+        """The rows of these indices."""
         of_groups = (None if x is None else x[rows] for x in (self.records, self.groups))
         return Rows(self.tokens[rows], self.targets[rows], self.seq_start[rows], self.filled[rows], *of_groups)
 
@@ -121,16 +121,17 @@ class PackReport:
 def make_rows(
     documents: list[Document], ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
 ) -> tuple[Rows, PackReport]:
-    """Documents of any length as rows of ctx_len positions, several in a row or (packing false) one. Rows that are not
-    packed are no wider than the longest document.
+    """Lays documents of any length out in rows of at most ctx_len positions.
 
-    Without a group_size see `split_long` for what happens to longer documents and for the meaning of `carry`.
-
-    With a group_size n, documents n * i to n * i + n - 1 are a group, which lies whole in one row, its documents one
-    after the other; see `cut_groups` for longer ones. Packing false gives every group a row.
+    Args:
+        packing: put several documents into a row of ctx_len positions. If false every document has a row, and the rows
+            are as wide as the longest of them.
+        carry: what `split_long` does with conversations longer than ctx_len.
+        group_size: with n, documents n * i to n * i + n - 1 are a group. The whole of it lies in one row, one document
+            after the other, and the rows carry records and groups; `cut_groups` says what happens to long documents.
 
     Raises:
-        UserError: nothing is left to learn, the documents do not make whole groups, or groups are to be carried on.
+        UserError: nothing is left to learn, the documents do not make whole groups, or `carry` is given for groups.
     """
     numbers = None
     if group_size is None:
@@ -188,19 +189,24 @@ def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
 
 
 def pad(documents: list[Document], width: int) -> Rows:
-    """One document a row, in order. Documents have 2 to width + 1 tokens."""
+    """Rows of one document each, in order. Documents have 2 to width + 1 tokens."""
     return _lay_out(documents, [[i] for i in range(len(documents))], width)
 
 
 def pack(documents: list[Document], ctx_len: int) -> Rows:
-    """Documents of 2 to ctx_len + 1 tokens packed into few rows, each whole in one row. Deterministic."""
+    """Few rows that hold all documents, each of them whole in one row. Documents have 2 to ctx_len + 1 tokens. The same
+    documents are always packed in the same way."""
     lengths = np.array([len(document.ids) - 1 for document in documents])
     return _lay_out(documents, pack_lengths(lengths, ctx_len), ctx_len)
 
 
 def pack_lengths(lengths: np.ndarray, ctx_len: int) -> list[list[int]]:
-    """Which documents share a row, each row a list of their numbers: `lengths` (documents,) from 1 to ctx_len."""
-    # Plain best fit is now and then the better of the two where most documents are longer than half a row.
+    """Which documents share a row: for each row the list of their indices.
+
+    Args:
+        lengths: the documents' lengths, int (documents,), from 1 to ctx_len.
+    """
+    # Plain best fit is sometimes the better of the two if most documents are longer than half a row.
     packed = min((_pack_lengths(lengths, ctx_len, candidates) for candidates in (64, 1)), key=len)
     by_length = np.argsort(lengths, kind="stable")
     first = np.searchsorted(lengths[by_length], np.arange(ctx_len + 1)).tolist()
@@ -215,11 +221,12 @@ def pack_lengths(lengths: np.ndarray, ctx_len: int) -> list[list[int]]:
 
 
 def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[list[int]]:
-    """Bin packing: rows of lengths that sum to at most ctx_len.
+    """Bin packing: for each row a list of lengths that sum to at most ctx_len.
 
-    Row by row: begin with the longest left, then add the length that leaves the least space, looking at the
-    `candidates` longest that fit, each together with the best partner that fits beside it. With 1 candidate this
-    is best-fit decreasing; with more, a small case of the minimum bin slack heuristic (Gupta and Ho, 1999).
+    Rows are filled one after the other. Each begins with the longest length that is left. Then the length that leaves
+    the least space is added, again and again: of the `candidates` longest lengths that fit, each is weighed together
+    with the best partner that fits beside it. With 1 candidate this is best-fit decreasing; with more it is a small
+    case of the minimum bin slack heuristic (Gupta and Ho, 1999).
     """
     count = np.bincount(lengths, minlength=ctx_len + 1).tolist()
     left = [length for length in range(1, ctx_len + 1) if count[length]]  # the distinct lengths left, ascending
@@ -230,7 +237,7 @@ def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[li
         while left and left[0] <= space:
             longest = bisect_right(left, space) - 1
             at = longest
-            # Weigh them only where no single length fills the row but two more might.
+            # Candidates are weighed only if no single length fills the row but two might.
             if row and left[longest] < space <= 2 * left[-1]:
                 least = space - left[longest]
                 for i in range(longest, max(longest - candidates, -1), -1):

@@ -210,7 +210,7 @@ def test_groups_are_cut_to_equal_shares_and_dropped_whole():
         (
             [conversation(3, 1), conversation(4, 1), conversation(6, 1), conversation(1, 1)],
             5,
-            r"ctx_len of at least 8$",
+            r"groups of 2 records it cuts off .* it must be at least 8$",
         ),
         ([conversation(1, 1), conversation(2, 0)], 8, r"in each of the 1 groups a record has no token that carries"),
     ],

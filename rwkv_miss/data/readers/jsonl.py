@@ -17,7 +17,7 @@ from rwkv_miss.errors import UserError
 def read_jsonl(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Record]:
     """A record for each line that is not blank; see `record_of` for the fields. A byte order mark is skipped."""
     if options.separator is not None:
-        raise UserError(f"{path}: separator parts the documents of a .txt file; leave it out for .jsonl")
+        raise UserError(f"{path}: separator is for .txt files; leave it out for .jsonl")
     for number, raw in enumerate(file, start=1):
         where = f"{path}:{number}"
         if number == 1:
