@@ -225,6 +225,15 @@ def test_the_ctx_len_that_the_message_promises_keeps_a_group():
     assert cut_groups(documents, 8, 2)[1].tolist() == [0, 1]
 
 
+def test_the_enough_ctx_len_counts_all_of_a_group_that_is_dropped():
+    whole = [conversation(2, 10)] * 2
+    # Two of 100 groups would be dropped for their second record: 4 of 200 records, 2 of them short.
+    late = [[conversation(2, 1), conversation(n, 1)] for n in (20, 30)]
+    assert enough_ctx_len(whole * 98 + late[0] + late[1], 2) == 2 * 20
+    # One of 100, but with it the 100 loss tokens of its first record.
+    assert enough_ctx_len(whole * 99 + [conversation(2, 100), conversation(150, 1)], 2) == 2 * 150
+
+
 def test_groups_do_not_go_on():
     with pytest.raises(UserError, match="long_documents is carry"):
         make_rows([conversation(1, 1)] * 2, 8, packing=True, carry=True, group_size=2)
