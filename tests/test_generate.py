@@ -215,6 +215,16 @@ def test_a_right_answer_is_an_equal_one():
     assert [a.is_right for a in given] == [True, False]
 
 
+def test_a_right_answer_may_hold_a_blank_line():
+    """What is expected is the answer as the model learned it."""
+    asked = [record("a", " 4\n\n2\n")]
+    [given] = answers(Scripted(b" 4\n\n2\0"), BYTES, asked, OPTIONS, max_tokens=9, batch_size=2)
+    assert given == Answer("User: a\n\nAssistant:", "4\n\n2", "4\n\n2") and given.is_right
+    joined = DataOptions(answer_lines="join")
+    [given] = answers(Scripted(b" 4\n\n2\0"), BYTES, asked, joined, max_tokens=9, batch_size=2)
+    assert given.expected == "4\n2" and not given.is_right
+
+
 def test_a_loss_of_a_part_says_so(model, caplog):
     records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
     records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))

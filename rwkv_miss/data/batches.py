@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_miss.data.mapped import MappedRows
-from rwkv_miss.data.packing import NO_LOSS, NO_RECORD, Rows
+from rwkv_miss.data.packing import NO_LOSS, NO_RECORD, AnyRows
 from rwkv_miss.errors import UserError
 
 # What the arrays of a micro-batch hold where there is no document.
 _PADDING = {"tokens": 0, "targets": NO_LOSS, "seq_start": False, "records": NO_RECORD}
 
 
-def count_windows(rows: Rows | MappedRows, window_len: int | None) -> int:
+def count_windows(rows: AnyRows, window_len: int | None) -> int:
     """The number of windows, of at most `window_len` columns each, that `BatchStream` cuts every row into; 1 if
     window_len is None. Windows are those of truncated back-propagation through time."""
     return -(-rows.width // window_len) if window_len else 1
@@ -54,7 +53,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: Rows | MappedRows,
+        rows: AnyRows,
         *,
         batch_size: int,
         accumulate: int,
@@ -128,9 +127,8 @@ class BatchStream:
 
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
-        if self._world_size > 1 and window == 0 and isinstance(self._rows, MappedRows):
-            # A token that is not in the vocabulary must end all ranks: the others would wait for the one that met it.
-            self._rows.check(of_all_ranks)
+        if self._world_size > 1 and window == 0:
+            self._rows.check(of_all_ranks)  # so that all ranks end; the others would wait for the one that meets it
         width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
         start, stop = window * self._window_len, min((window + 1) * self._window_len, width)
         columns = slice(start, max(start, stop))
@@ -144,7 +142,7 @@ class BatchStream:
             shape = max(len(mine), 1), max(n_columns, 1)
             arrays = {name: np.full(shape, _PADDING[name], array.dtype) for name, array in arrays.items()}
             arrays["seq_start"][:, 0] = True
-        batch = {
+        batch: dict[str, Any] = {
             name: torch.from_numpy(array.astype(bool if name == "seq_start" else np.int64))
             for name, array in arrays.items()
         }

@@ -8,6 +8,7 @@ PREFIX.bin; int64 document index (m): document i is the sequences from entry i u
 
 from __future__ import annotations
 
+import os.path
 import struct
 from array import array
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ def binidx_prefix(path: str | Path) -> str | None:
     name = str(path)
     if name.endswith((".bin", ".idx")):
         return name[:-4]
-    if not Path(name).is_file() and (Path(f"{name}.idx").is_file() or Path(f"{name}.bin").is_file()):
+    if not os.path.isfile(name) and (os.path.isfile(f"{name}.idx") or os.path.isfile(f"{name}.bin")):
         return name
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,14 +12,12 @@ import numpy as np
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.binidx import binidx_prefix, write_binidx
 from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.mapped import MappedDocuments, open_documents
+from rwkv_miss.data.mapped import open_documents
 from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.tokenizers import Tokenizer
 
 
-def read_documents(
-    path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions
-) -> list[Document] | MappedDocuments:
+def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Sequence[Document]:
     """The file's records as token ids and loss masks; those of a binidx as they stand in it.
 
     Args:

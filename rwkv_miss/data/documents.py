@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
@@ -72,8 +73,8 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options
 
 @singledispatch
 def split_validation(
-    documents: list[Document], fraction: float, seed: int, group_size: int | None = None
-) -> tuple[list[Document], list[Document]]:
+    documents: Sequence[Document], fraction: float, seed: int, group_size: int | None = None
+) -> tuple[Sequence[Document], Sequence[Document]]:
     """Holds out a share of the documents for validation.
 
     Args:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rwkv_miss.data.documents import Document, count_groups
 from rwkv_miss.errors import UserError
 
 
-def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:
+def split_long(documents: Sequence[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:
     """Fits documents to ctx_len (input, target) positions, that is ctx_len + 1 tokens.
 
     Longer plain text is split into pieces of which each begins with the last token of the one before, so that every
@@ -46,7 +48,9 @@ def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> 
     return fitted, too_long, dropped
 
 
-def cut_groups(documents: list[Document], ctx_len: int, group_size: int) -> tuple[list[Document], np.ndarray, int, int]:
+def cut_groups(
+    documents: Sequence[Document], ctx_len: int, group_size: int
+) -> tuple[list[Document], np.ndarray, int, int]:
     """Fits groups of `group_size` consecutive documents to rows of ctx_len positions.
 
     Every document has an equal share of a row, ctx_len // group_size positions; longer ones, plain text too, are
@@ -90,7 +94,7 @@ def tolerated(count: int) -> int:
     return count // 100
 
 
-def enough_ctx_len(documents: list[Document], group_size: int | None = None) -> int:
+def enough_ctx_len(documents: Sequence[Document], group_size: int | None = None) -> int:
     """The least ctx_len at which `split_long` (with carry false) or `cut_groups` truncate or drop no more documents
     than are `tolerated`, and lose no more loss tokens. Documents that are dropped at any ctx_len do not count."""
     n = group_size or 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -39,6 +40,10 @@ class MappedDocuments(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.starts)
 
+    @overload
+    def __getitem__(self, i: int) -> Document: ...
+    @overload
+    def __getitem__(self, i: slice | np.ndarray) -> MappedDocuments: ...
     def __getitem__(self, i: int | slice | np.ndarray) -> Document | MappedDocuments:
         """Document i. For a slice or a bool array (documents,) instead, the documents that it selects."""
         if isinstance(i, (slice, np.ndarray)):
@@ -112,7 +117,7 @@ def _refuse_groups(documents: MappedDocuments, group_size: int | None) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedRows:
-    """Rows, as `Rows` has them without groups, of pieces of documents. Row i holds the pieces
+    """Rows of pieces of documents, without groups; see `AnyRows`. Row i holds the pieces
     members[bounds[i]:bounds[i + 1]]; piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]]
     and, one position further, the targets.
 
@@ -131,31 +136,26 @@ class MappedRows:
 
     @property
     def loss_tokens(self) -> np.ndarray:
-        """Targets in each row, int64 (R,)."""
         return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
 
     @property
     def groups(self) -> None:
-        """A binidx has none."""
         return None
 
     @property
     def filled(self) -> np.ndarray:
-        """The positions of each row before its padding, int64 (R,). All of them have targets."""
-        return self.loss_tokens
+        return self.loss_tokens  # every one of them has a target
 
     @property
     def used(self) -> np.ndarray:
-        """Of each row, the columns up to its last target, int64 (R,)."""
         return self.loss_tokens
 
     def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
-        """Whether any of these rows has a target in these columns."""
         pieces = (self.members[self.bounds[row] : self.bounds[row + 1]] for row in rows)
         return any(self.lengths[members].sum() > columns.start for members in pieces)
 
     def check(self, rows: np.ndarray) -> None:
-        """Raises UserError if a token of these rows is not in the vocabulary."""
+        """Raises UserError if a token of these rows is not in the vocabulary. It reads them all."""
         for row in rows:
             for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
                 self.documents.tokens(self.starts[piece], self.starts[piece] + self.lengths[piece] + 1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +21,41 @@ NO_RECORD = -1
 """The record of a position in the padding."""
 
 _log = logging.getLogger("rwkv_miss")
+
+
+class AnyRows(Protocol):
+    """What batches are made of: rows in memory (`Rows`), or rows that are laid out when they are taken."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Positions in a row."""
+
+    @property
+    def loss_tokens(self) -> np.ndarray:
+        """Targets in each row, int64 (R,)."""
+
+    @property
+    def filled(self) -> np.ndarray:
+        """The positions of each row before its padding, int64 (R,)."""
+
+    @property
+    def used(self) -> np.ndarray:
+        """The columns of each row up to its last target, int64 (R,)."""
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The groups in each row, int64 (R,); None if the documents are not in groups."""
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raises UserError if these rows cannot be taken."""
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """The rows of these indices. Raises UserError as `check` does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +83,6 @@ class Rows:
 
     @property
     def loss_tokens(self) -> np.ndarray:
-        """Targets in each row, int64 (R,)."""
         return np.count_nonzero(self.targets != NO_LOSS, axis=1)
 
     @property
@@ -55,16 +91,16 @@ class Rows:
 
     @property
     def used(self) -> np.ndarray:
-        """The columns of each row up to its last target, int64 (R,)."""
         has_loss = self.targets != NO_LOSS
         return np.where(has_loss.any(1), self.width - has_loss[:, ::-1].argmax(1), 0)
 
     def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
-        """Whether any of these rows has a target in these columns."""
         return bool((self.targets[rows, columns] != NO_LOSS).any())
 
+    def check(self, rows: np.ndarray) -> None:
+        pass  # documents in memory were checked when they were encoded
+
     def take(self, rows: np.ndarray) -> Rows:
-        """The rows of these indices."""
         of_groups = (None if x is None else x[rows] for x in (self.records, self.groups))
         return Rows(self.tokens[rows], self.targets[rows], self.seq_start[rows], self.filled[rows], *of_groups)
 
@@ -119,8 +155,8 @@ class PackReport:
 
 @singledispatch
 def make_rows(
-    documents: list[Document], ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
-) -> tuple[Rows, PackReport]:
+    documents: Sequence[Document], ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
+) -> tuple[AnyRows, PackReport]:
     """Lays documents of any length out in rows of at most ctx_len positions.
 
     Args:
@@ -188,12 +224,12 @@ def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
     _log.warning("%s: %s", name, said)
 
 
-def pad(documents: list[Document], width: int) -> Rows:
+def pad(documents: Sequence[Document], width: int) -> Rows:
     """Rows of one document each, in order. Documents have 2 to width + 1 tokens."""
     return _lay_out(documents, [[i] for i in range(len(documents))], width)
 
 
-def pack(documents: list[Document], ctx_len: int) -> Rows:
+def pack(documents: Sequence[Document], ctx_len: int) -> Rows:
     """Few rows that hold all documents, each of them whole in one row. Documents have 2 to ctx_len + 1 tokens. The same
     documents are always packed in the same way."""
     lengths = np.array([len(document.ids) - 1 for document in documents])
@@ -259,7 +295,7 @@ def _pack_lengths(lengths: np.ndarray, ctx_len: int, candidates: int) -> list[li
 
 
 def _lay_out(
-    documents: list[Document],
+    documents: Sequence[Document],
     members: list[list[int]],
     width: int,
     numbers: np.ndarray | None = None,

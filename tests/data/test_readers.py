@@ -234,7 +234,7 @@ def test_a_format_that_is_not_read_says_what_to_do_and_that_works(tmp_path, suff
     """The message's command, pasted into a shell, makes a file that is read."""
     if suffix in TOOLS and shutil.which(TOOLS[suffix]) is None:
         pytest.skip(f"no {TOOLS[suffix]} here")
-    folder = tmp_path / "my data"
+    folder = tmp_path / "my OUT FILE"
     folder.mkdir()
     path = folder / (f"a.jsonl{suffix}" if suffix in (".gz", ".zst", ".xz", ".zip") else f"a{suffix}")
     write_as(path)
@@ -282,6 +282,8 @@ def test_a_folder_of_nothing_that_is_read(tmp_path):
         ("BAAI/Infinity-3.5", "If it is a data set of the Hugging Face hub, download it: python"),
         ("openai/gsm8k.jsonl", "cannot be read: No such file"),
         ("openai/gsm8k.csv", "'.csv': a table is not read"),
+        ("a" * 5000, "no such file or folder; give a .jsonl"),
+        ("a" * 5000 + ".jsonl", "cannot be read: File name too long"),
         ("a/b/c", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import re
 import shlex
 from collections.abc import Sequence
@@ -62,17 +63,17 @@ def instead(path: Path, suffixes: Sequence[str]) -> str | None:
     """
     suffix = path.suffix.lower()
     readable = f"give a {' or '.join(suffixes)} file, or a binidx"
-    if path.is_dir():
+    if os.path.isdir(path):
         name = next((name for name in BY_CONTENT if any(path.glob(name))), None)
         said = BY_CONTENT[name] if name else f"is a folder; {readable}"
         return _filled(said, path, path.resolve().name + (".txt" if name == "*.txt" else ".jsonl"))
-    if not path.exists() and re.search(r"[*?\[]", str(path)):
+    if not os.path.exists(path) and re.search(r"[*?\[]", str(path)):
         return f"a pattern of names is not expanded; join the files into one: cat {path} > all{suffix or '.jsonl'}"
     if suffix in suffixes:
         return None
     if suffix in BY_SUFFIX:
         return f"{suffix!r}: " + _filled(BY_SUFFIX[suffix], path, str(path.with_suffix(".jsonl")))
-    if path.exists():
+    if os.path.exists(path):
         return f"suffix {path.suffix!r} is not known; {readable}"
     said = f"no such file or folder; {readable}"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # as the hub names data sets: OWNER/NAME
@@ -81,4 +82,5 @@ def instead(path: Path, suffixes: Sequence[str]) -> str | None:
 
 
 def _filled(sentence: str, path: Path, out: str) -> str:
-    return sentence.replace("FILE", shlex.quote(str(path))).replace("OUT", shlex.quote(out))
+    names = {"FILE": shlex.quote(str(path)), "OUT": shlex.quote(out)}
+    return re.sub(r"\b(FILE|OUT)\b", lambda found: names[found[0]], sentence)

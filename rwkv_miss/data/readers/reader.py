@@ -67,7 +67,7 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
         _warn(path, unread, stopped, first_stopped)
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not records:
         raise UserError(f"{path}: is empty: there is no record in it")
     _warn(path, unread, stopped, first_stopped)
