@@ -1,3 +1,7 @@
+"""Micro-batches: each row once over ranks, steps and windows, and going on where a run stopped."""
+
+from __future__ import annotations
+
 import copy
 import itertools
 
@@ -22,7 +26,7 @@ CTX_LEN = 6
 
 
 def make_rows(count):
-    """Row i holds token i + 1 alone, 2 to CTX_LEN + 1 of it, and has a loss token less than it has positions."""
+    """Row i is one document of 2 to CTX_LEN + 1 tokens i + 1. Its first position has no loss unless it is alone."""
     documents = []
     for i in range(count):
         length = 2 + i * 7 % CTX_LEN
@@ -36,7 +40,7 @@ def make_stream(count=23, **options):
 
 
 def names(batch):
-    """The rows of a micro-batch by their number; a padding row has none."""
+    """The indices of the rows in a micro-batch; a row of padding has none."""
     return [int(name) - 1 for name in batch["tokens"][:, 0] if name]
 
 
@@ -73,7 +77,7 @@ def test_ranks_share_every_row_once(count, batch_size, accumulate, world_size, s
 
 @given(**sizes, epoch=st.integers(0, 2))
 def test_order_is_of_seed_and_epoch_alone(count, batch_size, accumulate, world_size, epoch):
-    """The same rows meet in a step however they are dealt to micro-batches and ranks."""
+    """A step has the same rows however they are shared out over micro-batches and ranks."""
 
     def steps(batch_size, accumulate, world_size):
         options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size)
@@ -185,7 +189,7 @@ def test_resumed_anywhere_goes_on_as_if_never_stopped(window_len):
 
 
 def test_an_abandoned_iterator_is_not_gone_on_with():
-    """As in a check of two batches before training: the next pass is a whole one."""
+    """After a pass that was given up, as in Lightning's check of two batches before training, the next is whole."""
     stream = make_stream(shuffle=False)
     wanted = list(make_stream(shuffle=False))
     assert same(list(itertools.islice(stream, 2)), wanted[:2])
@@ -194,7 +198,7 @@ def test_an_abandoned_iterator_is_not_gone_on_with():
 
 @given(**sizes, packing=st.booleans(), window_len=st.sampled_from([None, 3]))
 def test_filled_counts_what_is_no_padding(count, batch_size, accumulate, world_size, packing, window_len):
-    """On every rank alike, that of all ranks; over an epoch every position of every document once."""
+    """Every rank counts what all ranks have; over an epoch each position of each document is counted once."""
     documents = [Document(np.full(2 + i * 7 % 9, i + 1, np.int32), np.arange(2 + i * 7 % 9) > 0) for i in range(count)]
     rows, _ = make_any_rows(documents, 9, packing=packing)
     options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, seed=0, shuffle=True)

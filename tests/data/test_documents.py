@@ -1,3 +1,7 @@
+"""Records as tokens with a loss mask, and documents held out for validation."""
+
+from __future__ import annotations
+
 import re
 from dataclasses import replace
 
@@ -9,27 +13,13 @@ from rwkv_miss.data.documents import Document, encode_record, split_validation
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
+from tests.data.samples import pairs, text_of
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many in all?"
 ANSWER = "In May: 48/2 = <<48/2=24>>24.\nIn all: 48+24 = <<48+24=72>>72.\n#### 72"
 RECORD = Record("sums.jsonl:7", (("user", QUESTION), ("assistant", ANSWER)))
 VOCAB = {"world": 65536, "bytes": 256}
 OPTIONS = DataOptions()
-
-
-def text_of(ids):
-    """A plain text of these tokens, all but the first with loss."""
-    return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
-
-
-def pairs(documents):
-    """Every (token before, target) with loss, in order."""
-    return [
-        (int(document.ids[i - 1]), int(document.ids[i]))
-        for document in documents
-        for i in range(1, len(document.ids))
-        if document.mask[i]
-    ]
 
 
 @pytest.mark.parametrize("name", VOCAB)

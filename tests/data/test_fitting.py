@@ -11,21 +11,7 @@ from rwkv_miss.data.documents import Document
 from rwkv_miss.data.fitting import cut_groups, enough_ctx_len, split_long, tolerated
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.errors import UserError
-
-
-def text_of(ids):
-    """A plain text of these tokens, all but the first with loss."""
-    return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
-
-
-def pairs(documents):
-    """Every (token before, target) with loss, in order."""
-    return [
-        (int(document.ids[i - 1]), int(document.ids[i]))
-        for document in documents
-        for i in range(1, len(document.ids))
-        if document.mask[i]
-    ]
+from tests.data.samples import conversation, pairs, text_of
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 20))
@@ -37,11 +23,6 @@ def test_split_long_keeps_every_target_of_a_text(lengths, ctx_len):
     assert pairs(fitted) == pairs(documents)
     assert all(2 <= len(document.ids) <= ctx_len + 1 and not document.mask[0] for document in fitted)
     assert len(fitted) == sum(-(-(length - 1) // ctx_len) for length in lengths)
-
-
-def conversation(prompt, answer):
-    ids = np.arange(1, prompt + answer + 1, dtype=np.int32)
-    return Document(ids, ids > prompt)
 
 
 def test_split_long_truncates_and_drops_conversations():

@@ -1,4 +1,4 @@
-"""The rows of a binidx are those of the same documents in memory, and cost no memory for tokens."""
+"""The rows of a binidx are those of the same documents in memory, and take no memory for tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def in_memory(texts):
 
 @pytest.fixture
 def opened(tmp_path):
-    """`opened(texts, vocab_size=100)`: the lists of ids, written and opened."""
+    """`opened(texts, vocab_size=100)` writes the lists of ids as a binidx and opens it."""
 
     def make(texts, vocab_size=100):
         write_binidx(tmp_path / "p", texts)
@@ -124,7 +124,7 @@ def test_a_negative_id_is_none(tmp_path):
 
 
 def test_what_the_sample_missed_is_found_when_it_is_used(tmp_path):
-    """One bad token among 600,000: the sample sees some 2 % of them."""
+    """There is one bad token among 600,000, of which the sample sees some 2 %."""
     tokens = np.ones((20_000, 30), np.uint16)
     tokens[12_345, 29] = 200
     write_binidx(tmp_path / "p", tokens)

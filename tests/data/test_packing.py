@@ -1,3 +1,7 @@
+"""Rows: every document whole in one of them, and few rows."""
+
+from __future__ import annotations
+
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,7 +30,7 @@ def documents_of(masks):
 
 
 def laid_out(documents):
-    """Each document as the (inputs, targets) that its row must hold."""
+    """The (inputs, targets) of each document that its row must hold."""
     return [
         (
             tuple(document.ids[:-1].tolist()),
@@ -37,7 +41,7 @@ def laid_out(documents):
 
 
 def found(rows):
-    """The (inputs, targets) between one seq_start and the next, and the paddings' lengths."""
+    """The (inputs, targets) between one seq_start and the next in each row, without the padding."""
     documents = []
     for tokens, targets, seq_start in zip(rows.tokens, rows.targets, rows.seq_start, strict=True):
         assert seq_start[0]

@@ -59,7 +59,7 @@ def test_system_and_several_turns(options):
     [
         ("  a \n", "a"),
         ("a\n\nb", "a\nb"),
-        ("a\n \t\n\n\nb\n\n c", "a\n \t\nb\n c"),  # a line of white space is none that a model reads as a turn's end
+        ("a\n \t\n\n\nb\n\n c", "a\n \t\nb\n c"),  # a line of white space does not end a turn
         ("a\r\n\r\nb\r\nc\rd", "a\nb\nc\rd"),
         ("a\r\n\n\r\nb", "a\nb"),
         ("a  \nb", "a  \nb"),
