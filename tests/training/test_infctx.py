@@ -23,7 +23,7 @@ from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 @pytest.fixture
 def long_config(make_config, tmp_path) -> Callable[..., TrainConfig]:
-    """4 steps of 4 documents of 30 to 225 tokens, of which some have all their loss in the last few."""
+    """4 steps of 4 documents of 28 to 223 tokens, of which some have all their loss in the last few."""
     data = tmp_path / "long.jsonl"
     records = [
         {"question": "count " + "and again " * (n % 5 * 3), "answer": " ".join(["tick"] * (n * 7 % 25 + 1))}
@@ -182,8 +182,8 @@ def test_long_documents_carried_on(long_config, tmp_path, capsys):
         ({"chunk_len": 8, "bptt_chunks": -2}, "bptt_chunks is -2; it cannot be negative"),
         ({"bptt_chunks": 2}, "bptt_chunks is given without chunk_len; give both, or neither"),
         ({"chunk_len": 240}, "chunk_len is 240 and ctx_len 240, so there is nothing to cut; raise ctx_len"),
-        ({"chunk_len": 230}, "no document is longer than chunk_len 230 (the longest has 225 tokens); lower chunk_len"),
-        ({"chunk_len": 225}, "no document is longer than chunk_len 225 (the longest has 225 tokens)"),
+        ({"chunk_len": 230}, "no document is longer than chunk_len 230 (the longest has 223 tokens); lower chunk_len"),
+        ({"chunk_len": 223}, "no document is longer than chunk_len 223 (the longest has 223 tokens)"),
     ],
 )
 def test_chunks_that_cannot_be(long_config, changes, said):
