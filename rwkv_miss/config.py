@@ -64,8 +64,44 @@ class AdapterConfig:
         return found
 
 
+@dataclass(kw_only=True)
+class DataOptions:
+    """How data files are read, and how their records become text. Readers and templates take it whole."""
+
+    text_field: str = "text"
+    """Field of a record that holds plain text."""
+    prompt_field: str | None = None
+    """Field of a record that holds the prompt (question, query, instruction and prompt are found without it)."""
+    answer_field: str | None = None
+    """Field of a record that holds the answer (answer, response, output and completion are found without it)."""
+    separator: str | None = None
+    """The text between two documents of a .txt file; without it the whole file is one document."""
+    answer_lines: Literal["keep", "join"] = "keep"
+    """Blank lines in answers. keep: answers are learned as they stand; a runtime that stops at a blank line cuts such
+    an answer at its first one. join: each run of line breaks becomes one and the ends are stripped, as in older data
+    for World models, so that no answer holds a blank line."""
+    answer_end: Literal["token", "blank_line"] = "token"
+    """What follows the last answer. token: token 0, the end of the document, as in BlinkDL's data. blank_line: a blank
+    line and then token 0, for runtimes that stop at a blank line alone. Between turns there is always a blank line."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        found = []
+        if (self.prompt_field is None) != (self.answer_field is None):
+            found.append("prompt_field and answer_field go together: give both, or neither")
+        if self.prompt_field is not None and self.text_field != "text":
+            found.append("text_field cannot be combined with prompt_field and answer_field: give one kind")
+        if self.separator == "":
+            found.append("separator is empty; leave it out to read the whole file as one document")
+        if self.answer_lines not in ("keep", "join"):
+            found.append(f"answer_lines is {self.answer_lines!r}; it must be keep or join")
+        if self.answer_end not in ("token", "blank_line"):
+            found.append(f"answer_end is {self.answer_end!r}; it must be token or blank_line")
+        return found
+
+
 @dataclass
-class TrainConfig:
+class TrainConfig(DataOptions):
     """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
 
     base: str
@@ -78,14 +114,6 @@ class TrainConfig:
     """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The adapter."""
-    text_field: str = "text"
-    """Field of a .jsonl record that holds plain text."""
-    prompt_field: str | None = None
-    """Field that holds the prompt (question, query, instruction, ... are found without it)."""
-    answer_field: str | None = None
-    """Field that holds the answer (answer, response, output, ... are found without it)."""
-    separator: str | None = None
-    """What parts the documents of a .txt file; without it the whole file is one document."""
     packing: bool = True
     """Lay several documents into one row, each with a state of its own; false gives every document a row."""
     val_data: str | None = None
@@ -99,6 +127,9 @@ class TrainConfig:
     long_documents: Literal["cut", "carry"] = "cut"
     """A question and answer longer than ctx_len. cut: its end is left out; carry: the rest goes on in further rows,
     each with a fresh state. Plain text always goes on. To carry the state too, raise ctx_len and give chunk_len."""
+    allow_dropping: bool = False
+    """Train even if ctx_len cuts or drops more than half of the records; false ends the run with an error that says
+    which ctx_len would keep them."""
     chunk_len: int | None = None
     """Run rows in chunks of this many tokens and carry the state from each to the next: ctx_len can then be the
     length of the longest document, whatever it is. Rows are run whole when not given."""
@@ -166,7 +197,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
-        found = []
+        found = super().problems()
         if not self.out:
             found.append("out is empty; give a folder")
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
@@ -218,6 +249,45 @@ class TrainConfig:
         return found
 
     @property
-    def segment_len(self) -> int | None:
-        """Columns of a row between the places where the gradient is cut; None where it is not."""
+    def window_len(self) -> int | None:
+        """Columns of a row between two places where the gradient is cut (a window of truncated back-propagation
+        through time); None if it is not cut."""
         return self.chunk_len * self.bptt_chunks if self.chunk_len and self.bptt_chunks else None
+
+
+@dataclass(kw_only=True)
+class EvalConfig(DataOptions):
+    """Loss and perplexity of a model on data, and how many of its answers are right."""
+
+    model: str
+    """A checkpoint (.pth or .st)."""
+    data: str
+    """.jsonl, .txt or a binidx, as for train."""
+    tokenizer: str
+    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    adapter: str | None = None
+    """The folder of an adapter, or of a run, to load onto the model."""
+    exact_match: bool = False
+    """Also let the model answer every question and count the answers equal to the data's."""
+    limit: int | None = None
+    """Use only this many records (of a binidx: documents), the first ones."""
+    ctx_len: int = 512
+    """Tokens in a row when the loss is computed; longer conversations lose their ends."""
+    batch_size: int = 32
+    """Rows (for the loss) or questions (for exact_match) that run together."""
+    max_tokens: int = 256
+    """The most tokens that an answer may have."""
+    show: int = 3
+    """How many answers to print."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Number format that the model runs in; that of the file when not given."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        found = super().problems()
+        for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                found.append(f"{name} is {value}; it must be at least 1")
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +10,22 @@ from typing import Any
 
 import torch
 
+from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.packing import make_rows
+from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.packing import check_losses, make_rows
+from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import answer_text, prompt_text
-from rwkv_miss.data.tokenizers import Tokenizer
+from rwkv_miss.data.templates import STOP, answer_text, prompt_text
+from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
+from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine
-from rwkv_miss.generation.generate import STOP
 from rwkv_miss.generation.sampling import Sampling
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.progress import Report
-
-_log = logging.getLogger("rwkv_miss")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,13 @@ def mean_loss(
     model: RWKV,
     tokenizer: Tokenizer,
     records: Sequence[Record],
+    options: DataOptions,
     ctx_len: int,
     batch_size: int,
     report: Report | None = None,
 ) -> tuple[float, int]:
     """As `documents_loss`, of records."""
-    documents = [encode_record(record, tokenizer, model.config.vocab_size) for record in records]
+    documents = [encode_record(record, tokenizer, model.config.vocab_size, options) for record in records]
     return documents_loss(model, documents, ctx_len, batch_size, report)
 
 
@@ -64,17 +66,13 @@ def documents_loss(
     """The mean of -log p, in nats, over the tokens that carry loss, and the number of these tokens.
 
     Documents are packed into rows of ctx_len tokens as in training, and batch_size rows run together. A warning says
-    how many documents are cut off by ctx_len, and how many of them have no token with loss left.
+    so if ctx_len loses more of the documents than is `tolerated`.
 
     Args:
         report: is called after each batch with the rows done and the rows in all.
     """
     rows, packing = make_rows(documents, ctx_len, packing=True)
-    if packing.truncated or packing.dropped:
-        _log.warning(
-            "of %s records, %s lose their ends to ctx_len %s and %s have no token with loss in it",
-            *(packing.records, packing.truncated, ctx_len, packing.dropped),
-        )
+    check_losses(packing, "the loss is over a part of the data", allow_dropping=True)
     stream = BatchStream(
         rows, batch_size=batch_size, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False
     )
@@ -98,12 +96,13 @@ def answers(
     model: RWKV,
     tokenizer: Tokenizer,
     records: Sequence[Record],
+    options: DataOptions,
     max_tokens: int,
     batch_size: int,
     report: Report | None = None,
 ) -> list[Answer]:
-    """The model's likeliest answer to each record's last question. Right means equal, white space at the ends
-    aside.
+    """The model's likeliest answer to each record's last question. Right means equal to the answer in the form that
+    the model learns, white space at the ends aside.
 
     Args:
         max_tokens: where an answer is cut off.
@@ -114,7 +113,7 @@ def answers(
         UserError: a record has no question and answer, or its tokens are not those of the model.
         RunError: the model's logits are not finite.
     """
-    prompts = [prompt_text(record) for record in records]
+    prompts = [prompt_text(record, options) for record in records]
     # Prompts of about one length join together, so that they need little padding. The longest come first: what needs
     # most memory does not fail at the end, and the time that is left is not underestimated.
     waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
@@ -138,15 +137,55 @@ def answers(
             report(n_answered, len(records))
     given = ("".join(pieces).strip() for pieces in texts)
     return [
-        Answer(prompt, answer_text(record), text) for prompt, record, text in zip(prompts, records, given, strict=True)
+        Answer(prompt, answer_text(record, options), text) for prompt, record, text in zip(prompts, records, given, strict=True)
     ]
 
 
-def figures(n_records: int, loss: float, n_tokens: int, given: Sequence[Answer] | None = None) -> dict[str, Any]:
-    """The results by name, as they are written to JSON. That has neither NaN nor infinity: they become None."""
-    named: dict[str, Any] = {"records": n_records, "tokens": n_tokens, "loss": loss, "perplexity": perplexity(loss)}
-    named = {name: value if math.isfinite(value) else None for name, value in named.items()}
-    if given is not None:
-        n_right = sum(answer.is_right for answer in given)
-        named |= {"right": n_right, "exact_match": n_right / len(given)}
-    return named
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model was found to be on data: the mean of -log p in nats over the `tokens` that carry loss, and its answers
+    if they were asked for."""
+
+    records: int
+    loss: float
+    tokens: int
+    answers: list[Answer] | None
+
+    def figures(self) -> dict[str, Any]:
+        """The results by name, as they are written to JSON. That has neither NaN nor infinity: they become None."""
+        found: dict[str, Any] = {"records": self.records, "tokens": self.tokens}
+        for name, value in (("loss", self.loss), ("perplexity", perplexity(self.loss))):
+            found[name] = value if math.isfinite(value) else None
+        if self.answers is not None:
+            right = sum(answer.is_right for answer in self.answers)
+            found |= {"right": right, "exact_match": right / len(self.answers)}
+        return found
+
+
+def evaluate(
+    model: RWKV, config: EvalConfig, on_loss: Report | None = None, on_answers: Report | None = None
+) -> Evaluation:
+    """Measures a model as `config` says; `config.model` and `config.adapter` are what it was loaded from. Answers are not
+    asked for where the loss is not finite.
+
+    Args:
+        on_loss: is called with the rows of the loss that are done, and all.
+        on_answers: is called with the questions that are answered, and all.
+
+    Raises:
+        UserError: the data cannot be read, or has no questions where answers are wanted.
+        RunError: the model's logits are not finite while it answers.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    if prefix := binidx_prefix(config.data):
+        if config.exact_match:
+            raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
+        documents = open_documents(prefix, model.config.vocab_size, config)[: config.limit]
+        loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, on_loss)
+        return Evaluation(len(documents), loss, tokens, None)
+    records = list(islice(read_records(config.data, config), config.limit))
+    loss, tokens = mean_loss(model, tokenizer, records, config, config.ctx_len, config.batch_size, on_loss)
+    given = None
+    if config.exact_match and math.isfinite(loss):
+        given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, on_answers)
+    return Evaluation(len(records), loss, tokens, given)

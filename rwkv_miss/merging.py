@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from rwkv_miss.model.initial_state import file_layout, is_state, load_initial_st
 from rwkv_miss.model.load import build_model, load_model
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
+from rwkv_miss.progress import Report
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -80,7 +81,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     state_only: bool = False,
     overwrite: bool = False,
-    on_tensor: Callable[[int, int], None] | None = None,
+    on_tensor: Report | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained themselves, and everything else as it is:
     the base's keys, shapes and order. A learned state that the base has not comes last, in the layout of state files.

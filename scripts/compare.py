@@ -11,7 +11,8 @@ from itertools import islice
 import jsonargparse
 
 from rwkv_miss import load_adapter, load_model
-from rwkv_miss.data.records import read_records
+from rwkv_miss.config import DataOptions
+from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.templates import prompt_text
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
 from rwkv_miss.generation.generate import STOP, generate
@@ -42,7 +43,8 @@ def compare(
 ) -> int:
     tok = load_tokenizer(tokenizer)
     # All in fp32, as the package's CPU strategy runs: what differs is the files alone.
-    prompts = [prompt_text(record) for record in islice(read_records(questions), count)]
+    options = DataOptions()
+    prompts = [prompt_text(record, options) for record in islice(read_records(questions, options), count)]
     merged_model = load_model(merged, "fp32").eval()
     version = merged_model.config.version
     answers = {

@@ -71,7 +71,7 @@ def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | 
 
 
 def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) -> None:
-    """As in training: a backward pass after each segment, the state carried on without its gradient."""
+    """As in training: a backward pass after each window, the state carried on without its gradient."""
     device = model.emb.weight.device
     tokens = torch.randint(MODEL.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
     state: State | None = None

@@ -1,6 +1,24 @@
 from __future__ import annotations
 
+from rwkv_miss.config import DataOptions
 
-def run(data: str, tokenizer: str, out: str) -> int:
-    """x"""
+
+def run(data: str, tokenizer: str, out: str, options: DataOptions) -> int:
+    """Write data as a binidx, token ids that training maps into memory. Prompts in it are learned as answers are.
+
+    Args:
+        data: .jsonl or .txt, as for train.
+        tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
+        out: PREFIX of the files to write, PREFIX.bin and PREFIX.idx.
+    """
+    from rwkv_miss.data.corpus import records_to_binidx
+    from rwkv_miss.data.tokenizers import load_tokenizer
+
+    written = records_to_binidx(data, out, load_tokenizer(tokenizer), options)
+    print(f"{out}.bin, {out}.idx: {written.documents:,} documents, {written.tokens:,} tokens")
+    if written.with_prompts:
+        print(
+            f"documents with prompts: {written.with_prompts:,}; a binidx does not mark the answers, so training "
+            f"on it learns the prompts too. Train on {data} itself to learn the answers alone"
+        )
     return 0

@@ -1,6 +1,36 @@
 from __future__ import annotations
 
+import json
+import math
 
-def run(data: str, tokenizer: str, out: str) -> int:
-    """x"""
+from rwkv_miss.config import EvalConfig
+from rwkv_miss.errors import RunError, UserError
+
+
+def run(config: EvalConfig) -> int:
+    """Loss and perplexity of a model on data, and how many of its answers are right."""
+    if found := config.problems():
+        raise UserError("; ".join(found))
+    from rwkv_miss.commands.model import load
+    from rwkv_miss.evaluate import evaluate, perplexity
+    from rwkv_miss.progress import show_progress
+
+    model = load(config.model, config.adapter, config.dtype)
+    with show_progress("rows of the loss") as on_loss, show_progress("answers") as on_answers:
+        found = evaluate(model, config, on_loss, on_answers)
+    if config.json:
+        print(json.dumps(found.figures()))
+    else:
+        for a in (found.answers or [])[: config.show]:
+            print(f"{a.prompt.strip()} {a.given}\n  [{'right' if a.is_right else 'wrong, expected: ' + a.expected}]\n")
+        size = f"{found.tokens:,} tokens of {found.records} records"
+        if math.isfinite(found.loss):
+            print(f"loss {found.loss:.4f} a token, perplexity {perplexity(found.loss):.3f}, {size}")
+        else:
+            print(f"loss not finite ({found.loss}), {size}")
+        if found.answers is not None:
+            figures = found.figures()
+            print(f"exact match: {figures['right']} of {found.records} ({figures['exact_match']:.1%})")
+    if not math.isfinite(found.loss):
+        raise RunError(f"the loss is not finite ({found.loss}); the weights of the model or of the adapter are damaged")
     return 0

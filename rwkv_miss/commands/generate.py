@@ -34,9 +34,9 @@ def run(
         dtype: Number format that the model runs in; that of the file when not given.
     """
     from rwkv_miss.commands.model import load
-    from rwkv_miss.data.templates import chat_prompt
+    from rwkv_miss.data.templates import STOP, chat_prompt
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.generation.generate import STOP, stream, strip_pieces
+    from rwkv_miss.generation.generate import stream, strip_pieces
     from rwkv_miss.generation.sampling import Sampling
     from rwkv_miss.model.initial_state import load_initial_state
 

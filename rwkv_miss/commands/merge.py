@@ -24,10 +24,10 @@ def run(
         state_only: Write the learned state alone, as runtimes load it beside the base.
         overwrite: Replace the file if it is there.
     """
-    from rwkv_miss.commands.progress import progress
     from rwkv_miss.merging import merge
+    from rwkv_miss.progress import show_progress
 
-    with progress("merging", "tensors") as on_tensor:
+    with show_progress("tensors written and read back") as on_tensor:
         report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
     for kind, layers in report.kinds().items():

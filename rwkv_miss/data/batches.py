@@ -1,4 +1,4 @@
-"""The order of the rows, each rank's share of them, and going on where a run stopped."""
+"""Micro-batches: the order of the rows, each rank's share of them, and going on where a run stopped."""
 
 from __future__ import annotations
 
@@ -8,42 +8,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_miss.data.mapped import MappedRows
-from rwkv_miss.data.packing import NO_LOSS, Rows
+from rwkv_miss.data.packing import NO_LOSS, NO_RECORD, AnyRows
 from rwkv_miss.errors import UserError
 
+# What the arrays of a micro-batch hold where there is no document.
+_PADDING = {"tokens": 0, "targets": NO_LOSS, "seq_start": False, "records": NO_RECORD}
 
-def count_segments(rows: Rows | MappedRows, segment_len: int | None) -> int:
-    """The segments of at most `segment_len` columns that `BatchStream` cuts every row into; None does not cut."""
-    return -(-rows.width // segment_len) if segment_len else 1
+
+def count_windows(rows: AnyRows, window_len: int | None) -> int:
+    """The number of windows, of at most `window_len` columns each, that `BatchStream` cuts every row into; 1 if
+    window_len is None. Windows are those of truncated back-propagation through time."""
+    return -(-rows.width // window_len) if window_len else 1
 
 
 class BatchStream:
-    """One rank's micro-batches of `rows`. Each full iteration is one epoch; every row comes once over all ranks.
+    """One rank's micro-batches of `rows`. A full iteration is one epoch, in which each row comes once, to one of the
+    ranks.
 
     The rows' order is a function of (seed, epoch). An optimizer step takes the next batch_size * accumulate *
-    world_size of them, dealt as evenly as can be over accumulate * world_size shares, though the last step of an
-    epoch may have fewer rows: a share left without any is one row of padding. Each share is `count_segments`
-    micro-batches, its columns in turn, so that every rank has the same number of micro-batches.
+    world_size rows and divides them as evenly as possible into accumulate * world_size shares. The last step of an
+    epoch may have fewer rows; a share that is left without any is one row of padding. Each share becomes
+    `count_windows` micro-batches, one for each window of its columns, so that every rank has the same number of them.
 
-    A micro-batch is a dict: `tokens` and `targets` int64 (b, T), `seq_start` bool (b, T), as in `Rows`;
-    `step_tokens` int, the loss tokens in the whole optimizer step over all its micro-batches and ranks: the sum
-    of the loss over `step_tokens` adds up to the step's exact mean over tokens; `positions` int, those of all
-    ranks' rows in these columns, without the padding of empty shares; `has_loss` bool, whether any rank has a
-    target in these columns; `last` bool, whether they are the last of their rows: otherwise the next
-    micro-batch goes on with the same rows.
+    A micro-batch of b rows and T columns is a dict:
 
-    All ranks have the same T. With `trim` (for rows of one document each) the columns after the last target of
-    all ranks' rows, which bear on no loss, are cut off; a segment that this leaves empty is a column of padding.
+    - `tokens`, `targets` int64 (b, T) and `seq_start` bool (b, T), as in `Rows`;
+    - `step_tokens` int: the loss tokens in the whole optimizer step, over all its micro-batches and ranks. The sum of
+      the loss over `step_tokens` adds up to the step's exact mean over tokens;
+    - `positions` int: the positions of all ranks' rows in these columns; the padding rows of empty shares do not count;
+    - `filled` int: the part of `positions` that holds a document's tokens and no padding;
+    - `has_loss` bool: whether any rank has a target in these columns;
+    - `last` bool: whether these columns are the last of their rows. If not, the next micro-batch goes on with the same
+      rows;
+    - if the rows have groups, `records` int64 (b, T), as in `Rows`, and `step_groups` int: the groups in the whole
+      optimizer step, over all its micro-batches and ranks.
+
+    All ranks have the same T. With `trim` (for rows that are not packed) the columns after the last target of all
+    ranks' rows, on which no loss depends, are cut off; a window that this leaves empty is one column of padding.
 
     `state_dict` and `load_state_dict` are the protocol by which Lightning saves and restores a loader: the first
-    iterator after loading goes on with the micro-batch after the last one yielded. Every other new iterator
-    begins an epoch that no iterator has begun. Only the newest iterator may be used.
+    iterator after loading goes on with the micro-batch after the last one that was yielded. Every other new iterator
+    begins the next epoch that none has begun. Only the newest iterator may be used.
     """
 
     def __init__(
         self,
-        rows: Rows | MappedRows,
+        rows: AnyRows,
         *,
         batch_size: int,
         accumulate: int,
@@ -52,15 +62,17 @@ class BatchStream:
         seed: int,
         shuffle: bool,
         trim: bool,
-        segment_len: int | None = None,
+        window_len: int | None = None,
     ) -> None:
         assert min(batch_size, accumulate, len(rows)) >= 1 and 0 <= rank < world_size
         self._rows = rows
         self._loss_tokens = rows.loss_tokens
+        self._filled = rows.filled
+        self._groups = rows.groups
         self._width = rows.width
         self._used = rows.used if trim else None
-        self._segment_len = segment_len or self._width
-        self._segments = count_segments(rows, segment_len)
+        self._window_len = window_len or self._width
+        self._windows = count_windows(rows, window_len)
         self._accumulate = accumulate
         self._rank = rank
         self._world_size = world_size
@@ -72,11 +84,11 @@ class BatchStream:
         self._begun = False  # whether an iterator is in this epoch
 
     def __len__(self) -> int:
-        """Micro-batches an epoch: the same for every rank."""
-        return -(-len(self._rows) // self._step_rows) * self._accumulate * self._segments
+        """The number of micro-batches in an epoch, the same for every rank."""
+        return -(-len(self._rows) // self._step_rows) * self._accumulate * self._windows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # A generator: nothing of this runs before the first batch is asked for, so an unused iterator is harmless.
+        # A generator: its body does not run before the first batch is asked for, so an unused iterator is harmless.
         if self._begun or self._batch == len(self):
             self._epoch, self._batch = self._epoch + 1, 0
         self._begun = True
@@ -84,14 +96,17 @@ class BatchStream:
         if self._shuffle:
             np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
         while self._batch < len(self):
-            self._batch += 1  # before the yield: a state saved while this batch is in use is past it
+            self._batch += (
+                1  # before the yield, so that a state that is saved while this batch is in use goes on after it
+            )
             yield self._micro_batch(order, self._batch - 1)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "batch": self._batch, "batches": len(self)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises UserError if the state is of a stream with another number of micro-batches an epoch."""
+        """Restores a position. Raises UserError if it is that of a stream with another number of micro-batches in an
+        epoch."""
         if state["batches"] != len(self):
             raise UserError(
                 f"the checkpoint was saved in a run of {state['batches']} micro-batches an epoch, this run has "
@@ -102,7 +117,7 @@ class BatchStream:
         self._begun = False
 
     def _micro_batch(self, order: np.ndarray, number: int) -> dict[str, Any]:
-        number, segment = divmod(number, self._segments)
+        number, window = divmod(number, self._windows)
         step, turn = divmod(number, self._accumulate)
         step_rows = order[step * self._step_rows : (step + 1) * self._step_rows]
 
@@ -112,24 +127,33 @@ class BatchStream:
 
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
-        if self._world_size > 1 and segment == 0 and isinstance(self._rows, MappedRows):
-            self._rows.check(of_all_ranks)  # a bad token ends all ranks alike; else they wait for the one that met it
+        if self._world_size > 1 and window == 0:
+            self._rows.check(of_all_ranks)  # so that all ranks end; the others would wait for the one that meets it
         width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
-        columns = slice(segment * self._segment_len, min((segment + 1) * self._segment_len, width))
+        start, stop = window * self._window_len, min((window + 1) * self._window_len, width)
+        columns = slice(start, max(start, stop))
+        n_columns = columns.stop - columns.start
         rows = self._rows.take(mine)
-        tokens, targets, seq_start = (x[:, columns] for x in (rows.tokens, rows.targets, rows.seq_start))
-        if tokens.size == 0:
-            shape = max(len(mine), 1), max(columns.stop - columns.start, 1)
-            tokens = np.zeros(shape, dtype=np.int32)
-            targets = np.full(shape, NO_LOSS, dtype=np.int32)
-            seq_start = np.zeros(shape, dtype=bool)
-            seq_start[:, 0] = True
-        return {
-            "tokens": torch.from_numpy(tokens.astype(np.int64)),
-            "targets": torch.from_numpy(targets.astype(np.int64)),
-            "seq_start": torch.from_numpy(seq_start.copy()),
-            "step_tokens": int(self._loss_tokens[step_rows].sum()),
-            "positions": len(of_all_ranks) * max(columns.stop - columns.start, 0),
-            "has_loss": self._rows.has_loss(of_all_ranks, columns),
-            "last": segment + 1 == self._segments,
+        arrays = {"tokens": rows.tokens, "targets": rows.targets, "seq_start": rows.seq_start}
+        if rows.records is not None:
+            arrays["records"] = rows.records
+        arrays = {name: array[:, columns] for name, array in arrays.items()}
+        if not len(mine) or not n_columns:
+            shape = max(len(mine), 1), max(n_columns, 1)
+            arrays = {name: np.full(shape, _PADDING[name], array.dtype) for name, array in arrays.items()}
+            arrays["seq_start"][:, 0] = True
+        batch: dict[str, Any] = {
+            name: torch.from_numpy(array.astype(bool if name == "seq_start" else np.int64))
+            for name, array in arrays.items()
         }
+        filled = np.clip(self._filled[of_all_ranks], columns.start, columns.stop) - columns.start
+        batch |= {
+            "step_tokens": int(self._loss_tokens[step_rows].sum()),
+            "positions": int(len(of_all_ranks) * n_columns),
+            "filled": int(filled.sum()),
+            "has_loss": self._rows.has_loss(of_all_ranks, columns),
+            "last": window + 1 == self._windows,
+        }
+        if self._groups is not None:
+            batch["step_groups"] = int(self._groups[step_rows].sum())
+        return batch

@@ -8,6 +8,7 @@ PREFIX.bin; int64 document index (m): document i is the sequences from entry i u
 
 from __future__ import annotations
 
+import os.path
 import struct
 from array import array
 from collections.abc import Iterable
@@ -48,21 +49,25 @@ class BinIdx:
 
 
 def binidx_prefix(path: str | Path) -> str | None:
-    """PREFIX where `path` is PREFIX.bin or PREFIX.idx, or the PREFIX of a file so named; None for other files. A file
-    PREFIX is itself; a folder PREFIX is no data, so the pair beside it is meant."""
+    """The PREFIX of the binidx that `path` means, or None if it means something else.
+
+    PREFIX.bin and PREFIX.idx mean a binidx, whether they exist or not. PREFIX alone means one if either file exists; if
+    PREFIX is itself a file, that file is meant. If PREFIX is a folder, PREFIX.bin and PREFIX.idx are used.
+    """
     name = str(path)
     if name.endswith((".bin", ".idx")):
         return name[:-4]
-    if not Path(name).is_file() and (Path(f"{name}.idx").is_file() or Path(f"{name}.bin").is_file()):
+    if not os.path.isfile(name) and (os.path.isfile(f"{name}.idx") or os.path.isfile(f"{name}.bin")):
         return name
     return None
 
 
 def read_binidx(prefix: str | Path) -> BinIdx:
-    """Opens PREFIX.bin and PREFIX.idx. Of the tokens nothing is read; of the index everything, and checked.
+    """Opens PREFIX.bin and PREFIX.idx. The whole index is read and checked; no token is.
 
     Raises:
-        UserError: a file is missing, truncated, longer than it says, of another format, or the two do not fit.
+        UserError: a file is missing, truncated, longer than it says or of another format, or the two do not belong
+            together.
     """
     prefix = str(prefix)
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
@@ -93,7 +98,8 @@ def read_binidx(prefix: str | Path) -> BinIdx:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """(dtype, sizes, pointers, document index), as far as the index alone can tell they are right."""
+    """The dtype, sizes, pointers and document index of an index file, checked as far as it can be without the tokens.
+    Raises UserError for what is wrong."""
 
     def refuse(what: str) -> UserError:
         return UserError(f"{path}: {what}")
@@ -135,21 +141,25 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
 
 
 def write_binidx(prefix: str | Path, documents: Iterable[ArrayLike], dtype: np.dtype | type = np.uint16) -> int:
-    """Writes PREFIX.bin and PREFIX.idx, one document at a time; returns the number of tokens. Each document is one
-    sequence. Both files are written beside and renamed, the index last: a pair with an index is whole.
+    """Writes PREFIX.bin and PREFIX.idx, one document at a time, each as one sequence.
+
+    Both files are written under other names and then renamed, the index last, so that a pair with an index is whole.
 
     Args:
-        documents: ids, (L,) each; 0 tokens are a document too.
-        dtype: of the ids: an integer of 8, 16 or 32 bits, or int64; uint16 is what RWKV programs read.
+        documents: the ids of each document, (L,), of which there may be none.
+        dtype: the dtype of the ids in the file, one that `_DTYPES` has a code for. RWKV programs read uint16.
+
+    Returns:
+        The number of tokens.
 
     Raises:
-        UserError: an id that the dtype does not hold, or the disk refused. Nothing is left.
+        UserError: the dtype cannot hold an id, or the files cannot be written. Nothing is left of them then.
     """
     dtype = np.dtype(dtype).newbyteorder("<")
     code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
     limits = np.iinfo(dtype)
     sizes = array("i")
-    # The inner one is renamed first.
+    # The inner context ends first, so PREFIX.bin is renamed first.
     with atomic_write(f"{prefix}.idx") as idx, atomic_write(f"{prefix}.bin") as data:
         with data.open("wb") as file:
             for number, document in enumerate(documents):
@@ -174,5 +184,5 @@ def write_binidx(prefix: str | Path, documents: Iterable[ArrayLike], dtype: np.d
 
 
 def _first(wrong: np.ndarray) -> int | None:
-    """The first place where `wrong` is true."""
+    """The first index at which `wrong` is true; None if there is none."""
     return int(np.argmax(wrong)) if wrong.any() else None

@@ -1,12 +1,14 @@
-"""Documents: records as token ids with a loss mask; holding some out, and fitting them to a context length."""
+"""Documents: records as token ids with a loss mask; holding some of them out for validation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
 import numpy as np
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import render
 from rwkv_miss.data.tokenizers import END, Tokenizer
@@ -15,27 +17,44 @@ from rwkv_miss.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Document:
-    """`ids` int32 (L,), ending in `END` unless it was cut; `mask` bool (L,): true where the token carries loss
-    as a target. The first token is never a target. A mask true from the second token on is plain text.
+    """A document of L tokens.
+
+    ids int32 (L,): they end in `END` unless the document was cut. mask bool (L,): true where the token carries loss as
+    a target, which the first token never does.
     """
 
     ids: np.ndarray
     mask: np.ndarray
 
+    @property
+    def is_text(self) -> bool:
+        """Whether every token after the first carries loss, as in plain text."""
+        return bool(self.mask[1:].all())
 
-def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int) -> Document:
-    """The record's tokens and `END`; the tokens of answer segments, and `END`, carry loss.
+    def piece(self, start: int, stop: int) -> Document:
+        """The tokens from `start` up to `stop` as a document, of which the first carries no loss."""
+        mask = self.mask[start:stop].copy()
+        mask[0] = False
+        return Document(self.ids[start:stop], mask)
 
-    Segments are encoded one by one, so the mask's edges are exact and a prompt has the tokens that a runtime
-    gives it. Raises UserError, naming the record, for a token that the model (`vocab_size` ids) does not have
-    and for `END` inside the text.
+
+def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Document:
+    """The record's tokens and `END`. The tokens of learned spans and `END` carry loss.
+
+    Each span is encoded by itself, so the mask's edges are exact and a prompt has the tokens that a runtime gives it.
+
+    Args:
+        vocab_size: the number of ids that the model has.
+
+    Raises:
+        UserError: the text has a token that the model does not have, or `END`. The message names the record.
     """
     ids: list[int] = []
     mask: list[bool] = []
-    for text, is_answer in render(record):
+    for text, learned in render(record, options):
         tokens = tokenizer.encode(text)
         ids += tokens
-        mask += [is_answer] * len(tokens)
+        mask += [learned] * len(tokens)
     if ids and max(ids) >= vocab_size:
         token = max(ids)
         raise UserError(
@@ -53,27 +72,48 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int) -> Docu
 
 
 @singledispatch
-def split_validation(documents: list[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """(training, validation): `fraction` of the documents, drawn by `seed`, is held out; both keep their order.
+def split_validation(
+    documents: Sequence[Document], fraction: float, seed: int, group_size: int | None = None
+) -> tuple[Sequence[Document], Sequence[Document]]:
+    """Holds out a share of the documents for validation.
 
-    Of a single plain text its last `fraction` of targets is held out. A fraction of 0 holds nothing out; one
-    that leaves either side empty raises UserError.
+    Args:
+        fraction: the share that is held out; 0 holds nothing out. Of a single plain text it is the last targets.
+        seed: seed of the random choice.
+        group_size: with n, documents n * i to n * i + n - 1 are a group, which stays together, and a single plain text
+            is not split.
+
+    Returns:
+        The documents for training and those for validation, each in their order.
+
+    Raises:
+        UserError: `fraction` leaves either side empty, or the documents do not make whole groups.
     """
     if fraction == 0:
         return documents, []
-    single_text = len(documents) == 1 and bool(documents[0].mask[1:].all())
-    whole = len(documents[0].ids) - 1 if single_text else len(documents)
-    held_out = count_held_out(fraction, whole, "tokens" if single_text else "documents")
-    if single_text:
-        at = whole - held_out
-        return [_piece(documents[0], 0, at + 1)], [_piece(documents[0], at, whole + 1)]
-    chosen = choose_held_out(held_out, whole, seed)
+    if group_size is None and len(documents) == 1 and documents[0].is_text:
+        targets = len(documents[0].ids) - 1
+        at = targets - count_held_out(fraction, targets, "tokens")
+        return [documents[0].piece(0, at + 1)], [documents[0].piece(at, targets + 1)]
+    n_units = len(documents) if group_size is None else count_groups(len(documents), group_size)
+    held_out = count_held_out(fraction, n_units, "documents" if group_size is None else "groups")
+    chosen = np.repeat(choose_held_out(held_out, n_units, seed), group_size or 1)
     train = [document for document, out in zip(documents, chosen, strict=True) if not out]
     return train, [document for document, out in zip(documents, chosen, strict=True) if out]
 
 
+def count_groups(n_documents: int, group_size: int) -> int:
+    """The number of groups of `group_size` consecutive documents. Raises UserError if some are left over."""
+    if n_documents % group_size:
+        raise UserError(
+            f"{n_documents:,} records do not make groups of {group_size}: {n_documents % group_size} are left over; "
+            "add the missing ones, or remove these"
+        )
+    return n_documents // group_size
+
+
 def count_held_out(fraction: float, whole: int, unit: str) -> int:
-    """How many of `whole` units are held out; UserError where that leaves nothing on either side."""
+    """How many of `whole` units are held out. Raises UserError if that leaves nothing on either side."""
     if not 0 <= fraction < 1:
         raise UserError(f"val_split is {fraction}; it must be at least 0 and less than 1")
     held_out = round(whole * fraction)
@@ -86,47 +126,7 @@ def count_held_out(fraction: float, whole: int, unit: str) -> int:
 
 
 def choose_held_out(held_out: int, whole: int, seed: int) -> np.ndarray:
-    """Which of `whole` documents are held out, bool (whole,): `held_out` of them, drawn by `seed`."""
+    """Which of `whole` units are held out, bool (whole,): `held_out` of them, drawn by `seed`."""
     chosen = np.zeros(whole, dtype=bool)
     chosen[np.random.Generator(np.random.PCG64(seed)).choice(whole, held_out, replace=False)] = True
     return chosen
-
-
-def split_long(documents: list[Document], ctx_len: int, carry: bool = False) -> tuple[list[Document], int, int]:
-    """Fits documents to ctx_len (input, target) positions, that is ctx_len + 1 tokens.
-
-    Longer plain text is split into pieces that share one token, so that every target stays, once. Other longer
-    documents are truncated at the end, or with `carry` split as well, without the pieces that have no loss token.
-    Documents with no loss token (left) are dropped. Returns (documents, number truncated or split that are not
-    plain text, number dropped); raises UserError where every document would be dropped.
-    """
-    assert ctx_len >= 1
-    fitted = []
-    too_long = dropped = 0
-    for document in documents:
-        length = len(document.ids)
-        is_text = bool(document.mask[1:].all())
-        stop = length if is_text or carry else min(length, ctx_len + 1)
-        pieces = [_piece(document, i, i + ctx_len + 1) for i in range(0, stop - 1, ctx_len)]
-        pieces = [piece for piece in pieces if piece.mask.any()]
-        fitted += pieces
-        if not pieces:
-            dropped += 1
-        elif length > ctx_len + 1 and not is_text:
-            too_long += 1
-    if not fitted:
-        needed = [int(np.argmax(document.mask)) for document in documents if document.mask[1:].any()]
-        if not needed:
-            raise UserError(f"none of the {len(documents)} records has a token that carries loss")
-        raise UserError(
-            f"ctx_len {ctx_len} is too short: it cuts off every answer of the {len(documents)} records; "
-            f"the first answer token needs a ctx_len of at least {min(needed)}"
-        )
-    return fitted, too_long, dropped
-
-
-def _piece(document: Document, start: int, stop: int) -> Document:
-    """Tokens start..stop-1 as a document of their own: the first is context only."""
-    mask = document.mask[start:stop].copy()
-    mask[0] = False
-    return Document(document.ids[start:stop], mask)

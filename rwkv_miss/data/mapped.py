@@ -1,5 +1,5 @@
-"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: a corpus takes memory for
-where its documents and pieces begin, not for its tokens."""
+"""Documents and rows of a binidx, cut from its memory-mapped tokens when they are asked for: what is kept in memory is
+where documents and pieces begin, not the tokens."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.binidx import BinIdx, read_binidx
 from rwkv_miss.data.documents import Document, choose_held_out, count_held_out, split_validation
 from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_lengths
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
-# Tokens that are looked at from the beginning, from the end, and from anywhere.
+# When a file is opened, so many tokens of its beginning, of its end, and from random places are looked at.
 _SAMPLE = 4096
+# Options that a binidx has no use for.
+_OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedDocuments(Sequence[Document]):
-    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], int64 (documents,) each. They are as
-    they stand: none is given an `END` that it lacks, and one of fewer than 2 tokens has nothing to learn."""
+    """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], with starts and stops int64 (documents,).
+
+    They are taken as they stand: a document that lacks an `END` is not given one. Of a document of fewer than 2 tokens
+    nothing is learned.
+    """
 
     file: BinIdx
     vocab_size: int
@@ -33,39 +40,35 @@ class MappedDocuments(Sequence[Document]):
     def __len__(self) -> int:
         return len(self.starts)
 
+    @overload
+    def __getitem__(self, i: int) -> Document: ...
+    @overload
+    def __getitem__(self, i: slice | np.ndarray) -> MappedDocuments: ...
     def __getitem__(self, i: int | slice | np.ndarray) -> Document | MappedDocuments:
-        """A document for a number; for a slice or a bool array (documents,) those that it selects."""
+        """Document i. For a slice or a bool array (documents,) instead, the documents that it selects."""
         if isinstance(i, (slice, np.ndarray)):
             return MappedDocuments(self.file, self.vocab_size, self.starts[i], self.stops[i])
         ids = self.tokens(self.starts[i], self.stops[i])
         return Document(ids, np.arange(len(ids)) > 0)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """file.tokens[start:stop] as int32; UserError where one is not in the vocabulary."""
+        """file.tokens[start:stop] as int32. Raises UserError if one is not in the vocabulary."""
         ids = self.file.tokens[start:stop]
         _check_ids(self.file, self.vocab_size, ids, range(start, stop))
         return ids.astype(np.int32)
 
 
-def open_documents(
-    prefix: str | Path,
-    vocab_size: int,
-    *,
-    text_field: str = "text",
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    separator: str | None = None,
-) -> MappedDocuments:
+def open_documents(prefix: str | Path, vocab_size: int, options: DataOptions) -> MappedDocuments:
     """The documents of PREFIX.bin and PREFIX.idx for a model of `vocab_size` ids.
 
-    The first, the last and some random tokens are looked at here, all the others when they are used: whichever
-    is not in the vocabulary raises UserError, which names its document. So do the options of `read_records`, as
-    there are no fields here.
+    The first, the last and some random tokens are looked at here, all the others when they are used.
+
+    Raises:
+        UserError: a token is not in the vocabulary (the message names its document), the pair cannot be read, or
+            `options` name fields or a separator, of which a binidx has none.
     """
-    if text_field != "text" or prompt_field is not None or answer_field is not None or separator is not None:
-        raise UserError(
-            f"{prefix}: a binidx has no fields; leave out text_field, prompt_field, answer_field and separator"
-        )
+    if any(getattr(options, name) != getattr(DataOptions(), name) for name in _OF_OTHER_FORMATS):
+        raise UserError(f"{prefix}: a binidx has no fields; leave out {', '.join(_OF_OTHER_FORMATS)}")
     file = read_binidx(prefix)
     n = len(file.tokens)
     anywhere = np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE)
@@ -75,7 +78,7 @@ def open_documents(
 
 
 def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarray | range) -> None:
-    """UserError unless all `ids`, which are those of `places` in the file, are below vocab_size."""
+    """Raises UserError unless all `ids`, which stand at `places` in the file, are from 0 up to vocab_size."""
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(
@@ -85,7 +88,10 @@ def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarra
 
 
 @split_validation.register
-def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDocuments, MappedDocuments]:
+def _(
+    documents: MappedDocuments, fraction: float, seed: int, group_size: int | None = None
+) -> tuple[MappedDocuments, MappedDocuments]:
+    _refuse_groups(documents, group_size)
     if fraction == 0:
         return documents, documents[:0]
     if len(documents) > 1:
@@ -101,10 +107,19 @@ def _(documents: MappedDocuments, fraction: float, seed: int) -> tuple[MappedDoc
     )
 
 
+def _refuse_groups(documents: MappedDocuments, group_size: int | None) -> None:
+    if group_size is not None:
+        raise UserError(
+            f"{documents.file.prefix}: a binidx does not say which documents belong to a group; give records, such as "
+            "a .jsonl file"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MappedRows:
-    """Rows, as `Rows` has them, of pieces of documents. Row i holds the pieces members[bounds[i]:bounds[i + 1]];
-    piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]] and, one further, the targets.
+    """Rows of pieces of documents, without groups; see `AnyRows`. Row i holds the pieces
+    members[bounds[i]:bounds[i + 1]]; piece j has the inputs documents.file.tokens[starts[j]:starts[j] + lengths[j]]
+    and, one position further, the targets.
 
     An `END` inside a document begins a new one, so the state is reset there too.
     """
@@ -121,30 +136,35 @@ class MappedRows:
 
     @property
     def loss_tokens(self) -> np.ndarray:
-        """Targets in each row, int64 (R,)."""
         return np.add.reduceat(self.lengths[self.members], self.bounds[:-1])
 
     @property
+    def groups(self) -> None:
+        return None
+
+    @property
+    def filled(self) -> np.ndarray:
+        return self.loss_tokens  # every one of them has a target
+
+    @property
     def used(self) -> np.ndarray:
-        """Of each row, the columns up to its last target: all of them have one."""
         return self.loss_tokens
 
     def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
-        """Whether any of these rows has a target in these columns."""
         pieces = (self.members[self.bounds[row] : self.bounds[row + 1]] for row in rows)
         return any(self.lengths[members].sum() > columns.start for members in pieces)
 
     def check(self, rows: np.ndarray) -> None:
-        """UserError where a token of these rows is not in the vocabulary."""
+        """Raises UserError if a token of these rows is not in the vocabulary. It reads them all."""
         for row in rows:
             for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
                 self.documents.tokens(self.starts[piece], self.starts[piece] + self.lengths[piece] + 1)
 
     def take(self, rows: np.ndarray) -> Rows:
-        """The rows of these numbers, laid out; UserError where a token is not in the vocabulary."""
+        """The rows of these indices, laid out. Raises UserError if a token is not in the vocabulary."""
         shape = len(rows), self.width
         tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
-        seq_start = np.zeros(shape, bool)
+        seq_start, filled = np.zeros(shape, bool), np.zeros(len(rows), np.int64)
         for i, row in enumerate(rows):
             at = 0
             for piece in self.members[self.bounds[row] : self.bounds[row + 1]]:
@@ -154,14 +174,18 @@ class MappedRows:
                 seq_start[i, at:stop] = ids[:-1] == END
                 seq_start[i, at] = True
                 at = stop
+            filled[i] = at
             if at < self.width:
                 seq_start[i, at] = True
-        return Rows(tokens, targets, seq_start)
+        return Rows(tokens, targets, seq_start, filled)
 
 
 @make_rows.register
-def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False) -> tuple[MappedRows, PackReport]:
-    # carry is for conversations; here all is plain text, which always goes on.
+def _(
+    documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = False, group_size: int | None = None
+) -> tuple[MappedRows, PackReport]:
+    # `carry` is not read: it says what becomes of long conversations, and plain text always goes on.
+    _refuse_groups(documents, group_size)
     targets = documents.stops - documents.starts - 1
     learned = targets > 0
     if not learned.any():
@@ -170,13 +194,14 @@ def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = Fal
             "learn"
         )
     targets, begins = targets[learned], documents.starts[learned]
-    # Longer documents in pieces of ctx_len targets that share one token, the last with the rest.
+    # A longer document is cut into pieces of ctx_len targets, the last of those that are left; each piece begins with
+    # the last token of the one before.
     pieces = -(-targets // ctx_len)
-    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # each piece's in its document
     starts = np.repeat(begins, pieces) + number * ctx_len
     lengths = np.minimum(np.repeat(targets, pieces) - number * ctx_len, ctx_len)
 
-    # A whole row each comes first, as it would from packing; only the others need to be packed.
+    # Pieces that fill a row come first, as they would from packing, so that only the others need to be packed.
     alone = lengths == ctx_len if packing else np.ones(len(lengths), bool)
     rest = np.flatnonzero(~alone)
     packed = pack_lengths(lengths[rest], ctx_len) if len(rest) else []
@@ -189,12 +214,15 @@ def _(documents: MappedDocuments, ctx_len: int, packing: bool, carry: bool = Fal
     return rows, PackReport(
         records=len(documents),
         rows=len(rows),
-        ctx_len=width,
+        width=width,
+        ctx_len=ctx_len,
         longest=int(targets.max()),
         tokens=tokens,
         loss_tokens=tokens,
+        lost_tokens=0,
         fill=tokens / (len(rows) * width),
         truncated=0,
         carried=0,
         dropped=int(np.count_nonzero(~learned)),
+        enough_ctx_len=None,
     )

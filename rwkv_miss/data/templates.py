@@ -1,10 +1,14 @@
 r"""The RWKV World chat template: what a record looks like as text, and which of it the model learns.
 
-    System: {s}\n\nUser: {q}\n\nAssistant: {a}\n\nUser: {q}\n\nAssistant: {a}\n\n
+    System: {s}\n\nUser: {q}\n\nAssistant: {a}\n\nUser: {q}\n\nAssistant: {a}
 
-A runtime's prompt ends in `Assistant:`, so what the model has to produce, and what carries loss, is ` {a}` with
-its leading space and then its end: `\n\n` after every answer, and token 0 (end of document, added when the
-record is tokenised) after the last.
+A runtime's prompt ends in `Assistant:`, so what the model has to produce, and what carries loss, is ` {a}` with its
+leading space and then its end: `\n\n` after an answer that another turn follows; after the last one token 0 (the end
+of the document, which is added when the record is tokenised), with `answer_end` "blank_line" a `\n\n` before it.
+
+What the system and the user say is cleaned as BlinkDL's templates for RWKV-7 G1 demand
+(BlinkDL/RWKV-LM, RWKV-v7/RWKV7-G1x-templates.txt): a blank line ends a turn, so there may be none inside. Answers
+stay as they are unless `answer_lines` is "join".
 """
 
 from __future__ import annotations
@@ -12,46 +16,61 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
+STOP = "\n\nUser:"
+"""Where a runtime stops an answer: the next turn begins."""
 
-class Segment(NamedTuple):
-    """A piece of a rendered record; the tokens of an answer segment carry loss."""
+
+class Span(NamedTuple):
+    """A stretch of a rendered record, and whether its tokens are learned (carry loss)."""
 
     text: str
-    is_answer: bool
+    learned: bool
 
 
-def render(record: Record) -> list[Segment]:
-    """The record as segments; their texts joined are the whole text. Plain text is one answer segment.
+def render(record: Record, options: DataOptions) -> list[Span]:
+    """The record as spans; their texts joined are the whole text. Plain text is one learned span, as it is.
 
-    Conversations alternate prompt and answer segments. Turns after the last answer can bear on no loss and are
-    left out.
+    A conversation alternates spans of prompt and of answer. Turns after the last answer can bear on no loss and are
+    left out. An answer is learned whole, whatever it holds: one with `STOP` inside too, although a runtime would stop
+    there (`read_records` warns of it).
     """
     if record.is_text:
-        return [Segment(record.turns[0][1], True)]
-    segments = []
+        return [Span(record.turns[0][1], True)]
+    spans = []
     prompt = ""
     for role, content in record.turns:
         if role == "assistant":
-            segments += [Segment(f"{prompt}Assistant:", False), Segment(f" {_clean(content)}\n\n", True)]
+            spans += [Span(f"{prompt}Assistant:", False), Span(f" {_answer(content, options)}\n\n", True)]
             prompt = ""
         else:
             prompt += f"{role.capitalize()}: {_clean(content)}\n\n"
-    return segments
+    if options.answer_end == "token":
+        spans[-1] = Span(spans[-1].text.removesuffix("\n\n"), True)
+    return spans
 
 
-def prompt_text(record: Record) -> str:
-    """The conversation up to and including its last `Assistant:`: the prompt to evaluate the last answer with."""
+def prompt_text(record: Record, options: DataOptions) -> str:
+    """The conversation up to and including its last `Assistant:`: the prompt to evaluate the last answer with.
+
+    Raises:
+        UserError: the record is plain text.
+    """
     _refuse_text(record)
-    return "".join(segment.text for segment in render(record)[:-1])
+    return "".join(span.text for span in render(record, options)[:-1])
 
 
-def answer_text(record: Record) -> str:
-    """The conversation's last answer, without the space before and the end after it."""
+def answer_text(record: Record, options: DataOptions) -> str:
+    """The conversation's last answer in the form that the model learns, without white space at its ends.
+
+    Raises:
+        UserError: the record is plain text.
+    """
     _refuse_text(record)
-    return render(record)[-1].text.strip()
+    return render(record, options)[-1].text.strip()
 
 
 def chat_prompt(question: str) -> str:
@@ -59,10 +78,19 @@ def chat_prompt(question: str) -> str:
     return f"User: {_clean(question)}\n\nAssistant:"
 
 
+def holds_stop(record: Record, options: DataOptions) -> bool:
+    """Whether an answer of the record, in the form that the model learns, holds `STOP`."""
+    return any(role == "assistant" and STOP in _answer(content, options) for role, content in record.turns)
+
+
+def _answer(content: str, options: DataOptions) -> str:
+    return _clean(content) if options.answer_lines == "join" else content
+
+
 def _clean(content: str) -> str:
-    """Ends stripped, blank lines removed: within a turn two newlines in a row would read as its end."""
-    lines = re.sub(r"\r\n?", "\n", content.strip())
-    return re.sub(r"\n([^\S\n]*\n)+", "\n", lines)
+    r"""Ends stripped, `\r\n` made `\n`, and each run of two or more `\n` made one. A lone `\r` and a line of white
+    space stay."""
+    return re.sub(r"\n{2,}", "\n", content.strip().replace("\r\n", "\n"))
 
 
 def _refuse_text(record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to token ids and back. Id 0 is the end of a document in every one of them."""
+"""Tokenizers: text to token ids and back. In every one of them id 0 is the end of a document."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ END = 0
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """`encode` and `decode` may be called from several threads; a pickled tokenizer is loaded anew by its name.
+    """A tokenizer whose highest id is vocab_size - 1.
 
-    `vocab_size` is the highest id + 1. `decode` writes U+FFFD for what is not UTF-8 and nothing for `END`.
+    `encode` turns text into ids. `decode` turns ids into text, with U+FFFD for bytes that are not UTF-8 and nothing for
+    `END`. Both may be called from several threads. A pickled tokenizer is loaded again by its name.
+
     `settles(id)`: whether no token after this one can change the text up to it, except for a last U+FFFD, which may
     be a character that is not yet complete. It is false for tokens without text as well.
     """
@@ -37,10 +39,13 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """`world` (RWKV World, ids 1 to 65529), `bytes` (UTF-8 bytes, ids 1 to 255), or the path of a Hugging Face
-    `tokenizer.json`. Raises UserError for another name or a file that cannot be read.
+    """Loads a tokenizer by its name: `world` (RWKV World, ids 1 to 65529), `bytes` (UTF-8 bytes, ids 1 to 255), or the
+    path of a Hugging Face `tokenizer.json`.
 
-    For `bytes` the NUL character has the id of `END`; `encode_record` refuses text that holds it.
+    In `bytes` the NUL character has the id of `END`; `encode_record` refuses text that holds it.
+
+    Raises:
+        UserError: the name is none of these, or the file cannot be read.
     """
     if name == "world":
         return _world()
@@ -64,7 +69,8 @@ def _world() -> Tokenizer:
 
 @cache
 def _world_pieces(vocabulary: str) -> list[bytes]:
-    """Every id's bytes. A line of the file: the id, a Python string or bytes literal, the length in bytes."""
+    """The bytes of each id. A line of the vocabulary's file holds an id, a Python literal (a string or bytes), and the
+    length in bytes."""
     pieces = [b""]
     for line in Path(vocabulary).read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         index, rest = line.split(" ", 1)
@@ -75,7 +81,7 @@ def _world_pieces(vocabulary: str) -> list[bytes]:
 
 
 def _join(pieces: list[bytes], ids: list[int]) -> str:
-    """The text of `ids`. An id beyond the table (a model's vocabulary may be larger) reads as U+FFFD."""
+    """The text of `ids`. An id beyond the table, which a model with a larger vocabulary may write, becomes U+FFFD."""
     joined = b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
     return joined.decode("utf-8", errors="replace")
 
@@ -86,7 +92,7 @@ def _hugging_face(name: str) -> Tokenizer:
         raise UserError(f"tokenizer {name!r}: no such file; give world, bytes, or the path of a tokenizer.json")
     try:
         inner = tokenizers.Tokenizer.from_file(name)
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # the library raises nothing more specific
         message = f"tokenizer {name!r}: is not a Hugging Face tokenizer.json ({error})"
         raise UserError(message) from error
     ids = frozenset(inner.get_vocab(with_added_tokens=True).values())
@@ -98,7 +104,7 @@ def _hugging_face(name: str) -> Tokenizer:
     def encode(text: str) -> list[int]:
         try:
             return inner.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # for one, an unknown word and no token for it
+        except Exception as error:  # such as an unknown word, if there is no token for those
             raise UserError(f"tokenizer {name!r}: cannot encode {text[:40]!r} ({error})") from error
 
     def decode(ids: list[int]) -> str:

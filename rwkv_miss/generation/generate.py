@@ -6,14 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from rwkv_miss.data.templates import STOP
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling
 from rwkv_miss.model.base import RWKV
-
-# A turn of the World template ends where the next one begins (RWKV World / G1 chat format).
-STOP = "\n\nUser:"
-
 
 def generate(
     model: RWKV,

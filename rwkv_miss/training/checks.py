@@ -15,6 +15,8 @@ import yaml
 
 from rwkv_miss.adapters import method
 from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.data.corpus import check_source
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file
 from rwkv_miss.training.loggers import LOGGERS
@@ -25,11 +27,14 @@ OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
 # whatever is given; the base is told by its fingerprint, since its file may have moved.
 _SAME = (
-    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "val_data", "val_split"),
+    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
+    *("val_data", "val_split"),
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
     *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices"),
     "num_nodes",
 )
+# What runs did before they had a setting, where that is not its default now.
+_BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
 
 def is_first_process() -> bool:
@@ -54,8 +59,11 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:
         raise UserError("; ".join(found))
-    check_is_file(Path(config.base), "checkpoint")
     _check_launcher(config)
+    check_is_file(Path(config.base), "checkpoint")
+    load_tokenizer(config.tokenizer)
+    for path in filter(None, (config.data, config.val_data)):
+        check_source(path)
     if not is_first_process():
         return last_checkpoint(Path(config.out) / "checkpoints") if config.resume == "auto" else None
     return _check_out(Path(config.out), config)
@@ -129,7 +137,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings; those that it did not have yet were at their defaults."""
+    """A run's settings; those that it did not have yet were at their defaults, or as `_BEFORE` says."""
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -137,4 +145,4 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
         raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
-    return defaults | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}
+    return defaults | _BEFORE | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}

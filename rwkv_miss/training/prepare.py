@@ -3,10 +3,8 @@ needs no model is made here, before the base's weights are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +12,11 @@ from torch import Tensor
 from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import ModelConfig, TrainConfig
-from rwkv_miss.data.batches import count_segments
-from rwkv_miss.data.documents import split_validation
-from rwkv_miss.data.mapped import MappedRows
-from rwkv_miss.data.packing import PackReport, Rows, make_rows
+from rwkv_miss.data.batches import count_windows
+from rwkv_miss.data.corpus import read_documents
+from rwkv_miss.data.documents import Document, split_validation
+from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, make_rows
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
 from rwkv_miss.model.recognise import infer_config
@@ -36,9 +35,9 @@ class Prepared:
     sizes: ModelConfig
     dtype: torch.dtype
     objective: Objective
-    rows: Rows | MappedRows
+    rows: AnyRows
     report: PackReport
-    val_rows: Rows | MappedRows | None
+    val_rows: AnyRows | None
     val_report: PackReport | None
     micro_batches: int
     total_steps: int
@@ -75,26 +74,36 @@ def prepare(config: TrainConfig) -> Prepared:
         report,
         val_rows,
         val_report,
-        micro_batches=config.accumulate * count_segments(rows, config.segment_len),
+        micro_batches=config.accumulate * count_windows(rows, config.window_len),
         total_steps=config.max_steps or config.epochs * -(-len(rows) // rows_a_step),
     )
 
 
-def _read_rows(config: TrainConfig, sizes: ModelConfig, objective: Objective) -> tuple[Any, PackReport, Any, Any]:
-    """(rows, their report, the validation's rows, their report); None where nothing validates."""
-    documents = read_documents(config.data, config, sizes.vocab_size)
-    held_out = read_documents(config.val_data, config, sizes.vocab_size) if config.val_data else []
+def _read_rows(
+    config: TrainConfig, sizes: ModelConfig, objective: Objective
+) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
+    """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
+    tokenizer, group_size = load_tokenizer(config.tokenizer), objective.group_size
+    documents = read_documents(config.data, tokenizer, sizes.vocab_size, config)
+    held_out = read_documents(config.val_data, tokenizer, sizes.vocab_size, config) if config.val_data else []
     if config.val_split:
-        documents, held_out = split_validation(documents, config.val_split, config.seed)
-    fit = partial(make_rows, ctx_len=config.ctx_len, packing=config.packing, carry=config.long_documents == "carry")
-    rows, report = fit(documents)
+        documents, held_out = split_validation(documents, config.val_split, config.seed, group_size)
+    carry = config.long_documents == "carry"
+
+    def fit(documents: Sequence[Document], name: str) -> tuple[AnyRows, PackReport]:
+        rows, report = make_rows(documents, config.ctx_len, config.packing, carry, group_size)
+        check_losses(report, name, config.allow_dropping)
+        return rows, report
+
+    rows, report = fit(documents, config.data)
     if config.chunk_len and report.longest <= config.chunk_len:
         raise UserError(
             f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
             f"{report.longest} tokens); lower chunk_len, or leave it out"
         )
-    val_rows, val_report = fit(held_out) if held_out else (None, None)
-    return rows, report, val_rows, val_report
+    if not held_out:
+        return rows, report, None, None
+    return rows, report, *fit(held_out, config.val_data or f"{config.data}, held out")
 
 
 def _check_devices(config: TrainConfig) -> None:
@@ -102,17 +111,3 @@ def _check_devices(config: TrainConfig) -> None:
     if torch.cuda.is_available() and config.devices > here:
         raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
 
-
-def read_documents(path, config, vocab_size):
-    from rwkv_miss.data.binidx import binidx_prefix
-    from rwkv_miss.data.documents import encode_record
-    from rwkv_miss.data.mapped import open_documents
-    from rwkv_miss.data.records import read_records
-    from rwkv_miss.data.tokenizers import load_tokenizer
-
-    tokenizer = load_tokenizer(config.tokenizer)
-    options = {name: getattr(config, name) for name in ("text_field", "prompt_field", "answer_field", "separator")}
-    if prefix := binidx_prefix(path):
-        return open_documents(prefix, vocab_size, **options)
-    records = read_records(path, **options)
-    return [encode_record(record, tokenizer, vocab_size) for record in records]

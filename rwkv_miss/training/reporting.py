@@ -84,7 +84,7 @@ class Reporter(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        self._tokens += batch.get("filled", batch["positions"])
+        self._tokens += batch["filled"]
         self._positions += batch["positions"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return

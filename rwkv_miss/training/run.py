@@ -52,7 +52,12 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     validates = prepared.val_rows is not None
     display = TrainingDisplay(console, prepared.total_steps)
     reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
-    extra = {"tokenizer": config.tokenizer, "template": "rwkv-world"}
+    extra = {
+        "tokenizer": config.tokenizer,
+        "template": "rwkv-world",
+        "answer_lines": config.answer_lines,
+        "answer_end": config.answer_end,
+    }
     saver = Saver(module, out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
     # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from rwkv_miss.checkpoint import TensorSpec, write_pth
-from rwkv_miss.config import ModelConfig
+from rwkv_miss.config import DataOptions, ModelConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import encode_record
 from rwkv_miss.data.packing import NO_LOSS, make_rows
@@ -49,6 +49,8 @@ CONFIG = ModelConfig(
     vocab_size=256,
     low_rank={"w": 16, "a": 16, "v": 16, "g": 32},
 )
+# The form of the answers that the committed base learned.
+OPTIONS = DataOptions(answer_lines="join", answer_end="blank_line")
 CTX_LEN, BATCH_SIZE = 256, 8
 LR, WARMUP_STEPS, LR_END, WEIGHT_DECAY = 2.5e-3, 20, 0.05, 0.1
 
@@ -100,7 +102,7 @@ def _batches(make: Callable[[], tuple[str, str]], steps: int, seed: int) -> Iter
     while tokens < steps * BATCH_SIZE * CTX_LEN:
         question, answer = make()
         record = Record("make_base", (("user", question), ("assistant", answer)))
-        documents.append(encode_record(record, tokenizer, CONFIG.vocab_size))
+        documents.append(encode_record(record, tokenizer, CONFIG.vocab_size, OPTIONS))
         tokens += len(documents[-1].ids) - 1
     rows, _ = make_rows(documents, CTX_LEN, packing=True)
     stream = BatchStream(

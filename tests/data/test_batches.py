@@ -1,3 +1,7 @@
+"""Micro-batches: each row once over ranks, steps and windows, and going on where a run stopped."""
+
+from __future__ import annotations
+
 import copy
 import itertools
 
@@ -9,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rwkv_miss.data.batches import BatchStream, count_segments
+from rwkv_miss.config import DataOptions
+from rwkv_miss.data.batches import BatchStream, count_windows
+from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.data.documents import Document
+from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.packing import make_rows as make_any_rows
 from rwkv_miss.data.packing import pad
 from rwkv_miss.errors import UserError
 
@@ -18,7 +26,7 @@ CTX_LEN = 6
 
 
 def make_rows(count):
-    """Row i holds token i + 1 alone, 2 to CTX_LEN + 1 of it, and has a loss token less than it has positions."""
+    """Row i is one document of 2 to CTX_LEN + 1 tokens i + 1. Its first position has no loss unless it is alone."""
     documents = []
     for i in range(count):
         length = 2 + i * 7 % CTX_LEN
@@ -32,7 +40,7 @@ def make_stream(count=23, **options):
 
 
 def names(batch):
-    """The rows of a micro-batch by their number; a padding row has none."""
+    """The indices of the rows in a micro-batch; a row of padding has none."""
     return [int(name) - 1 for name in batch["tokens"][:, 0] if name]
 
 
@@ -69,7 +77,7 @@ def test_ranks_share_every_row_once(count, batch_size, accumulate, world_size, s
 
 @given(**sizes, epoch=st.integers(0, 2))
 def test_order_is_of_seed_and_epoch_alone(count, batch_size, accumulate, world_size, epoch):
-    """The same rows meet in a step however they are dealt to micro-batches and ranks."""
+    """A step has the same rows however they are shared out over micro-batches and ranks."""
 
     def steps(batch_size, accumulate, world_size):
         options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size)
@@ -129,25 +137,25 @@ def same(batches, others):
     )
 
 
-@given(**sizes, trim=st.booleans(), segment_len=st.integers(1, CTX_LEN + 1))
-def test_segments_are_the_columns_of_the_rows_in_turn(count, batch_size, accumulate, world_size, trim, segment_len):
+@given(**sizes, trim=st.booleans(), window_len=st.integers(1, CTX_LEN + 1))
+def test_windows_are_the_columns_of_the_rows_in_turn(count, batch_size, accumulate, world_size, trim, window_len):
     options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, trim=trim)
-    ranks = [list(make_stream(count, rank=rank, segment_len=segment_len, **options)) for rank in range(world_size)]
-    segments = count_segments(make_rows(count), segment_len)
-    assert segments == -(-CTX_LEN // segment_len)
+    ranks = [list(make_stream(count, rank=rank, window_len=window_len, **options)) for rank in range(world_size)]
+    windows = count_windows(make_rows(count), window_len)
+    assert windows == -(-CTX_LEN // window_len)
     for rank, batches in enumerate(ranks):
         whole = list(make_stream(count, rank=rank, **options))
         assert all(batch["last"] for batch in whole)
-        assert len(batches) == len(whole) * segments == len(make_stream(count, segment_len=segment_len, **options))
+        assert len(batches) == len(whole) * windows == len(make_stream(count, window_len=window_len, **options))
         for i, row in enumerate(whole):
-            parts = batches[i * segments : (i + 1) * segments]
-            assert [part["last"] for part in parts] == [False] * (segments - 1) + [True]
+            parts = batches[i * windows : (i + 1) * windows]
+            assert [part["last"] for part in parts] == [False] * (windows - 1) + [True]
             assert {part["step_tokens"] for part in parts} == {row["step_tokens"]}
             width = row["tokens"].shape[1]
-            used = -(-width // segment_len)
+            used = -(-width // window_len)
             for name in ("tokens", "targets", "seq_start"):
                 found = torch.cat([part[name] for part in parts[:used]], 1)
-                # A share without any row has nothing but padding, which begins wherever a segment does.
+                # A share without any row has nothing but padding, which begins wherever a window does.
                 assert torch.equal(found, row[name]) or not names(row)
             assert all(part["tokens"].shape == (len(row["tokens"]), 1) for part in parts[used:])
             assert sum(map(loss_tokens, parts)) == loss_tokens(row)
@@ -159,9 +167,9 @@ def test_segments_are_the_columns_of_the_rows_in_turn(count, batch_size, accumul
         assert sum(part["positions"] for part in rank) == count * CTX_LEN
 
 
-@pytest.mark.parametrize("segment_len", [None, 4])
-def test_resumed_anywhere_goes_on_as_if_never_stopped(segment_len):
-    options = dict(accumulate=2, rank=1, world_size=2, segment_len=segment_len)
+@pytest.mark.parametrize("window_len", [None, 4])
+def test_resumed_anywhere_goes_on_as_if_never_stopped(window_len):
+    options = dict(accumulate=2, rank=1, world_size=2, window_len=window_len)
     whole = make_stream(**options)
     per_epoch = len(whole)
     wanted = [*whole, *whole, *whole, *whole]
@@ -181,11 +189,82 @@ def test_resumed_anywhere_goes_on_as_if_never_stopped(segment_len):
 
 
 def test_an_abandoned_iterator_is_not_gone_on_with():
-    """As in a check of two batches before training: the next pass is a whole one."""
+    """After a pass that was given up, as in Lightning's check of two batches before training, the next is whole."""
     stream = make_stream(shuffle=False)
     wanted = list(make_stream(shuffle=False))
     assert same(list(itertools.islice(stream, 2)), wanted[:2])
     assert same(list(stream), wanted)
+
+
+@given(**sizes, packing=st.booleans(), window_len=st.sampled_from([None, 3]))
+def test_filled_counts_what_is_no_padding(count, batch_size, accumulate, world_size, packing, window_len):
+    """Every rank counts what all ranks have; over an epoch each position of each document is counted once."""
+    documents = [Document(np.full(2 + i * 7 % 9, i + 1, np.int32), np.arange(2 + i * 7 % 9) > 0) for i in range(count)]
+    rows, _ = make_any_rows(documents, 9, packing=packing)
+    options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, seed=0, shuffle=True)
+    ranks = [
+        list(BatchStream(rows, rank=rank, trim=not packing, window_len=window_len, **options))
+        for rank in range(world_size)
+    ]
+    for parts in zip(*ranks, strict=True):
+        real = sum(int((part["tokens"] > 0).sum()) for part in parts)  # every token of these documents is above 0
+        assert [(part["filled"], type(part["filled"])) for part in parts] == [(real, int)] * world_size
+        assert all(part["filled"] <= part["positions"] for part in parts)
+    assert sum(batch["filled"] for batch in ranks[0]) == sum(len(document.ids) - 1 for document in documents)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_filled_of_a_binidx(tmp_path, packing):
+    texts = [[i % 50 + 1] * (2 + i * 7 % 30) for i in range(40)]
+    write_binidx(tmp_path / "p", texts)
+    in_memory = [Document(np.array(text, np.int32), np.arange(len(text)) > 0) for text in texts]
+    found = []
+    for documents in (open_documents(tmp_path / "p", 100, DataOptions()), in_memory):
+        rows, _ = make_any_rows(documents, 16, packing=packing)
+        options = dict(batch_size=2, accumulate=2, rank=0, world_size=2, seed=0, shuffle=True, trim=not packing)
+        found.append([batch["filled"] for batch in BatchStream(rows, window_len=5, **options)])
+    assert found[0] == found[1] and sum(found[0]) == sum(map(len, texts)) - 40
+
+
+@given(
+    **sizes,
+    n=st.integers(1, 3),
+    packing=st.booleans(),
+    window_len=st.sampled_from([None, 4]),
+)
+def test_every_group_comes_once_and_whole(count, batch_size, accumulate, world_size, n, packing, window_len):
+    documents = [
+        Document(np.full(2 + i * 7 % 5, i + 1, np.int32), np.arange(2 + i * 7 % 5) > 0) for i in range(count * n)
+    ]
+    rows, _ = make_any_rows(documents, 12, packing=packing, group_size=n)
+    options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, seed=0, shuffle=True)
+    ranks = [
+        list(BatchStream(rows, rank=rank, trim=not packing, window_len=window_len, **options))
+        for rank in range(world_size)
+    ]
+    windows = count_windows(rows, window_len)
+    seen = []
+    for step in range(0, len(ranks[0]), accumulate * windows):
+        in_step = set()
+        for rank in ranks:
+            for first in range(step, step + accumulate * windows, windows):
+                parts = rank[first : first + windows]
+                assert {part["records"].dtype for part in parts} == {torch.int64}
+                assert all(torch.equal(part["records"] >= 0, part["tokens"] > 0) for part in parts)
+                assert all((part["tokens"] == part["records"] + 1).all() for part in parts)  # document i says i + 1
+                here = {int(i) for part in parts for i in part["records"].unique() if i >= 0}
+                assert here == {i // n * n + k for i in here for k in range(n)}  # whole groups
+                seen += sorted(here)
+                in_step |= {i // n for i in here}
+        assert {batch["step_groups"] for rank in ranks for batch in rank[step : step + accumulate * windows]} == {
+            len(in_step)
+        }
+    assert sorted(seen) == list(range(count * n))
+
+
+def test_batches_without_groups_carry_no_records():
+    batch = next(iter(make_stream()))
+    assert not {"records", "step_groups"} & set(batch)
 
 
 def test_a_state_of_another_run_is_refused():

@@ -1,4 +1,4 @@
-"""A binidx byte by byte: what the format says, written here by hand, is what we read and write; all else is refused."""
+"""A binidx byte by byte: files made by hand, as the format says, are what we read and write. All else is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCUMENTS = [[1, 2, 3, 0], [70, 0], [], [5]]
 
 
 def by_hand(prefix: Path, documents: list[list[int]], code: int = 8, letter: str = "H", **changes) -> None:
-    """A pair with one sequence a document, but for the `changes` of the index's fields."""
+    """Writes a pair with one sequence for each document. `changes` replace fields of its index."""
     sizes = [len(d) for d in documents]
     width = struct.calcsize(letter)
     fields = {
@@ -66,7 +66,7 @@ def test_the_bytes_are_those_of_the_format(tmp_path, code, letter, name):
 
 @pytest.mark.parametrize("name", ["uint8", "int32", "int64"])
 def test_deepspeed_s_copy_of_megatron_s_code(tmp_path, name):
-    """It writes what we write and reads it. (For uint16 it has a code of its own, which Megatron does not know.)"""
+    """It writes the bytes that we write, and reads them. (Its code for uint16 is one that Megatron does not know.)"""
     theirs = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
     dtype = np.dtype(name)
     builder = theirs.MMapIndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype.type)

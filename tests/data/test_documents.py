@@ -1,44 +1,36 @@
+"""Records as tokens with a loss mask, and documents held out for validation."""
+
+from __future__ import annotations
+
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rwkv_miss.data.documents import Document, encode_record, split_long, split_validation
+from rwkv_miss.config import DataOptions
+from rwkv_miss.data.documents import Document, encode_record, split_validation
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
+from tests.data.samples import pairs, text_of
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many in all?"
 ANSWER = "In May: 48/2 = <<48/2=24>>24.\nIn all: 48+24 = <<48+24=72>>72.\n#### 72"
 RECORD = Record("sums.jsonl:7", (("user", QUESTION), ("assistant", ANSWER)))
 VOCAB = {"world": 65536, "bytes": 256}
-
-
-def text_of(ids):
-    """A plain text of these tokens, all but the first with loss."""
-    return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
-
-
-def pairs(documents):
-    """Every (token before, target) with loss, in order."""
-    return [
-        (int(document.ids[i - 1]), int(document.ids[i]))
-        for document in documents
-        for i in range(1, len(document.ids))
-        if document.mask[i]
-    ]
+OPTIONS = DataOptions()
 
 
 @pytest.mark.parametrize("name", VOCAB)
-def test_loss_is_on_the_answer_and_its_end(name):
+@pytest.mark.parametrize("answer_end", ["token", "blank_line"])
+def test_loss_is_on_the_answer_and_its_end(name, answer_end):
     tokenizer = load_tokenizer(name)
-    document = encode_record(RECORD, tokenizer, VOCAB[name])
+    document = encode_record(RECORD, tokenizer, VOCAB[name], replace(OPTIONS, answer_end=answer_end))
     assert document.ids.dtype == np.int32 and document.mask.dtype == bool
     learned = document.ids[document.mask].tolist()
     assert learned[-1] == 0 and 0 not in learned[:-1]
-    assert tokenizer.decode(learned[:-1]) == f" {ANSWER}\n\n"
+    assert tokenizer.decode(learned[:-1]) == f" {ANSWER}" + ("" if answer_end == "token" else "\n\n")
     prompt = document.ids[~document.mask].tolist()
     assert prompt == tokenizer.encode(f"User: {QUESTION}\n\nAssistant:")  # as a runtime encodes it
     assert document.mask[len(prompt) :].all()
@@ -47,33 +39,36 @@ def test_loss_is_on_the_answer_and_its_end(name):
 def test_loss_of_several_turns():
     turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     tokenizer = load_tokenizer("bytes")
-    document = encode_record(Record("f:1", turns), tokenizer, 256)
+    document = encode_record(Record("f:1", turns), tokenizer, 256, OPTIONS)
+    assert document.ids.tolist() == [*b"User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d", 0]
+    assert document.ids[document.mask].tolist() == [*b" b\n\n d", 0]
+    document = encode_record(Record("f:1", turns), tokenizer, 256, replace(OPTIONS, answer_end="blank_line"))
     assert document.ids.tolist() == [*b"User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n", 0]
     assert document.ids[document.mask].tolist() == [*b" b\n\n d\n\n", 0]
 
 
 def test_all_of_a_text_but_its_first_token_carries_loss():
-    document = encode_record(Record("f:1", (("text", "abc"),)), load_tokenizer("bytes"), 256)
+    document = encode_record(Record("f:1", (("text", "abc"),)), load_tokenizer("bytes"), 256, OPTIONS)
     assert document.ids.tolist() == [97, 98, 99, 0]
     assert document.mask.tolist() == [False, True, True, True]
 
 
 def test_a_token_outside_the_vocabulary():
     with pytest.raises(UserError) as error:
-        encode_record(RECORD, load_tokenizer("world"), 256)
+        encode_record(RECORD, load_tokenizer("world"), 256, OPTIONS)
     message = str(error.value)
-    token = max(encode_record(RECORD, load_tokenizer("world"), 65536).ids)
+    token = max(encode_record(RECORD, load_tokenizer("world"), 65536, OPTIONS).ids)
     assert message.startswith(f"sums.jsonl:7: token {token} (") and "vocabulary of 256 ids" in message
     assert "choose the tokenizer" in message
     text = Record("f:1", (("text", "é"),))  # bytes 195, 169
-    assert encode_record(text, load_tokenizer("bytes"), 196).ids.max() == 195
+    assert encode_record(text, load_tokenizer("bytes"), 196, OPTIONS).ids.max() == 195
     with pytest.raises(UserError, match="token 195"):
-        encode_record(text, load_tokenizer("bytes"), 195)
+        encode_record(text, load_tokenizer("bytes"), 195, OPTIONS)
 
 
 def test_the_end_token_inside_a_text():
     with pytest.raises(UserError, match=r"f:1: the text has token 0 of tokenizer bytes.*NUL"):
-        encode_record(Record("f:1", (("text", "a\0b"),)), load_tokenizer("bytes"), 256)
+        encode_record(Record("f:1", (("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
 
 
 def test_split_validation_draws_whole_documents():
@@ -112,52 +107,15 @@ def test_split_validation_that_leaves_a_side_empty(documents, fraction, said):
         split_validation(documents, fraction, seed=0)
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 20))
-def test_split_long_keeps_every_target_of_a_text(lengths, ctx_len):
-    ids = iter(range(1, 1000))
-    documents = [text_of([next(ids) for _ in range(length)]) for length in lengths]
-    fitted, truncated, dropped = split_long(documents, ctx_len)
-    assert (truncated, dropped) == (0, 0)
-    assert pairs(fitted) == pairs(documents)
-    assert all(2 <= len(document.ids) <= ctx_len + 1 and not document.mask[0] for document in fitted)
-    assert len(fitted) == sum(-(-(length - 1) // ctx_len) for length in lengths)
-
-
-def conversation(prompt, answer):
-    ids = np.arange(1, prompt + answer + 1, dtype=np.int32)
-    return Document(ids, ids > prompt)
-
-
-def test_split_long_truncates_and_drops_conversations():
-    documents = [conversation(3, 2), conversation(3, 9), conversation(6, 1), conversation(4, 0), conversation(5, 2)]
-    fitted, truncated, dropped = split_long(documents, ctx_len=5)
-    assert (truncated, dropped) == (2, 2)
-    assert [document.ids.tolist() for document in fitted] == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
-    assert [int(document.mask.sum()) for document in fitted] == [2, 3, 1]
-
-
-def test_split_long_carries_the_rest_of_conversations_on():
-    two_answers = Document(np.arange(1, 15, dtype=np.int32), np.isin(np.arange(1, 15), [3, 14]))
-    documents = [conversation(3, 2), conversation(3, 9), conversation(6, 1), conversation(9, 0), two_answers]
-    fitted, carried, dropped = split_long(documents, ctx_len=5, carry=True)
-    assert (carried, dropped) == (3, 1)
-    assert pairs(fitted) == pairs(documents)
-    assert [document.ids.tolist() for document in fitted] == [
-        [1, 2, 3, 4, 5],
-        [1, 2, 3, 4, 5, 6],
-        [6, 7, 8, 9, 10, 11],
-        [11, 12],
-        [6, 7],  # of the question alone nothing is learned
-        [1, 2, 3, 4, 5, 6],
-        [11, 12, 13, 14],
-    ]
-    assert not any(document.mask[0] for document in fitted)
-
-
-def test_split_long_that_drops_everything():
-    documents = [conversation(9, 1), conversation(7, 3), conversation(4, 0)]
-    with pytest.raises(UserError, match=r"ctx_len 5 .* of the 3 records; .* at least 7$"):
-        split_long(documents, 5)
-    assert split_long(documents, 7)[1:] == (1, 2)  # the length that the message promised is enough
-    with pytest.raises(UserError, match="none of the 1 records has a token that carries loss"):
-        split_long(documents[2:], 5)
+def test_split_validation_keeps_groups_together():
+    documents = [text_of([i, 1]) for i in range(30)]
+    train, val = split_validation(documents, 0.2, seed=3, group_size=3)
+    first = [[int(document.ids[0]) for document in side] for side in (train, val)]
+    assert [len(side) for side in first] == [24, 6] and sorted(first[0] + first[1]) == list(range(30))
+    for side in first:
+        assert side == sorted(side) and all(i % 3 == 0 for i in side[::3])
+        assert side == [i for first in side[::3] for i in range(first, first + 3)]
+    with pytest.raises(UserError, match="31 records do not make groups of 3: 1 are left over"):
+        split_validation([*documents, text_of([1, 2])], 0.2, seed=3, group_size=3)
+    with pytest.raises(UserError, match=r"val_split 0.5 of 1 groups is 0, which leaves nothing to validate on"):
+        split_validation([text_of(range(1, 12))], 0.5, seed=0, group_size=1)  # one text is not cut

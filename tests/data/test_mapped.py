@@ -1,4 +1,4 @@
-"""The rows of a binidx are those of the same documents in memory, and cost no memory for tokens."""
+"""The rows of a binidx are those of the same documents in memory, and take no memory for tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.data.documents import Document, split_validation
@@ -24,11 +25,11 @@ def in_memory(texts):
 
 @pytest.fixture
 def opened(tmp_path):
-    """`opened(texts, vocab_size=100)`: the lists of ids, written and opened."""
+    """`opened(texts, vocab_size=100)` writes the lists of ids as a binidx and opens it."""
 
     def make(texts, vocab_size=100):
         write_binidx(tmp_path / "p", texts)
-        return open_documents(tmp_path / "p", vocab_size)
+        return open_documents(tmp_path / "p", vocab_size, DataOptions())
 
     return make
 
@@ -36,7 +37,8 @@ def opened(tmp_path):
 def same_rows(rows, others):
     taken = rows.take(np.arange(len(rows)))
     return len(rows) == len(others) and all(
-        np.array_equal(getattr(taken, name), getattr(others, name)) for name in ("tokens", "targets", "seq_start")
+        np.array_equal(getattr(taken, name), getattr(others, name))
+        for name in ("tokens", "targets", "seq_start", "filled")
     )
 
 
@@ -48,10 +50,11 @@ texts = st.lists(st.lists(st.integers(1, 99), max_size=30), min_size=1, max_size
 def test_rows_are_those_of_documents_in_memory(tmp_path_factory, texts, ctx_len, packing):
     prefix = tmp_path_factory.mktemp("pair") / "p"
     write_binidx(prefix, texts)
-    rows, report = make_rows(open_documents(prefix, 100), ctx_len, packing=packing)
+    rows, report = make_rows(open_documents(prefix, 100, DataOptions()), ctx_len, packing=packing)
     wanted, wanted_report = make_rows(in_memory(texts), ctx_len, packing=packing)
     assert same_rows(rows, wanted) and report == wanted_report
     assert rows.loss_tokens.tolist() == wanted.loss_tokens.tolist()
+    assert rows.filled.tolist() == wanted.filled.tolist()
 
 
 @pytest.mark.parametrize(("n", "fraction"), [(40, 0.25), (1, 0.3), (7, 0)])
@@ -80,6 +83,18 @@ def test_an_end_inside_a_document_begins_a_new_one(opened):
     assert taken.seq_start.astype(int).tolist() == [[1, 0, 1, 0, 0, 1, 0, 1, 0]]
 
 
+def test_groups_are_refused(opened):
+    documents = opened([[1, 2], [3, 4]])
+    for make in (
+        lambda: make_rows(documents, 8, packing=True, group_size=2),
+        lambda: split_validation(documents, 0.5, 0, 2),
+    ):
+        with pytest.raises(
+            UserError, match=r"p: a binidx does not say which documents belong to a group; give records"
+        ):
+            make()
+
+
 def test_too_short_to_learn_anything(opened):
     with pytest.raises(UserError, match=r"p\.bin: none of 3 documents has two tokens"):
         make_rows(opened([[1], [], [2]]), 8, packing=True)
@@ -98,22 +113,22 @@ def test_an_id_beyond_the_vocabulary_is_found_at_load(tmp_path, at, dtype):
     write_binidx(tmp_path / "p", texts, dtype)
     message = rf"p\.bin: document {at // 3} \(of 0 to 999\): token 200 is not in the model's vocabulary of 200 ids"
     with pytest.raises(UserError, match=message):
-        open_documents(tmp_path / "p", 200)
-    assert len(open_documents(tmp_path / "p", 201)) == 1000
+        open_documents(tmp_path / "p", 200, DataOptions())
+    assert len(open_documents(tmp_path / "p", 201, DataOptions())) == 1000
 
 
 def test_a_negative_id_is_none(tmp_path):
     write_binidx(tmp_path / "p", [[1, 2], [3, -4]], np.int32)
     with pytest.raises(UserError, match=r"document 1 .*token -4 is not in the model's vocabulary"):
-        open_documents(tmp_path / "p", 200)
+        open_documents(tmp_path / "p", 200, DataOptions())
 
 
 def test_what_the_sample_missed_is_found_when_it_is_used(tmp_path):
-    """One bad token among 600,000: the sample sees some 2 % of them."""
+    """There is one bad token among 600,000, of which the sample sees some 2 %."""
     tokens = np.ones((20_000, 30), np.uint16)
     tokens[12_345, 29] = 200
     write_binidx(tmp_path / "p", tokens)
-    rows, _ = make_rows(open_documents(tmp_path / "p", 200), 29, packing=True)
+    rows, _ = make_rows(open_documents(tmp_path / "p", 200, DataOptions()), 29, packing=True)
     settings = dict(accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False)
     seen = 0
     with pytest.raises(UserError, match=r"document 12345 .*token 200 is not in the model's vocabulary of 200"):
@@ -126,7 +141,7 @@ def test_what_the_sample_missed_is_found_when_it_is_used(tmp_path):
 def test_options_of_other_formats(opened, tmp_path, option):
     opened([[1, 2]])
     with pytest.raises(UserError, match=rf"p: a binidx has no fields; leave out .*{option}"):
-        open_documents(tmp_path / "p", 200, **{option: "x"})
+        open_documents(tmp_path / "p", 200, DataOptions(**{option: "x"}))
 
 
 def test_memory_is_for_places_not_for_tokens(tmp_path):
@@ -134,6 +149,8 @@ def test_memory_is_for_places_not_for_tokens(tmp_path):
     not grow by a fifth of the file before its first batch."""
     write_binidx(tmp_path / "p", (np.full(5000, i % 99 + 1, np.uint16) for i in range(4000)))
     code = f"""
+from rwkv_miss.config import DataOptions
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.mapped import open_documents
 from rwkv_miss.data.packing import make_rows
@@ -141,7 +158,7 @@ def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 before = anonymous()
-rows, _ = make_rows(open_documents({str(tmp_path / "p")!r}, 100), 512, packing=True)
+rows, _ = make_rows(open_documents({str(tmp_path / "p")!r}, 100, DataOptions()), 512, packing=True)
 stream = BatchStream(
     rows, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, shuffle=True, trim=False
 )

@@ -1,3 +1,7 @@
+"""Rows: every document whole in one of them, and few rows."""
+
+from __future__ import annotations
+
 import time
 from collections import Counter
 from pathlib import Path
@@ -7,12 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.packing import make_rows, pack, pad
-from rwkv_miss.data.records import read_records
+from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.records import Record
 from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.errors import UserError
 
 GSM8K = Path(__file__).parents[3] / "shared" / "reference" / "data" / "gsm8k-train.jsonl"
+
+OPTIONS = DataOptions(answer_lines="join", answer_end="blank_line")
 
 
 def documents_of(masks):
@@ -21,7 +30,7 @@ def documents_of(masks):
 
 
 def laid_out(documents):
-    """Each document as the (inputs, targets) that its row must hold."""
+    """The (inputs, targets) of each document that its row must hold."""
     return [
         (
             tuple(document.ids[:-1].tolist()),
@@ -32,7 +41,7 @@ def laid_out(documents):
 
 
 def found(rows):
-    """The (inputs, targets) between one seq_start and the next, and the paddings' lengths."""
+    """The (inputs, targets) between one seq_start and the next in each row, without the padding."""
     documents = []
     for tokens, targets, seq_start in zip(rows.tokens, rows.targets, rows.seq_start, strict=True):
         assert seq_start[0]
@@ -55,7 +64,8 @@ def test_pack_holds_every_document_once_and_whole(masks, more):
     assert (rows.tokens.dtype, rows.targets.dtype, rows.seq_start.dtype) == (np.int32, np.int32, bool)
     assert Counter(found(rows)) == Counter(laid_out(documents))
     again = pack(documents, ctx_len)
-    assert all((getattr(rows, name) == getattr(again, name)).all() for name in rows.__slots__)
+    assert all(np.array_equal(getattr(rows, name), getattr(again, name)) for name in rows.__slots__)
+    assert rows.filled.sum() == sum(map(len, masks)) - len(masks)
 
 
 @given(masks, st.integers(0, 3))
@@ -118,8 +128,74 @@ def test_packing_is_fast():
 )
 def test_gsm8k_fills_the_rows(name, ctx_len, least):
     tokenizer = load_tokenizer(name)
-    documents = [encode_record(record, tokenizer, 65536) for record in read_records(GSM8K)]
+    documents = [encode_record(record, tokenizer, 65536, OPTIONS) for record in read_records(GSM8K, OPTIONS)]
     report = make_rows(documents, ctx_len, packing=True)[1]
     print(report)
     assert report.records == 7473
     assert report.fill >= least
+
+
+# Groups: consecutive documents that lie in one row
+
+
+groups_of = {n: st.lists(st.lists(st.booleans(), min_size=2, max_size=9), min_size=n, max_size=n) for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("n", groups_of)
+@given(data=st.data(), share=st.integers(1, 9))
+def test_every_group_is_whole_in_one_row(n, packing, data, share):
+    masks = [mask for group in data.draw(st.lists(groups_of[n], min_size=1, max_size=12)) for mask in group]
+    documents = documents_of(masks)
+    try:
+        rows, report = make_rows(documents, n * share + n - 1, packing=packing, group_size=n)
+    except UserError:
+        assert not any(all(any(m[1 : share + 1]) for m in masks[i : i + n]) for i in range(0, len(masks), n))
+        return
+    assert rows.records.dtype == np.int32 and rows.records.shape == rows.tokens.shape
+    assert rows.groups.tolist() == [len(set(row[row >= 0] // n)) for row in rows.records]
+    assert packing or set(rows.groups.tolist()) == {1}
+    assert rows.filled.tolist() == (rows.records >= 0).sum(1).tolist()
+    seen = []
+    for tokens, targets, seq_start, records in zip(
+        rows.tokens, rows.targets, rows.seq_start, rows.records, strict=True
+    ):
+        order = [int(i) for i in dict.fromkeys(records[records >= 0].tolist())]
+        assert order == [i for first in order[::n] for i in range(first, first + n)] and all(
+            i % n == 0 for i in order[::n]
+        )
+        for i in order:
+            at = np.flatnonzero(records == i)
+            assert (np.diff(at) == 1).all() and seq_start[at].tolist() == [True] + [False] * (len(at) - 1)
+            assert (tuple(tokens[at].tolist()), tuple(targets[at].tolist())) == laid_out(
+                [documents[i].piece(0, share + 1)]
+            )[0]
+        seen += order
+    assert sorted(seen) == sorted(set(seen)) and len(seen) == len(masks) - report.dropped
+    for first in set(range(0, len(masks), n)) - set(seen):  # dropped, each for a reason
+        assert any(not any(mask[1 : share + 1]) for mask in masks[first : first + n])
+
+
+def test_rows_of_groups_are_filled():
+    """Pairs of uneven lengths, as of chosen and rejected answers to one prompt."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4, 0.5, 2_000).astype(int), 5, 257)
+    documents = [Document(np.ones(length, np.int32), np.arange(length) > 3) for length in lengths]
+    rows, report = make_rows(documents, 512, packing=True, group_size=2)
+    assert report.dropped == 0 and report.fill == rows.filled.sum() / rows.tokens.size > 0.97
+
+
+def test_the_text_of_every_record_of_a_group_comes_back():
+    tokenizer = load_tokenizer("bytes")
+    texts = [f"User: {i}\n\nAssistant: {'ja' * (i % 7 + 1)}" for i in range(30)]
+    records = [Record("f:1", (("user", str(i)), ("assistant", "ja" * (i % 7 + 1)))) for i in range(30)]
+    documents = [encode_record(record, tokenizer, 256, DataOptions()) for record in records]
+    rows, _ = make_rows(documents, 128, packing=True, group_size=3)
+    assert [tokenizer.decode(rows.tokens[rows.records == i].tolist()) for i in range(30)] == texts
+    taken = rows.take(np.array([1, 0]))
+    assert (taken.records == rows.records[[1, 0]]).all() and (taken.groups == rows.groups[[1, 0]]).all()
+
+
+def test_rows_without_groups_have_no_records():
+    rows, _ = make_rows(documents_of([[True] * 4] * 3), 8, packing=True)
+    assert rows.records is None and rows.groups is None and rows.take(np.array([0])).records is None

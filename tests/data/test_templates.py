@@ -1,25 +1,41 @@
+"""The chat template: its exact text, and which of it is learned."""
+
+from __future__ import annotations
+
 import pytest
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import Segment, answer_text, chat_prompt, prompt_text, render
+from rwkv_miss.data.templates import STOP, Span, answer_text, chat_prompt, holds_stop, prompt_text, render
 from rwkv_miss.errors import UserError
+from rwkv_miss.generate import STOP as RUNTIME_STOP
+
+KEEP = DataOptions()
+JOIN = DataOptions(answer_lines="join")
+OLD = DataOptions(answer_lines="join", answer_end="blank_line")
 
 
 def talk(*turns):
     return Record("f.jsonl:1", turns)
 
 
-def test_question_and_answer():
+def text_of(record, options):
+    return "".join(text for text, _ in render(record, options))
+
+
+@pytest.mark.parametrize("options", [KEEP, OLD])
+def test_question_and_answer(options):
     record = talk(("user", "How many?"), ("assistant", "Two.\n#### 2"))
-    assert render(record) == [
-        Segment("User: How many?\n\nAssistant:", False),
-        Segment(" Two.\n#### 2\n\n", True),
+    assert render(record, options) == [
+        Span("User: How many?\n\nAssistant:", False),
+        Span(" Two.\n#### 2" + ("\n\n" if options is OLD else ""), True),
     ]
-    assert prompt_text(record) == "User: How many?\n\nAssistant:" == chat_prompt(" How many?\n")
-    assert answer_text(record) == "Two.\n#### 2"
+    assert prompt_text(record, options) == "User: How many?\n\nAssistant:" == chat_prompt(" How many?\n")
+    assert answer_text(record, options) == "Two.\n#### 2"
 
 
-def test_system_and_several_turns():
+@pytest.mark.parametrize("options", [KEEP, OLD])
+def test_system_and_several_turns(options):
     record = talk(
         ("system", "Be brief."),
         ("user", "Hi"),
@@ -29,12 +45,13 @@ def test_system_and_several_turns():
         ("assistant", "Three"),
         ("user", "not answered"),
     )
-    segments = render(record)
-    assert "".join(segment.text for segment in segments) == (
-        "System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: One\n\nUser: Two\n\nAssistant: Three\n\n"
+    end = "\n\n" if options is OLD else ""
+    spans = render(record, options)
+    assert "".join(span.text for span in spans) == (
+        f"System: Be brief.\n\nUser: Hi\n\nAssistant: Hello\n\nUser: One\n\nUser: Two\n\nAssistant: Three{end}"
     )
-    assert [segment.text for segment in segments if segment.is_answer] == [" Hello\n\n", " Three\n\n"]
-    assert prompt_text(record) + " " + answer_text(record) + "\n\n" == "".join(text for text, _ in segments)
+    assert [span.text for span in spans if span.learned] == [" Hello\n\n", f" Three{end}"]
+    assert prompt_text(record, options) + " " + answer_text(record, options) + end == text_of(record, options)
 
 
 @pytest.mark.parametrize(
@@ -42,23 +59,49 @@ def test_system_and_several_turns():
     [
         ("  a \n", "a"),
         ("a\n\nb", "a\nb"),
-        ("a\n \t\n\n\nb\n\n c", "a\nb\n c"),
-        ("a\r\n\r\nb\r\nc\rd", "a\nb\nc\nd"),
+        ("a\n \t\n\n\nb\n\n c", "a\n \t\nb\n c"),  # a line of white space does not end a turn
+        ("a\r\n\r\nb\r\nc\rd", "a\nb\nc\rd"),
+        ("a\r\n\n\r\nb", "a\nb"),
         ("a  \nb", "a  \nb"),
         ("a\n\nUser: b", "a\nUser: b"),
         ("<think>\n\n</think>\n\nYes", "<think>\n</think>\nYes"),
     ],
 )
-def test_blank_lines_in_a_turn_collapse(written, clean):
-    record = talk(("user", written), ("assistant", written))
-    assert "".join(text for text, _ in render(record)) == f"User: {clean}\n\nAssistant: {clean}\n\n"
-    assert answer_text(record) == clean
-    assert chat_prompt(written) == prompt_text(record)
+def test_blank_lines_of_users_collapse_and_those_of_answers_stay(written, clean):
+    record = talk(("system", written), ("user", written), ("assistant", written), ("user", "more"), ("assistant", "b"))
+    prompt = f"System: {clean}\n\nUser: {clean}\n\nAssistant:"
+    assert text_of(record, KEEP) == f"{prompt} {written}\n\nUser: more\n\nAssistant: b"
+    assert text_of(record, OLD) == f"{prompt} {clean}\n\nUser: more\n\nAssistant: b\n\n"
+    last = talk(*record.turns[:3])
+    assert text_of(last, KEEP) == f"{prompt} {written}" and answer_text(last, KEEP) == written.strip()
+    assert text_of(last, JOIN) == f"{prompt} {clean}" and answer_text(last, JOIN) == clean
+    assert text_of(last, OLD) == f"{prompt} {clean}\n\n" and answer_text(last, OLD) == clean
+    assert chat_prompt(written) == prompt_text(talk(*last.turns[1:]), KEEP)
+
+
+def test_an_answer_that_ends_in_a_blank_line_keeps_it():
+    record = talk(("user", "q"), ("assistant", "a\n\n"))
+    assert text_of(record, KEEP).endswith("Assistant: a\n\n")
+    assert text_of(record, DataOptions(answer_end="blank_line")).endswith("Assistant: a\n\n\n\n")
+
+
+def test_a_stop_inside_an_answer_is_told():
+    assert STOP == RUNTIME_STOP
+    record = talk(("user", "q"), ("assistant", "a\n\nUser: b\n\nAssistant: c"))
+    assert holds_stop(record, KEEP) and not holds_stop(record, JOIN)
+    assert render(record, KEEP)[-1] == Span(" a\n\nUser: b\n\nAssistant: c", True)
+    assert not holds_stop(talk(("user", "a\n\nUser: b"), ("assistant", "c")), KEEP)
+    assert not holds_stop(Record("f.txt:1", (("text", "a\n\nUser: b"),)), KEEP)
 
 
 def test_text_is_left_as_it_is():
     record = Record("f.txt:1", (("text", " a\r\n\n\nb "),))
-    assert render(record) == [Segment(" a\r\n\n\nb ", True)]
+    assert render(record, OLD) == render(record, KEEP) == [Span(" a\r\n\n\nb ", True)]
     for function in (prompt_text, answer_text):
         with pytest.raises(UserError, match=r"f\.txt:1: plain text has no question"):
-            function(record)
+            function(record, KEEP)
+
+
+def test_options_that_are_none():
+    assert DataOptions(answer_lines="drop").problems() == ["answer_lines is 'drop'; it must be keep or join"]
+    assert DataOptions(answer_end="stop").problems() == ["answer_end is 'stop'; it must be token or blank_line"]

@@ -1,3 +1,7 @@
+"""Tokenizers: the ids and texts of the programs that they must agree with."""
+
+from __future__ import annotations
+
 import pickle
 from pathlib import Path
 

@@ -10,6 +10,7 @@ from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
 from rwkv_miss import load_model
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -19,6 +20,7 @@ from rwkv_miss.generation.generate import STOP, generate, stream, strip_pieces
 from rwkv_miss.generation.sampling import Sampling, choose
 from tests.scripted import Scripted
 
+OPTIONS = DataOptions()
 BYTES = load_tokenizer("bytes")
 PROMPTS = ["a", "The cat sat on", "\n\n", "in the beginning", "zz"]
 
@@ -195,7 +197,7 @@ def test_mean_loss_is_that_of_each_record_alone(model, batch_size):
     total, count = 0.0, 0
     for r in records:
         ids, carries_loss = [], []
-        for text, is_answer in render(r):
+        for text, is_answer in render(r, OPTIONS):
             ids += list(text.encode())
             carries_loss += [is_answer] * len(text.encode())
         ids, carries_loss = [*ids, 0], [*carries_loss, True]
@@ -204,7 +206,7 @@ def test_mean_loss_is_that_of_each_record_alone(model, batch_size):
             if carries_loss[i]:
                 total -= log_p[i - 1, ids[i]].item()
                 count += 1
-    loss, n_tokens = mean_loss(model, BYTES, records, ctx_len=64, batch_size=batch_size)
+    loss, n_tokens = mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=batch_size)
     assert n_tokens == count
     assert loss == pytest.approx(total / count, rel=1e-6)
     assert perplexity(loss) == pytest.approx(math.exp(total / count), rel=1e-5)
@@ -216,15 +218,15 @@ def test_perplexity_of_a_huge_loss():
 
 def test_answers_keep_the_order_of_the_records(model):
     records = [record("a question " * n, "x") for n in (3, 1, 4, 2)]
-    given = answers(model, BYTES, records, max_tokens=5, batch_size=3)
-    assert [a.prompt for a in given] == [prompt_text(r) for r in records]
+    given = answers(model, BYTES, records, OPTIONS, max_tokens=5, batch_size=3)
+    assert [a.prompt for a in given] == [prompt_text(r, OPTIONS) for r in records]
     for a in given:
         assert a.given == generate(model, BYTES, [a.prompt], max_tokens=5)[0].strip()
 
 
 def test_a_right_answer_is_an_equal_one():
     said = Scripted(b" 42\n\n\0", b" 41\0")
-    given = answers(said, BYTES, [record("a", "42"), record("b", "42")], max_tokens=9, batch_size=2)
+    given = answers(said, BYTES, [record("a", "42"), record("b", "42")], OPTIONS, max_tokens=9, batch_size=2)
     assert given == [Answer("User: a\n\nAssistant:", "42", "42"), Answer("User: b\n\nAssistant:", "42", "41")]
     assert [a.is_right for a in given] == [True, False]
 
@@ -260,12 +262,22 @@ def test_figures_that_json_has_no_numbers_for_are_none():
     right, wrong = Answer("p", "a", "a"), Answer("p", "a", "b")
     found = figures(4, 1.0, 9, [right, wrong, wrong, wrong])
     assert found["right"] == 1 and found["exact_match"] == 0.25 and found["perplexity"] == pytest.approx(math.e)
+def test_a_right_answer_may_hold_a_blank_line():
+    """What is expected is the answer as the model learned it."""
+    asked = [record("a", " 4\n\n2\n")]
+    [given] = answers(Scripted(b" 4\n\n2\0"), BYTES, asked, OPTIONS, max_tokens=9, batch_size=2)
+    assert given == Answer("User: a\n\nAssistant:", "4\n\n2", "4\n\n2") and given.is_right
+    joined = DataOptions(answer_lines="join")
+    [given] = answers(Scripted(b" 4\n\n2\0"), BYTES, asked, joined, max_tokens=9, batch_size=2)
+    assert given.expected == "4\n2" and not given.is_right
 
 
 def test_a_loss_of_a_part_says_so(model, caplog):
     records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
     records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))
-    mean_loss(model, BYTES, records[:1], ctx_len=64, batch_size=2)
-    assert not caplog.messages
-    mean_loss(model, BYTES, records, ctx_len=64, batch_size=2)
-    assert caplog.messages == ["of 4 records, 2 lose their ends to ctx_len 64 and 1 have no token with loss in it"]
+    mean_loss(model, BYTES, records[:1], OPTIONS, ctx_len=64, batch_size=2)
+    assert "ctx_len" not in caplog.text
+    mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=2)
+    [said] = [message for message in caplog.messages if "ctx_len" in message]
+    assert "of 4 records, 2 lose their ends to ctx_len 64 and 1 have nothing left to learn" in said
+    assert "with 205 of 300 loss tokens; ctx_len 220 would keep 99 %" in said

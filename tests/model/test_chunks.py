@@ -180,7 +180,7 @@ def test_chunks_of_a_fresh_state_and_of_padding(version):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
     """Segments of 2 chunks of 5, as truncated backpropagation takes them: each has the loss and the gradients of the
-    segment run from the true state held constant, which are not those of the whole."""
+    window run from the true state held constant, which are not those of the whole."""
     model, batch = adapted(version), packed_batch()
     weights = trained(model)
 
@@ -191,14 +191,14 @@ def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
     exact = gradients(whole)
     state, total, found, expected = None, 0.0, {}, {}
     for start in range(0, T, 10):
-        segment = {name: x[:, start : start + 10] for name, x in batch.items()}
-        loss, after = loss_sum(model, segment, state, chunk_len=5)
+        window = {name: x[:, start : start + 10] for name, x in batch.items()}
+        loss, after = loss_sum(model, window, state, chunk_len=5)
         total += loss.item()
         for name, g in gradients(loss).items():
             found[name] = found.get(name, 0) + g
         with torch.no_grad():
             true = loss_sum(model, {name: x[:, :start] for name, x in batch.items()})[1] if start else None
-        for name, g in gradients(loss_sum(model, segment, true)[0]).items():
+        for name, g in gradients(loss_sum(model, window, true)[0]).items():
             expected[name] = expected.get(name, 0) + g
         state = after.detach()
         assert not any(x.requires_grad for x in tensors(state).values())
@@ -272,7 +272,7 @@ def test_counts_what_is_alive():
 
 
 def step(model: RWKV, length: int, chunk_len: int | None = None, bptt_chunks: int = 0) -> Callable[[], None]:
-    """A training step on one row of `length` columns: forward and backward, in segments where gradients are cut."""
+    """A training step on one row of `length` columns: forward and backward, in windows where gradients are cut."""
     batch = packed_batch(1, length)
 
     def run() -> None:

@@ -23,7 +23,7 @@ from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 @pytest.fixture
 def long_config(make_config, tmp_path) -> Callable[..., TrainConfig]:
-    """4 steps of 4 documents of 30 to 225 tokens, of which some have all their loss in the last few."""
+    """4 steps of 4 documents of 28 to 223 tokens, of which some have all their loss in the last few."""
     data = tmp_path / "long.jsonl"
     records = [
         {"question": "count " + "and again " * (n % 5 * 3), "answer": " ".join(["tick"] * (n * 7 % 25 + 1))}
@@ -74,13 +74,13 @@ def test_cut_gradients_have_the_loss_of_whole_rows_and_other_gradients(long_conf
 
 @pytest.fixture
 def cut_run(long_config, tmp_path) -> TrainConfig:
-    """Segments of 32 tokens: 8 a row, of which some are beyond the documents' ends and some have no loss."""
+    """Windows of 32 tokens: 8 a row, of which some are beyond the documents' ends and some have no loss."""
     config = long_config(chunk_len=16, bptt_chunks=2, out=str(tmp_path / "one"))
     quiet_train(config)
     return config
 
 
-def test_segments_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
+def test_windows_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
     """They are run without gradients, for speed: as if they were run with."""
     marks = []
 
@@ -148,7 +148,7 @@ def test_a_run_from_before_chunks_resumes(cut_run, long_config, tmp_path):
     assert quiet_train(replace(config, resume="auto", max_steps=2)).steps == 2
 
 
-def test_a_state_that_is_not_finite_is_found_in_the_segment_that_reads_it(cut_run, monkeypatch, tmp_path):
+def test_a_state_that_is_not_finite_is_found_in_the_window_that_reads_it(cut_run, monkeypatch, tmp_path):
     from rwkv_miss.training import lit_module
 
     log_probs = lit_module.batch_log_probs
@@ -182,8 +182,8 @@ def test_long_documents_carried_on(long_config, tmp_path, capsys):
         ({"chunk_len": 8, "bptt_chunks": -2}, "bptt_chunks is -2; it cannot be negative"),
         ({"bptt_chunks": 2}, "bptt_chunks is given without chunk_len; give both, or neither"),
         ({"chunk_len": 240}, "chunk_len is 240 and ctx_len 240, so there is nothing to cut; raise ctx_len"),
-        ({"chunk_len": 230}, "no document is longer than chunk_len 230 (the longest has 225 tokens); lower chunk_len"),
-        ({"chunk_len": 225}, "no document is longer than chunk_len 225 (the longest has 225 tokens)"),
+        ({"chunk_len": 230}, "no document is longer than chunk_len 230 (the longest has 223 tokens); lower chunk_len"),
+        ({"chunk_len": 223}, "no document is longer than chunk_len 223 (the longest has 223 tokens)"),
     ],
 )
 def test_chunks_that_cannot_be(long_config, changes, said):

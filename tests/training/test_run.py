@@ -228,7 +228,7 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     quiet_train(config)
     kept = Path(config.out, "config.yaml").read_text()
     # AdamW's come from the checkpoint: others would be taken for those that are used.
-    for name, value in (("ctx_len", 32), ("lr", 1.0), ("weight_decay", 0.5), ("prompt_field", "q"), ("devices", 2)):
+    for name, value in (("ctx_len", 32), ("lr", 1.0), ("weight_decay", 0.5), ("text_field", "q"), ("devices", 2)):
         with pytest.raises(UserError, match=f"cannot resume with other settings: {name} was .*, is {value}$"):
             quiet_train(replace(config, resume="auto", max_steps=2, **{name: value}))
     with pytest.raises(UserError, match=r"strategy was auto, is deepspeed_stage_2$"):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rwkv_miss.data.batches import BatchStream
+from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.packing import make_rows
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.model.load import load_model
-from rwkv_miss.training.prepare import read_documents
 from tests.helpers import loss_sum
 from tests.training.runs import adapter, as_arguments, losses, quiet_train, small_config
 
@@ -34,7 +35,8 @@ def assert_same_run(out, whole):
 def test_the_first_loss_is_the_mean_over_the_steps_tokens(make_config, whole):
     config = make_config()
     model = load_model(config.base)
-    rows, _ = make_rows(read_documents(config.data, config, 256), config.ctx_len, packing=False)
+    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    rows, _ = make_rows(documents, config.ctx_len, packing=False)
     settings = dict(batch_size=8, accumulate=1, rank=0, world_size=1, seed=config.seed, shuffle=True, trim=False)
     batch = next(iter(BatchStream(rows, **settings)))
     with torch.no_grad():

@@ -1,0 +1,28 @@
+"""Documents that several test modules build."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rwkv_miss.data.documents import Document
+
+
+def text_of(ids):
+    """A plain text of these tokens: all but the first carry loss."""
+    return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
+
+
+def pairs(documents):
+    """The (token before, target) of every target that carries loss, in order."""
+    return [
+        (int(document.ids[i - 1]), int(document.ids[i]))
+        for document in documents
+        for i in range(1, len(document.ids))
+        if document.mask[i]
+    ]
+
+
+def conversation(prompt, answer):
+    """So many tokens of a prompt, 1, 2, ..., and so many of an answer, which carry loss."""
+    ids = np.arange(1, prompt + answer + 1, dtype=np.int32)
+    return Document(ids, ids > prompt)

@@ -1,0 +1,372 @@
+"""Data files as records: what is read, what is named because it is not, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from rwkv_miss.config import DataOptions
+from rwkv_miss.data.readers.instead import BY_CONTENT, BY_SUFFIX
+from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.records import Record
+from rwkv_miss.errors import UserError
+
+
+def write(path, *items):
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return path
+
+
+def turns(path, **options):
+    return [record.turns for record in read_records(path, DataOptions(**options))]
+
+
+def test_known_shapes(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        {"text": " as it\r\nis "},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"instruction": "do", "input": "this", "output": "done"},
+        {"instruction": "do", "input": "", "output": "done"},
+        {"instruction": "do", "output": "done"},
+        {"query": "q", "response": "r", "input": "not of this pair"},
+        {"question": "q", "answer": "a", "text": None},
+        {"prompt": "p", "completion": "c"},
+    )
+    assert turns(path) == [
+        (("text", " as it\r\nis "),),
+        (("user", "q"), ("assistant", "a")),
+        (("user", "do\nthis"), ("assistant", "done")),
+        (("user", "do"), ("assistant", "done")),
+        (("user", "do"), ("assistant", "done")),
+        (("user", "q"), ("assistant", "r")),
+        (("user", "q"), ("assistant", "a")),
+        (("user", "p"), ("assistant", "c")),
+    ]
+
+
+def test_where_counts_blank_lines_and_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "\\u2028b"}')
+    assert list(read_records(path, DataOptions())) == [
+        Record(f"{path}:1", (("text", "a"),)),
+        Record(f"{path}:4", (("text", "\u2028b"),)),
+    ]
+
+
+def test_fields_by_option_win_over_known_shapes(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "t", "question": "q", "answer": "a", "body": "b", "output": "o"})
+    assert turns(path, prompt_field="body", answer_field="output") == [(("user", "b"), ("assistant", "o"))]
+    assert turns(path, text_field="body") == [(("text", "b"),)]
+
+
+def test_txt_is_one_document(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
+    assert list(read_records(path, DataOptions())) == [Record(f"{path}:1", (("text", "one\n\ntwo\n"),))]
+
+
+def test_txt_parted_by_a_separator(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\nmore\n---\n\n---\ntwo\n---\n")
+    assert list(read_records(path, DataOptions(separator="---\n"))) == [
+        Record(f"{path}:1", (("text", "one\nmore\n"),)),
+        Record(f"{path}:6", (("text", "two\n"),)),
+    ]
+
+
+GOOD = b'{"text": "fine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "caf\xe9"}', "is not UTF-8"),
+        (b'{"text": "a"', "is not JSON (Expecting ',' delimiter at column 13)"),
+        (b'{"text": "a', "is not JSON (Unterminated string starting at column 10)"),
+        (b'{"text": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
+        (b"[1]", "is a list, not an object"),
+        (b"null", "is null, not an object"),
+        (b'{"body": "b", "id": 3}', "found 'body', 'id'; name yours with prompt_field and answer_field"),
+        (b'{"text": null}', "found no field that is not null"),
+        (b'{"text": "t", "question": "q", "answer": "a"}', "more than one reading: text and question/answer"),
+        (b'{"text": 3}', "field 'text' is a number, not a string"),
+        (b'{"text": " \\n"}', "field 'text' is empty"),
+        (b'{"question": "q", "answer": ""}', "field 'answer' is empty"),
+        (b'{"question": "q", "answer": ["a"]}', "field 'answer' is a list, not a string"),
+        (b'{"instruction": "q", "input": 1, "output": "a"}', "field 'input' is a number, not a string"),
+        (b'{"text": "\\ud800"}', "field 'text' holds '\\ud800', half of a surrogate pair"),
+        (b'{"messages": "hi"}', "messages is a string, not a list"),
+        (b'{"messages": ["hi"]}', "messages[0] is a string, not an object with role and content"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0]: lacks the field 'content'; found 'role'; each message"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "messages[0]: role 'tool' is not known"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}', "messages has no assistant turn"),
+        (b'{"messages": []}', "messages has no assistant turn"),
+        (
+            b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "assistant", "content": null}]}',
+            "messages[1]: field 'content' is null, not a string",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "system", "content": "s"}]}',
+            "messages[1]: a system turn can only be the first",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions()))
+    assert str(error.value).startswith(f"{path}:3: ")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt_field": "body", "answer_field": "a"}, "lacks the field 'body'; found 'text'; name yours with"),
+        ({"text_field": "body"}, "lacks the field 'body'; found 'text'; name yours with"),
+    ],
+)
+def test_a_field_of_an_option_that_is_not_there(tmp_path, options, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions(**options)))
+    assert f"{path}:1: " in str(error.value) and said in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    def said(name, content=None, **options):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            list(read_records(path, DataOptions(**options)))
+        assert str(path) in str(error.value)
+        return str(error.value)
+
+    assert "cannot be read: No such file" in said("none.jsonl")
+    assert "is a folder" in said(".")
+    assert "suffix '.doc' is not known; give a .jsonl or .txt file, or a binidx" in said("a.doc", b"a,b")
+    assert "no such file or folder; give a .jsonl or .txt" in said("none")
+    assert "is empty" in said("e.jsonl", b"\n \n")
+    assert "is empty" in said("e.txt", b"")
+    assert "is empty" in said("blank.txt", b"--\n--", separator="--")
+    assert "b.txt:2: is not UTF-8" in said("b.txt", b"fine\n\xff\n")
+    assert "leave it out for .jsonl" in said("s.jsonl", GOOD, separator="-")
+    assert "has no fields" in said("f.txt", b"a", text_field="body")
+    assert "has no fields" in said("f.txt", b"a", prompt_field="q", answer_field="a")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prompt_field": "q"}, "give both, or neither"),
+        ({"answer_field": "q"}, "give both, or neither"),
+        ({"prompt_field": "q", "answer_field": "a", "text_field": "body"}, "give one kind"),
+    ],
+)
+def test_options_that_contradict(tmp_path, options, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD)
+    with pytest.raises(UserError, match=said):
+        list(read_records(path, DataOptions(**options)))
+
+
+def test_an_empty_separator(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    with pytest.raises(UserError, match="separator is empty"):
+        list(read_records(path, DataOptions(separator="")))
+
+
+def refused(path):
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions()))
+    assert str(error.value).startswith(f"{path}: ")
+    return str(error.value)
+
+
+ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": 'say "a,\tb"', "answer": "é\nf"}]
+
+
+def write_as(path):
+    """`ROWS` in the format that the suffix names; of a compressed file, JSON lines."""
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["question", "answer"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    elif path.suffix == ".xz":
+        path.write_bytes(lzma.compress(lines))
+    elif path.suffix == ".zst":
+        subprocess.run(["zstd", "-q", "-o", path], input=lines, check=True)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(path.stem, lines)
+    else:
+        pytest.importorskip("pyarrow")
+        pytest.importorskip("pandas").DataFrame(ROWS).to_parquet(path)
+
+
+TOOLS = {".json": "jq", ".gz": "gunzip", ".zst": "zstd", ".xz": "unxz", ".zip": "unzip"}
+
+
+@pytest.mark.parametrize("suffix", BY_SUFFIX)
+def test_a_format_that_is_not_read_says_what_to_do_and_that_works(tmp_path, suffix):
+    """The message's command, pasted into a shell, makes a file that is read."""
+    if suffix in TOOLS and shutil.which(TOOLS[suffix]) is None:
+        pytest.skip(f"no {TOOLS[suffix]} here")
+    folder = tmp_path / "my OUT FILE"
+    folder.mkdir()
+    path = folder / (f"a.jsonl{suffix}" if suffix in (".gz", ".zst", ".xz", ".zip") else f"a{suffix}")
+    write_as(path)
+    said = refused(path)
+    assert f"{suffix!r}: " in said and "\n" not in said
+    command = said.rpartition(": ")[2] if "python" not in said else said[said.index("python") :]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(command, shell=True, check=True, cwd=folder, env=environment)
+    assert turns(folder / "a.jsonl") == [(("user", row["question"]), ("assistant", row["answer"])) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_a_folder_says_what_to_do(tmp_path, name):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / name.replace("*", "part-0")).write_text("{}")
+    (folder / "readme.md").write_text("")
+    said = refused(folder)
+    if name in ("*.jsonl", "*.txt"):
+        assert f"cat {folder}/{name} > set{name[1:]}" in said
+    else:
+        assert "a folder with a Hugging Face data set" in said and f"{folder} set.jsonl" in said and "{" not in said
+
+
+def test_an_arrow_folder_with_its_state_is_loaded_as_it_was_saved(tmp_path):
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    assert "datasets.load_from_disk(sys.argv[1]).to_json(sys.argv[2])" in refused(tmp_path)
+
+
+def test_a_folder_of_nothing_that_is_read(tmp_path):
+    assert refused(tmp_path).endswith("is a folder; give a .jsonl or .txt file, or a binidx")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("*.jsonl", "a pattern of names is not expanded; join the files into one: cat *.jsonl > all.jsonl"),
+        ("more/part-?.csv", "join the files into one: cat more/part-?.csv > all.csv"),
+        ("more/*", "cat more/* > all.jsonl"),
+        (
+            "openai/gsm8k",
+            "datasets.load_dataset(sys.argv[1], split='train').to_json(sys.argv[2])\" openai/gsm8k gsm8k.jsonl",
+        ),
+        ("BAAI/Infinity-3.5", "If it is a data set of the Hugging Face hub, download it: python"),
+        ("openai/gsm8k.jsonl", "cannot be read: No such file"),
+        ("openai/gsm8k.csv", "'.csv': a table is not read"),
+        ("a" * 5000, "no such file or folder; give a .jsonl"),
+        ("a" * 5000 + ".jsonl", "cannot be read: File name too long"),
+        ("a/b/c", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
+    ],
+)
+def test_what_is_not_there(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(name)
+
+
+def test_a_pattern_that_is_a_name_is_read(tmp_path):
+    assert turns(write(tmp_path / "a[1].jsonl", {"text": "t"})) == [(("text", "t"),)]
+
+
+def test_a_suffix_in_capitals_is_read(tmp_path):
+    assert turns(write(tmp_path / "A.JSONL", {"text": "t"})) == [(("text", "t"),)]
+
+
+def test_fields_that_are_not_read_are_named_once_with_their_records(tmp_path, caplog):
+    call = {"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [{"id": 1}], "weight": 0}
+    path = write(
+        tmp_path / "a.jsonl",
+        {"messages": [{"role": "user", "content": "q"}, call, call], "id": 1},
+        {"messages": [{"role": "user", "content": "q", "tool_calls": [], "name": None}, call | {"weight": None}]},
+        {"question": "q", "answer": "a", "system": "s", "history": [["q", "a"]], "id": "2", "input": "more"},
+        {"instruction": "i", "input": "x", "output": "o", "system": "", "history": [], "id": None},
+        {"text": "t", "source": "web"},
+    )
+    records = list(read_records(path, DataOptions()))
+    assert [sorted(record.unread) for record in records] == [
+        ["id", "messages[].reasoning_content", "messages[].tool_calls", "messages[].weight"],
+        ["messages[].reasoning_content", "messages[].tool_calls"],
+        ["history", "id", "input", "system"],
+        [],
+        ["source"],
+    ]
+    [said] = caplog.messages
+    assert said.startswith(f"{path}: fields that are not read, with the records that have them: ")
+    for name, count in {"id": 2, "messages[].tool_calls": 2, "messages[].weight": 1, "history": 1, "source": 1}.items():
+        assert f"'{name}' ({count})" in said
+
+
+def test_fields_beside_those_of_an_option_are_named(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", {"instruction": "i", "input": "x", "output": "o", "text": "t"})
+    [record] = read_records(path, DataOptions(text_field="output"))
+    assert record.unread == ("instruction", "input", "text")
+    caplog.clear()
+    list(read_records(path, DataOptions(prompt_field="instruction", answer_field="output")))
+    assert "'input' (1), 'text' (1)" in caplog.text
+    caplog.clear()
+    list(read_records(write(path, {"text": "t", "input": ""}), DataOptions()))
+    assert not caplog.messages
+
+
+def test_a_warning_names_no_more_fields_than_can_be_read(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", *({"text": "t", "often": 1, f"field {i}": i} for i in range(1, 31)))
+    list(read_records(path, DataOptions()))
+    assert "'often' (30), 'field 1' (1)" in caplog.text and caplog.text.count("field ") == 19
+    assert "and 11 more" in caplog.text
+
+
+def test_a_reader_that_is_stopped_tells_of_what_it_read(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", *[{"text": "t", "id": 1}] * 10)
+    assert len(list(islice(read_records(path, DataOptions()), 3))) == 3
+    assert caplog.messages == [f"{path}: fields that are not read, with the records that have them: 'id' (3)"]
+
+
+def test_a_file_that_is_refused_says_that_alone(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", {"text": "t", "id": 1}, {"text": 3})
+    assert "field 'text' is a number" in refused_at(path, 2)
+    assert not caplog.messages
+
+
+def refused_at(path, line):
+    with pytest.raises(UserError, match=rf"a\.jsonl:{line}: ") as error:
+        list(read_records(path, DataOptions()))
+    return str(error.value)
+
+
+def test_answers_that_a_runtime_cuts_are_counted(tmp_path, caplog):
+    pair = {"question": "q\n\nUser: r", "answer": "a"}
+    path = write(tmp_path / "a.jsonl", pair, *[pair | {"answer": "a\n\nUser: b"}] * 2)
+    list(read_records(path, DataOptions()))
+    [said] = caplog.messages
+    assert "answers hold '\\n\\nUser:' in 2 records" in said and f"first in {path}:2;" in said
+    caplog.clear()
+    list(read_records(path, DataOptions(answer_lines="join")))
+    assert not caplog.messages

@@ -1,0 +1,124 @@
+"""Data on the way into a run: a reader of one's own, what is lost on the way, and how answers are written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rwkv_miss.data.readers import reader
+from rwkv_miss.data.records import Record
+from rwkv_miss.errors import UserError
+from tests.training.runs import adapter, as_arguments, losses, quiet_train
+
+
+def in_a_process(config) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def read_pairs(path, file, options):
+    """A toy format: a line of questions and answers, `2+2=4;3+3=6`."""
+    for number, pair in enumerate(file.read().decode().strip().split(";"), start=1):
+        question, answer = pair.split("=")
+        yield Record(f"{path}:{number}", (("user", question), ("assistant", answer)))
+
+
+def test_a_reader_is_one_file_and_one_line(make_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(reader.READERS, ".toy", read_pairs)
+    toy, lines = tmp_path / "sums.toy", tmp_path / "sums.jsonl"
+    toy.write_text("2+2=4;30+3=33;5+6=11")
+    lines.write_text(
+        "".join(
+            json.dumps(dict(zip(("question", "answer"), s.split("="), strict=True))) + "\n"
+            for s in toy.read_text().split(";")
+        )
+    )
+    runs = [make_config(data=str(data), out=str(tmp_path / data.suffix[1:]), max_steps=1) for data in (toy, lines)]
+    for config in runs:
+        quiet_train(config)
+    assert losses(runs[0].out) == losses(runs[1].out) and len(losses(runs[0].out)) == 1
+    assert all(block.equal(adapter(runs[1].out)[name]) for name, block in adapter(runs[0].out).items())
+
+
+def records_of(path: Path, lengths: list[int]) -> Path:
+    """A file of one question and answer for each length: so many positions."""
+    bare = len("User: q\n\nAssistant: ")
+    path.write_text("".join(json.dumps({"question": "q", "answer": "a" * (n - bare)}) + "\n" for n in lengths))
+    return path
+
+
+def test_more_than_one_percent_lost_is_a_warning(make_config, tmp_path, caplog):
+    data = records_of(tmp_path / "a.jsonl", [40] * 97 + [70, 80, 90])
+    config = make_config(data=str(data), max_steps=1, allow_dropping=False, packing=True)
+    quiet_train(config)
+    [said] = [m for m in caplog.messages if "ctx_len" in m]
+    assert re.fullmatch(
+        rf"{data}: of 100 records, 3 lose their ends to ctx_len 64 and 0 have nothing left to learn, with 48 of "
+        r"[\d,]+ loss tokens; ctx_len 80 would keep 99 % of the records whole and of the loss tokens",
+        said,
+    )
+    caplog.clear()
+    quiet_train(replace(config, ctx_len=80, overwrite=True))  # the length that the warning promised is enough
+    quiet_train(replace(config, long_documents="carry", overwrite=True))
+    assert not [m for m in caplog.messages if "ctx_len" in m]
+
+
+@pytest.mark.parametrize("where", ["data", "val_data"])
+def test_more_than_half_lost_is_an_error_unless_allowed(make_config, tmp_path, where):
+    data = records_of(tmp_path / "a.jsonl", [40] * 2 + [70, 80, 90])
+    config = make_config(
+        max_steps=1, allow_dropping=False, ctx_len=64, data=str(records_of(tmp_path / "b.jsonl", [40]))
+    )
+    config = replace(config, **{where: str(data)})
+    with pytest.raises(UserError, match=rf"^{data}: of 5 records, 3 lose .*; raise ctx_len, or give --allow_dropping"):
+        quiet_train(config)
+    assert not Path(config.out).exists()
+    records_of(data, [40] * 3 + [70, 80, 90])  # half is not more than half
+    quiet_train(config)
+    records_of(data, [40] * 2 + [70, 80, 90])
+    quiet_train(replace(config, allow_dropping=True, overwrite=True))
+
+
+def test_warnings_come_from_one_process_alone(make_config, tmp_path):
+    data = records_of(tmp_path / "a.jsonl", [40] * 9 + [70])
+    data.write_text(data.read_text() + '{"text": "t", "source": "web"}\n')
+    done = in_a_process(make_config(data=str(data), max_steps=1, devices=2, batch_size=4))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("lose their ends to ctx_len 64") == done.stderr.count("'source' (1)") == 1
+
+
+def test_how_answers_were_written_is_recorded_and_kept(make_config, tmp_path):
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps({"question": "q", "answer": f"a\n\nb{n}"}) + "\n" for n in range(8)))
+    config = make_config(data=str(data), max_steps=1)
+    quiet_train(config)
+    facts = json.loads((Path(config.out) / "adapter" / "rwkv_miss.json").read_text())
+    assert (facts["answer_lines"], facts["answer_end"]) == ("keep", "token")
+    other = replace(config, answer_lines="join", answer_end="blank_line", out=str(tmp_path / "other"))
+    quiet_train(other)
+    assert losses(other.out) != losses(config.out)
+    facts = json.loads((Path(other.out) / "adapter" / "rwkv_miss.json").read_text())
+    assert (facts["answer_lines"], facts["answer_end"]) == ("join", "blank_line")
+    with pytest.raises(UserError, match=r"other settings: answer_lines was keep, is join$"):
+        quiet_train(replace(config, answer_lines="join", max_steps=2, resume="auto"))
+
+
+def test_a_run_from_before_the_form_of_answers_could_be_chosen(make_config):
+    """It joined lines and ended answers with a blank line: going on with other answers is refused."""
+    config = make_config(max_steps=1, answer_lines="join", answer_end="blank_line")
+    quiet_train(config)
+    path = Path(config.out) / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert list(settings)[:4] == ["base", "data", "tokenizer", "out"]
+    del settings["answer_lines"], settings["answer_end"], settings["allow_dropping"]
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match=r"answer_lines was join, is keep; answer_end was blank_line, is token$"):
+        quiet_train(replace(config, max_steps=2, resume="auto", answer_lines="keep", answer_end="token"))
+    assert quiet_train(replace(config, max_steps=2, resume="auto")).steps == 2
