@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import os
 import re
 import signal
 import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import jsonargparse
 
@@ -65,19 +66,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[command](**_arguments(COMMANDS[command], parsed))
     except (UserError, jsonargparse.ArgumentError) as e:
         message = _one_line(str(e)) if isinstance(e, UserError) else _explain(_one_line(str(e)), arguments)
-        print(f"rwkv-miss {command}".rstrip() + f": {message}", file=sys.stderr)
+        _say(f"rwkv-miss {command}".rstrip() + f": {message}")
         return 2
     except RunError as e:
-        print(f"rwkv-miss {command}: {e}", file=sys.stderr)
+        _say(f"rwkv-miss {command}: {e}")
         return 1
     except Stopped as e:
-        print(
-            f"rwkv-miss {command}: stopped by {e} after saving a checkpoint; go on with --resume auto", file=sys.stderr
-        )
+        _say(f"rwkv-miss {command}: stopped by {e} after saving a checkpoint; go on with --resume auto")
         return 128 + e.signum
     except KeyboardInterrupt:
-        print(f"rwkv-miss {command}: interrupted", file=sys.stderr)
+        _say(f"rwkv-miss {command}".rstrip() + ": interrupted")
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # whatever reads the output, such as `head`, has gone
+        _let_go_of(sys.stdout)
+        return 128 + signal.SIGPIPE
+
+
+def _say(message: str) -> None:
+    """Prints a line on stderr, if that is still there: a terminal may have been closed."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _let_go_of(sys.stderr)
+        _let_go_of(sys.stdout)
+
+
+def _let_go_of(stream: TextIO) -> None:
+    """Nothing that is written to the stream from now on fails, the last flush at Python's end included."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -25,7 +26,7 @@ from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.log_probs import batch_log_probs
-from rwkv_miss.progress import Report
+from rwkv_miss.progress import Report, no_progress
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,15 @@ def answers(
             report(n_answered, len(records))
     given = ("".join(pieces).strip() for pieces in texts)
     return [
-        Answer(prompt, answer_text(record, options), text) for prompt, record, text in zip(prompts, records, given, strict=True)
+        Answer(prompt, answer_text(record, options), text)
+        for prompt, record, text in zip(prompts, records, given, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model was found to be on data: the mean of -log p in nats over the `tokens` that carry loss, and its answers
-    if they were asked for."""
+    """What a model was found to be on data: the mean of -log p in nats over the `tokens` that carry loss, and its
+    answers if they were asked for."""
 
     records: int
     loss: float
@@ -163,14 +165,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: RWKV, config: EvalConfig, on_loss: Report | None = None, on_answers: Report | None = None
+    model: RWKV, config: EvalConfig, show: Callable[[str], AbstractContextManager[Report]] = no_progress
 ) -> Evaluation:
-    """Measures a model as `config` says; `config.model` and `config.adapter` are what it was loaded from. Answers are not
-    asked for where the loss is not finite.
+    """Measures a model as `config` says; `config.model` and `config.adapter` are what it was loaded from. Answers are
+    not asked for where the loss is not finite.
 
     Args:
-        on_loss: is called with the rows of the loss that are done, and all.
-        on_answers: is called with the questions that are answered, and all.
+        show: shows how far each part is, such as `rwkv_miss.progress.show_progress`.
 
     Raises:
         UserError: the data cannot be read, or has no questions where answers are wanted.
@@ -181,11 +182,14 @@ def evaluate(
         if config.exact_match:
             raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
         documents = open_documents(prefix, model.config.vocab_size, config)[: config.limit]
-        loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, on_loss)
+        with show("rows of the loss") as report:
+            loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
         return Evaluation(len(documents), loss, tokens, None)
     records = list(islice(read_records(config.data, config), config.limit))
-    loss, tokens = mean_loss(model, tokenizer, records, config, config.ctx_len, config.batch_size, on_loss)
+    with show("rows of the loss") as report:
+        loss, tokens = mean_loss(model, tokenizer, records, config, config.ctx_len, config.batch_size, report)
     given = None
     if config.exact_match and math.isfinite(loss):
-        given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, on_answers)
+        with show("answers") as report:
+            given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, report)
     return Evaluation(len(records), loss, tokens, given)

@@ -41,6 +41,12 @@ def show_progress(what: str, stream: TextIO | None = None) -> Iterator[Report]:
         yield _at_most_every(_BAR_EVERY, lambda done, total: bar.update(task, completed=done, total=total))
 
 
+@contextmanager
+def no_progress(what: str) -> Iterator[Report]:
+    """`show_progress` that shows nothing."""
+    yield lambda done, total: None
+
+
 def _lines(what: str, stream: TextIO) -> Report:
     start = time.monotonic()
 

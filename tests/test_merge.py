@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
+from rwkv_miss.adapters import miss
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.export import pth
 from tests.helpers import adapters
 
 # The function's module: its name in the package is the function's.
@@ -215,7 +218,7 @@ def test_a_state_is_stored_in_one_layout_whatever_the_version(either_base, tmp_p
     assert list(torch.load(again)) == list(beside)
     # A base's own state is kept by a merge of something else.
     other = make_trained(merged, tmp_path / "other", AdapterConfig(r=4))
-    merge(merged, other, again, "bf16")
+    merge(merged, other, again, "bf16", overwrite=True)
     assert all(torch.equal(torch.load(again)[key], t) for key, t in alone.items())
 
 
@@ -282,7 +285,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def assert_refused(tmp_path: Path, base: Path, folder: Path, out: Path, *words: str, error=UserError) -> None:
     before = listing(tmp_path)
     with pytest.raises(error) as raised:
-        merge(base, folder, out)
+        merge(base, folder, out, overwrite=True)
     for word in words:
         assert word in str(raised.value)
     assert listing(tmp_path) == before
@@ -333,6 +336,67 @@ def test_a_base_that_does_not_fit_together(tmp_path, random_weights, out):
 
 def test_no_adapter(base, tmp_path, out):
     assert_refused(tmp_path, base, tmp_path / "none", out, "no such folder")
+    (tmp_path / "old.disha.pth").write_bytes(b"")
+    assert_refused(tmp_path, base, tmp_path / "old.disha.pth", out, "is a file; an adapter is a folder")
+
+
+def test_a_file_is_replaced_only_where_that_is_asked_for(base, folder, tmp_path):
+    out = tmp_path / "out.pth"
+    out.write_bytes(b"the old file")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=r"out\.pth: exists already; give another name, or --overwrite true"):
+        merge(base, folder, out)
+    assert listing(tmp_path) == before
+    merge(base, folder, out, overwrite=True)
+    assert out.read_bytes() != b"the old file"
+
+
+def test_a_runs_folder_means_its_adapter(base, folder, tmp_path):
+    folder.rename(tmp_path / "run-adapter")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-adapter").rename(tmp_path / "run" / "adapter")
+    merge(base, tmp_path / "run", tmp_path / "out.pth")
+
+
+def test_how_far_it_is_is_told(base, folder, tmp_path):
+    told = []
+    merge(base, folder, tmp_path / "out.pth", on_tensor=lambda done, total: told.append((done, total)))
+    n = len(read_checkpoint(base))
+    assert told == [(i, 2 * n) for i in range(1, 2 * n + 1)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["emb.weight", "head.weight", "blocks.1.ffn.key.weight"])
+def test_logits_that_are_no_numbers_are_found(base, tmp_path, out, key, value):
+    """They compare equal to nothing: neither "equal" nor "a faulty disk" may be said of them."""
+    weights = torch.load(base)
+    weights[key][3] = value
+    broken = tmp_path / "broken.pth"
+    torch.save(weights, broken)
+    folder = make_adapter(broken, tmp_path / "adapter")
+    if key == "emb.weight":  # only where that token stands
+        weights[key][:] = value
+        torch.save(weights, broken)
+        folder = make_adapter(broken, tmp_path / "adapter")
+    assert_refused(tmp_path, broken, folder, out, "the logits of the base are not finite", error=RunError)
+
+
+def test_a_row_that_the_check_does_not_meet_is_written_as_it_is(base, tmp_path):
+    weights = torch.load(base)
+    tokens = torch.randint(64, (1, 128), generator=torch.Generator().manual_seed(0))
+    unseen = next(i for i in range(64) if i not in tokens)
+    weights["emb.weight"][unseen] = math.nan
+    torch.save(weights, base)
+    merge(base, make_adapter(base, tmp_path / "adapter"), tmp_path / "out.pth")
+    assert read_checkpoint(tmp_path / "out.pth")["emb.weight"][unseen].isnan().all()
+
+
+def test_dropout_does_not_act_in_the_check(base, tmp_path):
+    model = inject(load_model(base), AdapterConfig(r=5, dropout=0.5))
+    for layer in adapters(model).values():
+        layer.miss_block.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "adapter")
+    assert merge(base, tmp_path / "adapter", tmp_path / "out.pth").logits_error < 1e-5
 
 
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
@@ -360,12 +424,12 @@ def test_dtypes_that_no_checkpoint_has(base, folder, tmp_path, dtype):
 
 
 def test_a_wrong_sum_is_found(base, folder, tmp_path, out, monkeypatch):
-    right = MODULE.delta_weight
+    right = miss.delta_weight
 
     def wrong(D: torch.Tensor, n_in: int) -> torch.Tensor:
         return right(D, n_in).roll(1, 1)
 
-    monkeypatch.setattr(MODULE, "delta_weight", wrong)
+    monkeypatch.setattr(miss, "delta_weight", wrong)
     assert_refused(tmp_path, base, folder, out, "differ", "nothing was written", error=RunError)
 
 
@@ -375,13 +439,13 @@ def test_a_delta_that_was_left_out_is_found(make_base, tmp_path, monkeypatch, st
     """Also where the adapter changes the logits by little."""
     base = make_base(dtype=stored)
     folder = make_adapter(base, tmp_path / "adapter", std=std)
-    monkeypatch.setattr(MODULE, "delta_weight", lambda D, n_in: torch.zeros(D.shape[1], n_in))
+    monkeypatch.setattr(miss, "delta_weight", lambda D, n_in: torch.zeros(D.shape[1], n_in))
     assert_refused(tmp_path, base, folder, tmp_path / "out.pth", "nothing was written", error=RunError)
 
 
 def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
     """The bytes of one weight are changed between writing and renaming."""
-    write = MODULE.write_pth
+    write = pth.write_pth
 
     def corrupting(path: Path, specs, compute) -> None:
         write(path, specs, compute)
@@ -391,7 +455,7 @@ def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
         data[at : at + 4096] = bytes(4096)
         path.write_bytes(data)
 
-    monkeypatch.setattr(MODULE, "write_pth", corrupting)
+    monkeypatch.setattr(pth, "write_pth", corrupting)
     assert_refused(tmp_path, base, folder, out, "nothing was written", error=RunError)
 
 
@@ -407,7 +471,7 @@ _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 for limit in (0, {base.stat().st_size // 2}, {base.stat().st_size - 4000}):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        merge({str(base)!r}, {str(folder)!r}, {str(out)!r})
+        merge({str(base)!r}, {str(folder)!r}, {str(out)!r}, overwrite=True)
     except UserError as e:
         print(e)
 """

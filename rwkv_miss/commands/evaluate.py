@@ -16,8 +16,7 @@ def run(config: EvalConfig) -> int:
     from rwkv_miss.progress import show_progress
 
     model = load(config.model, config.adapter, config.dtype)
-    with show_progress("rows of the loss") as on_loss, show_progress("answers") as on_answers:
-        found = evaluate(model, config, on_loss, on_answers)
+    found = evaluate(model, config, show_progress)
     if config.json:
         print(json.dumps(found.figures()))
     else:

@@ -12,6 +12,7 @@ from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling
 from rwkv_miss.model.base import RWKV
 
+
 def generate(
     model: RWKV,
     tokenizer: Tokenizer,

@@ -110,4 +110,3 @@ def _check_devices(config: TrainConfig) -> None:
     here = torch.cuda.device_count()
     if torch.cuda.is_available() and config.devices > here:
         raise UserError(f"devices is {config.devices}; this machine has {here} GPU{'s' if here > 1 else ''}")
-

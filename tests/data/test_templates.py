@@ -6,9 +6,8 @@ import pytest
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import STOP, Span, answer_text, chat_prompt, holds_stop, prompt_text, render
+from rwkv_miss.data.templates import Span, answer_text, chat_prompt, holds_stop, prompt_text, render
 from rwkv_miss.errors import UserError
-from rwkv_miss.generate import STOP as RUNTIME_STOP
 
 KEEP = DataOptions()
 JOIN = DataOptions(answer_lines="join")
@@ -86,7 +85,6 @@ def test_an_answer_that_ends_in_a_blank_line_keeps_it():
 
 
 def test_a_stop_inside_an_answer_is_told():
-    assert STOP == RUNTIME_STOP
     record = talk(("user", "q"), ("assistant", "a\n\nUser: b\n\nAssistant: c"))
     assert holds_stop(record, KEEP) and not holds_stop(record, JOIN)
     assert render(record, KEEP)[-1] == Span(" a\n\nUser: b\n\nAssistant: c", True)

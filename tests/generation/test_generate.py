@@ -15,7 +15,7 @@ from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.evaluate import Answer, answers, figures, mean_loss, perplexity
+from rwkv_miss.evaluate import Answer, Evaluation, answers, mean_loss, perplexity
 from rwkv_miss.generation.generate import STOP, generate, stream, strip_pieces
 from rwkv_miss.generation.sampling import Sampling, choose
 from tests.scripted import Scripted
@@ -236,7 +236,7 @@ def test_a_question_that_is_answered_is_replaced_at_once():
     rows, done = [], []
     said.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
     records = [record("q" * (9 - i), "x") for i in range(5)]
-    given = answers(said, BYTES, records, max_tokens=20, batch_size=2, report=lambda *x: done.append(x))
+    given = answers(said, BYTES, records, OPTIONS, max_tokens=20, batch_size=2, report=lambda *x: done.append(x))
     assert [a.given for a in given] == ["long answer", "b", "c", "dd", "e"]
     # The first question takes 12 steps; beside it the others one after the other, each read when there is a place.
     assert rows == [2, 2, *[1, 1], 2, *[1, 1], 2, 2, *[1, 1], 2, 1, 1, 1]
@@ -246,22 +246,24 @@ def test_a_question_that_is_answered_is_replaced_at_once():
 def test_logits_that_are_not_finite_end_the_answers(model):
     model.ln_out.weight.data[0] = math.nan
     with pytest.raises(RunError, match="logits are not finite"):
-        answers(model, BYTES, [record("a", "b")], max_tokens=3, batch_size=2)
+        answers(model, BYTES, [record("a", "b")], OPTIONS, max_tokens=3, batch_size=2)
 
 
 def test_the_rows_of_the_loss_are_reported(model):
     records = [record("q" * 20, "a" * 30) for _ in range(5)]
     done = []
-    mean_loss(model, BYTES, records, ctx_len=64, batch_size=2, report=lambda *x: done.append(x))
+    mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=2, report=lambda *x: done.append(x))
     assert done == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_figures_that_json_has_no_numbers_for_are_none():
-    assert figures(3, math.nan, 9) == {"records": 3, "tokens": 9, "loss": None, "perplexity": None}
-    assert figures(3, 1e4, 9) == {"records": 3, "tokens": 9, "loss": 1e4, "perplexity": None}
+    assert Evaluation(3, math.nan, 9, None).figures() == {"records": 3, "tokens": 9, "loss": None, "perplexity": None}
+    assert Evaluation(3, 1e4, 9, None).figures() == {"records": 3, "tokens": 9, "loss": 1e4, "perplexity": None}
     right, wrong = Answer("p", "a", "a"), Answer("p", "a", "b")
-    found = figures(4, 1.0, 9, [right, wrong, wrong, wrong])
+    found = Evaluation(4, 1.0, 9, [right, wrong, wrong, wrong]).figures()
     assert found["right"] == 1 and found["exact_match"] == 0.25 and found["perplexity"] == pytest.approx(math.e)
+
+
 def test_a_right_answer_may_hold_a_blank_line():
     """What is expected is the answer as the model learned it."""
     asked = [record("a", " 4\n\n2\n")]
