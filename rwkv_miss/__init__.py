@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
     from rwkv_miss.merging import MergeReport, merge
     from rwkv_miss.model.load import load_model
-    from rwkv_miss.training.start import TrainResult, train
+    from rwkv_miss.training.result import TrainResult
+    from rwkv_miss.training.start import train
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,7 @@ _HOMES = {
     "save_adapter": "adapters.files",
     "load_adapter": "adapters.files",
     "train": "training.start",
-    "TrainResult": "training.start",
+    "TrainResult": "training.result",
     "merge": "merging",
     "MergeReport": "merging",
 }

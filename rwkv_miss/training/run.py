@@ -26,8 +26,8 @@ from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared, prepare
 from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.reporting import Reporter
+from rwkv_miss.training.result import TrainResult
 from rwkv_miss.training.saving import Saver
-from rwkv_miss.training.start import TrainResult
 
 
 def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:

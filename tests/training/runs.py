@@ -10,7 +10,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rwkv_miss.config import AdapterConfig, TrainConfig
-from rwkv_miss.training.start import TrainResult, train
+from rwkv_miss.training.result import TrainResult
+from rwkv_miss.training.start import train
 
 
 def small_config(base: Path, data: Path, out: Path) -> TrainConfig:

@@ -12,39 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rwkv_miss.data.readers import reader
-from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
-from tests.training.runs import adapter, as_arguments, losses, quiet_train
+from tests.training.runs import as_arguments, losses, quiet_train
 
 
 def in_a_process(config) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def read_pairs(path, file, options):
-    """A toy format: a line of questions and answers, `2+2=4;3+3=6`."""
-    for number, pair in enumerate(file.read().decode().strip().split(";"), start=1):
-        question, answer = pair.split("=")
-        yield Record(f"{path}:{number}", (("user", question), ("assistant", answer)))
-
-
-def test_a_reader_is_one_file_and_one_line(make_config, tmp_path, monkeypatch):
-    monkeypatch.setitem(reader.READERS, ".toy", read_pairs)
-    toy, lines = tmp_path / "sums.toy", tmp_path / "sums.jsonl"
-    toy.write_text("2+2=4;30+3=33;5+6=11")
-    lines.write_text(
-        "".join(
-            json.dumps(dict(zip(("question", "answer"), s.split("="), strict=True))) + "\n"
-            for s in toy.read_text().split(";")
-        )
-    )
-    runs = [make_config(data=str(data), out=str(tmp_path / data.suffix[1:]), max_steps=1) for data in (toy, lines)]
-    for config in runs:
-        quiet_train(config)
-    assert losses(runs[0].out) == losses(runs[1].out) and len(losses(runs[0].out)) == 1
-    assert all(block.equal(adapter(runs[1].out)[name]) for name, block in adapter(runs[0].out).items())
 
 
 def records_of(path: Path, lengths: list[int]) -> Path:

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, and refuses to time a result that is wrong."""
+"""The benchmarks of speed: that they measure what they say, and refuse to time a result that is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_miss import bench
+from rwkv_miss.benchmarks import tokenizer, wkv7
+from rwkv_miss.benchmarks.table import run_benchmarks
+from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 
 PEER = """
@@ -21,8 +23,8 @@ def rwkv7_wkv_infctx_naive(q, k, v, w, a, b, state=None, scale=1.0):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "TEXT_BYTES", 20_000)
+    monkeypatch.setattr(wkv7, "ROUNDS", 1)
+    monkeypatch.setattr(tokenizer, "TEXT_BYTES", 20_000)
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def peer(tmp_path: Path, factor: float) -> Path:
 
 
 def test_wkv7_times_ours_and_the_peer(tmp_path):
-    rows = bench.bench_wkv7(1, peer(tmp_path, 1.0))
+    rows = wkv7.bench_wkv7(1, peer(tmp_path, 1.0)).rows
     assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive"]
     for row in rows:
         assert 0 < row["forward_min"] <= row["forward_median"] and 0 < row["backward_min"] <= row["backward_median"]
@@ -50,24 +52,27 @@ def test_wkv7_times_ours_and_the_peer(tmp_path):
 
 def test_a_peer_that_disagrees_is_not_timed(tmp_path):
     with pytest.raises(AssertionError, match="rwkvtune naive disagrees"):
-        bench.bench_wkv7(1, peer(tmp_path, 1.1))
+        wkv7.bench_wkv7(1, peer(tmp_path, 1.1))
 
 
-def test_what_is_not_installed_is_said(nothing_installed, capsys):
-    rows = bench.run_bench("all", 1)
-    notes = [row["note"] for row in rows]
+def test_what_is_not_installed_is_said(nothing_installed):
+    notes = [row["note"] for table in run_benchmarks("all", 1) for row in table.rows]
     assert notes == ["", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
+
+
+def test_the_tables_are_printed(nothing_installed, capsys):
+    assert main(["bench", "--what=all"]) == 0
     printed = capsys.readouterr().out
     assert "WKV-7" in printed and "World tokenizer" in printed and "rwkvtune" in printed
 
 
 def test_the_tokenizer_against_the_trie():
     pytest.importorskip("rwkv")
-    ours, trie = bench.bench_tokenizer()
+    ours, trie = tokenizer.bench_tokenizer(1).rows
     assert ours["mb_per_s"] > 0 and trie["ratio"] == pytest.approx(ours["mb_per_s"] / trie["mb_per_s"])
 
 
 @pytest.mark.parametrize(("what", "threads", "found"), [("gpu", 1, "no 'gpu'"), ("all", 0, "threads is 0")])
 def test_wrong_arguments(what, threads, found):
     with pytest.raises(UserError, match=found):
-        bench.run_bench(what, threads)
+        list(run_benchmarks(what, threads))
