@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -159,7 +159,7 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
     _SpecPickler(pickled).dump(dict(specs))
     with open(path, "wb") as file:
         sink = _Sink(file)
-        writer = torch._C.PyTorchFileWriter(sink)
+        writer: Any = torch._C.PyTorchFileWriter(cast(BinaryIO, sink))  # more general than its types say
         writer.write_record("data.pkl", pickled.getvalue(), len(pickled.getvalue()))
         writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         for i, (name, spec) in enumerate(specs.items()):
@@ -180,7 +180,8 @@ class _Sink:
     inline_container.cc)."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:
         if self.error is None:

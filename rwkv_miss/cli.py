@@ -139,7 +139,7 @@ def _add_options(parser: jsonargparse.ArgumentParser, function: Callable[..., in
         parser.add_class_arguments(cls, as_group=False)
     for action in parser._actions:
         if getattr(action, "_typehint", None) is bool:
-            action.nargs, action.const = "?", True  # type: ignore[attr-defined]  # --json alone means --json true
+            action.nargs, action.const = "?", True  # --json alone means --json true
 
 
 def _arguments(function: Callable[..., int], options: jsonargparse.Namespace) -> dict[str, Any]:

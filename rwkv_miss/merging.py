@@ -234,8 +234,8 @@ def _verify(
     base_logits = model(tokens)[0].float()
     adapted = load_adapter(model, adapter_folder)(tokens)[0].float()
     if state_only:  # in the place of the adapter's own: the same numbers
-        for block in model.blocks:
-            block.att.time_state = None
+        for time_mix in model.time_mixes():
+            time_mix.time_state = None
         load_initial_state(model, part)
         merged, tolerance = model(tokens)[0].float(), 0.0
     else:

@@ -160,7 +160,7 @@ def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
         if not isinstance(method, str) or not set(method.split("+")) <= METHODS.keys():
             raise UserError(f"{file}: method is {method!r}; this version has: {', '.join(METHODS)}")
     else:
-        method = types.get(peft.get("peft_type"))
+        method = types.get(str(peft.get("peft_type")))
         if method is None:
             raise UserError(
                 f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read"

@@ -15,6 +15,7 @@ from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state, has_initial_state, is_state
+from rwkv_miss.model.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str
     for path, method in plan.linears.items():
         parent, _, name = path.rpartition(".")
         linear = model.get_submodule(path)
+        assert isinstance(linear, FrozenLinear), path
         wrapped = method.wrap(linear, config)
         wrapped.train(linear.training)  # a new module is in training mode: its dropout would act in an eval model
         setattr(model.get_submodule(parent), name, wrapped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 from rwkv_miss.benchmarks.common import Table, installed_file, load_file
 
@@ -29,7 +30,8 @@ def bench_tokenizer(thread_count: int) -> Table:
     trie = installed_file("rwkv", "rwkv/rwkv_tokenizer.py")
     if trie:
         encoders["rwkv (Python trie)"] = load_file(trie).TRIE_TOKENIZER(ours.vocab_filepath).encode
-    rows, tokens = [], {}
+    rows: list[dict[str, Any]] = []
+    tokens: dict[str, list[int]] = {}
     for name, encode in encoders.items():
         seconds = []
         for _ in range(3):

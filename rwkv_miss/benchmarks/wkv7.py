@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,14 +51,15 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
             for name, f in functions.items():
                 for kept, seconds in zip(times[name], _forward_backward(f, inputs, grad_y)[:2], strict=True):
                     kept.append(seconds * 1e3)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (forward, backward) in times.items():
-        row = {"name": name, "forward_min": min(forward), "forward_median": statistics.median(forward)}
+        row: dict[str, Any] = {"name": name, "forward_min": min(forward), "forward_median": statistics.median(forward)}
         row |= {"backward_min": min(backward), "backward_median": statistics.median(backward)}
         rows.append(row)
     base = rows[0]["forward_min"] + rows[0]["backward_min"]
-    for row in rows:
-        row |= {"ratio": (row["forward_min"] + row["backward_min"]) / base, "note": ""}
+    for measured in rows:
+        total = measured["forward_min"] + measured["backward_min"]
+        measured |= {"ratio": total / base, "note": ""}
     if not peer:
         rows.append({"name": "rwkvtune naive", "note": "not installed: pip install --no-deps rwkvtune"})
     return Table(f"WKV-7, B1 T512 H12 N64 fp32, {thread_count} thread(s), {ROUNDS} rounds, ms", rows)

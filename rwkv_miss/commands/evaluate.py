@@ -9,8 +9,8 @@ from rwkv_miss.errors import RunError, UserError
 
 def run(config: EvalConfig) -> int:
     """Loss and perplexity of a model on data, and how many of its answers are right."""
-    if found := config.problems():
-        raise UserError("; ".join(found))
+    if problems := config.problems():
+        raise UserError("; ".join(problems))
     from rwkv_miss.commands.model import load
     from rwkv_miss.evaluate import evaluate, perplexity
     from rwkv_miss.progress import show_progress

@@ -155,9 +155,9 @@ def write_binidx(prefix: str | Path, documents: Iterable[ArrayLike], dtype: np.d
     Raises:
         UserError: the dtype cannot hold an id, or the files cannot be written. Nothing is left of them then.
     """
-    dtype = np.dtype(dtype).newbyteorder("<")
-    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
-    limits = np.iinfo(dtype)
+    ordered: np.dtype = np.dtype(dtype).newbyteorder("<")
+    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == ordered)
+    limits = np.iinfo(ordered)
     sizes = array("i")
     # The inner context ends first, so PREFIX.bin is renamed first.
     with atomic_write(f"{prefix}.idx") as idx, atomic_write(f"{prefix}.bin") as data:
@@ -168,17 +168,17 @@ def write_binidx(prefix: str | Path, documents: Iterable[ArrayLike], dtype: np.d
                     raise UserError(f"{prefix}.bin: document {number} has {len(ids):,} tokens, more than {_LONGEST:,}")
                 if (wrong := _first((ids < limits.min) | (ids > limits.max))) is not None:
                     raise UserError(
-                        f"{prefix}.bin: document {number}: token {ids[wrong]} does not fit into {dtype.name} "
+                        f"{prefix}.bin: document {number}: token {ids[wrong]} does not fit into {ordered.name} "
                         f"({limits.min} to {limits.max})"
                     )
-                file.write(ids.astype(dtype).tobytes())
+                file.write(ids.astype(ordered).tobytes())
                 sizes.append(len(ids))
         lengths = np.array(sizes, dtype="<i4")
         ends = np.cumsum(lengths, dtype="<i8")
         with idx.open("wb") as file:
             file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
             file.write(lengths.tobytes())
-            file.write(((ends - lengths) * dtype.itemsize).tobytes())
+            file.write(((ends - lengths) * ordered.itemsize).tobytes())
             file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
     return int(ends[-1]) if len(ends) else 0
 

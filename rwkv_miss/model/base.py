@@ -7,8 +7,8 @@ B batch, T tokens, C = n_embd.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Collection
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +217,7 @@ class RWKV(nn.Module, ABC):
         self.wkv_backend = wkv_backend
         self.gradient_checkpointing = gradient_checkpointing
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks: Iterable[Block] = nn.ModuleList(
+        self.blocks = nn.ModuleList(
             Block(config, i, self.time_mix(config, i), self.channel_mix(config, i)) for i in range(config.n_layer)
         )
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -265,5 +265,9 @@ class RWKV(nn.Module, ABC):
             if i == 0:
                 context = context._replace(first=first)
             after.append(new)
-        parts: Any = (torch.stack(part) for part in zip(*after, strict=True))
-        return self.ln_out(x), State(*parts, self.config.version)
+        att_shift, wkv, ffn_shift = (torch.stack(parts) for parts in zip(*after, strict=True))
+        return self.ln_out(x), State(att_shift, wkv, ffn_shift, self.config.version)
+
+    def time_mixes(self) -> list[TimeMixBase]:
+        """The time mix of each layer, in order."""
+        return [block.att for block in self.blocks if isinstance(block, Block)]

@@ -73,6 +73,6 @@ def run_from(
         places.append(place[is_inside])
         last.append(piece_last)
         order.append(chosen)
-    y = torch.cat(y)[torch.cat(places).argsort()].view_as(inputs[0])
+    in_order = torch.cat(y)[torch.cat(places).argsort()].view_as(inputs[0])
     last_of_row = torch.searchsorted(row, torch.arange(batch), right=True) - 1
-    return y, torch.cat(last)[torch.cat(order).argsort()[last_of_row.to(state.device)]]
+    return in_order, torch.cat(last)[torch.cat(order).argsort()[last_of_row.to(state.device)]]

@@ -42,15 +42,15 @@ def file_layout(state: Tensor, kind: type[RWKV]) -> Tensor:
 
 
 def has_initial_state(model: RWKV) -> bool:
-    return model.blocks[0].att.time_state is not None
+    return model.time_mixes()[0].time_state is not None
 
 
 def add_initial_state(model: RWKV) -> None:
     """Gives a model without a learned state one of zeros, in place: it computes what it did."""
     like = model.emb.weight
-    for key, shape in state_shapes(model.config).items():
-        zeros = torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        model.get_submodule(key.rpartition(".")[0]).time_state = nn.Parameter(zeros)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    for time_mix, shape in zip(model.time_mixes(), state_shapes(model.config).values(), strict=True):
+        time_mix.time_state = nn.Parameter(torch.zeros(shape, dtype=wide, device=like.device))
 
 
 def load_initial_state(model: RWKV, path: str | os.PathLike) -> None:

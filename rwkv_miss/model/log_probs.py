@@ -37,12 +37,13 @@ def batch_log_probs(
     columns = (batch[name] for name in ("tokens", "targets", "seq_start"))
     chunks = list(zip(*(x.split(chunk_len or x.shape[1], dim=1) for x in columns), strict=True))
     found = []
-    for i, chunk in enumerate(chunks):
+    for i, (tokens, targets, seq_start) in enumerate(chunks):
+        chunk = (model, tokens, targets, seq_start, state, reduction)
         if i + 1 < len(chunks) and torch.is_grad_enabled():
             trim = i % _TRIM_EVERY == 0
-            scores, state = checkpoint(_chunk_log_probs, model, *chunk, state, reduction, trim, use_reentrant=False)
+            scores, state = checkpoint(_chunk_log_probs, *chunk, trim, use_reentrant=False)
         else:
-            scores, state = _chunk_log_probs(model, *chunk, state, reduction)
+            scores, state = _chunk_log_probs(*chunk)
         found.append(scores)
     assert state is not None, "a batch has at least one column"
     return torch.stack(found).sum() if reduction == "sum" else torch.cat(found, dim=1), state

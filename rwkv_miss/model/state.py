@@ -39,13 +39,13 @@ class State:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """The state of `function` of each tensor, such as `lambda x: x[:, :1]` for the first sequence alone."""
-        return State(*(function(getattr(self, name)) for name in _TENSORS), self.version)
+        return State(function(self.att_shift), function(self.wkv), function(self.ffn_shift), self.version)
 
     @classmethod
     def cat(cls, states: Sequence[State]) -> State:
         """The sequences of all `states`, one after the other, as one batch."""
-        tensors = (torch.cat([getattr(state, name) for state in states], dim=1) for name in _TENSORS)
-        return cls(*tensors, states[0].version)
+        att_shift, wkv, ffn_shift = (torch.cat([getattr(x, name) for x in states], dim=1) for name in _TENSORS)
+        return cls(att_shift, wkv, ffn_shift, states[0].version)
 
     def detach(self) -> State:
         """No gradient flows back through the result."""
@@ -79,7 +79,7 @@ class State:
                 f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'} of RWKV version {version or 'unknown'}; "
                 f"expected a state that State.save wrote: {', '.join(_TENSORS)}"
             )
-        return cls(*(tensors[name] for name in _TENSORS), int(version) if version.isdigit() else version)
+        return cls(**tensors, version=int(version) if version.isdigit() else version)
 
     def check(self, config: ModelConfig, batch: int, like: Tensor) -> None:
         """UserError unless this is a state of `batch` sequences for a model of `config` with activations as `like`."""

@@ -25,6 +25,7 @@ class PackedData(L.LightningDataModule):
         return self._stream(self.val, 1, shuffle=False)
 
     def _stream(self, rows: AnyRows, accumulate: int, shuffle: bool) -> BatchStream:
+        assert self.trainer is not None
         return BatchStream(
             rows,
             batch_size=self.config.batch_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from rwkv_miss.files import cache_folder, locked, replacing
+from rwkv_miss.ops.compiling import say_compiling, warn_without_cache
 
 # The compiler's options by what torch.backends.cpu.get_cpu_capability() returns; for any other answer there are none.
 INSTRUCTION_SETS = {
@@ -24,7 +24,6 @@ INSTRUCTION_SETS = {
     "DEFAULT": (),
 }
 _FLAGS = ("-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-_log = logging.getLogger("rwkv_miss")
 
 
 class BuildError(RuntimeError):
@@ -70,11 +69,6 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     return ctypes.CDLL(str(library))
 
 
-def warn_without_cache(source: Path, error: OSError) -> None:
-    """Logs that what is compiled cannot be kept."""
-    _log.warning("%s is compiled again in every process: cannot write to the cache (%s)", source.name, error)
-
-
 def _compiler_version() -> str:
     """What the compiler says of itself: part of a library's hash."""
     # The same as torch.utils.cpp_extension.get_cxx_compiler, without its import, which would slow down every start.
@@ -89,6 +83,7 @@ def _compile(source: Path, flags: list[str], folder: Path) -> Path:
     """Compiles a source without the cache to a library in `folder`, which has a name that no other library has."""
     from torch.utils import cpp_extension
 
+    say_compiling(source, "this processor")
     path = os.environ["PATH"]
     if shutil.which("ninja") is None:  # it is installed with this package, but the environment is not activated
         import ninja

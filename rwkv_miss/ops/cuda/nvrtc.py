@@ -12,11 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from rwkv_miss.files import cache_folder, locked, replacing
-from rwkv_miss.ops.cpu.build import warn_without_cache
+from rwkv_miss.ops.compiling import say_compiling, warn_without_cache
 
-_PACKAGE = Path(__file__).parents[2]
-_IN_WHEEL = _PACKAGE / "cuda_src"  # see pyproject.toml
-SOURCES = _IN_WHEEL if _IN_WHEEL.is_dir() else _PACKAGE.parent / "cuda"
+SOURCES = Path(__file__).parents[2] / "cuda_src"  # a link to the repository's cuda/; a wheel holds a copy
 INSTALL = "pip install 'rwkv-miss[cuda13]'"
 # Of several NVRTCs that are installed cuda-bindings loads the newest, so that the newer one has to go.
 CUDA_12 = "pip uninstall nvidia-cuda-nvrtc and pip install 'rwkv-miss[cuda12]', which has the NVRTC of CUDA 12"
@@ -122,6 +120,7 @@ def _compile(source: Path, headers: dict[str, str], options: tuple[str, ...]) ->
         headers: the texts of the files that it can include, by name.
         options: the last of them names the architecture.
     """
+    say_compiling(source, options[-1].partition("=")[2])
     texts, names = ([x.encode() for x in part] for part in (headers.values(), headers))
     (program,) = _call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), len(names), texts, names)
     try:
