@@ -98,7 +98,7 @@ def _let_go_of(stream: TextIO) -> None:
 
 def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
     """The options of the command that was given, and its name."""
-    found = _parser().parse_args(_as_lists(arguments))
+    found = _parser().parse_args(_as_meant(arguments))
     command, options = found.subcommand, found[found.subcommand]
     while "subcommand" in options:
         command, options = f"{command} {options.subcommand}", options[options.subcommand]
@@ -138,8 +138,11 @@ def _add_options(parser: jsonargparse.ArgumentParser, function: Callable[..., in
     for cls in flat.values():
         parser.add_class_arguments(cls, as_group=False)
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:
+        kind = getattr(action, "_typehint", None)
+        if kind is bool:
             action.nargs, action.const = "?", True  # --json alone means --json true
+        elif kind == str | None:  # text as it stands, although some is YAML for nothing, such as --- and ###
+            action._typehint = str  # type: ignore[attr-defined]
 
 
 def _arguments(function: Callable[..., int], options: jsonargparse.Namespace) -> dict[str, Any]:
@@ -167,9 +170,22 @@ def _help_of(function: Callable[..., int], argument: str) -> str:
     return found[1] if found else ""
 
 
+def _as_meant(arguments: list[str]) -> list[str]:
+    """The arguments in a form in which the parser does not misunderstand a value: text is not taken for an option
+    because of dashes at its beginning (`--separator ---`), and one name where a list is expected is a list of it
+    (`--adapter.target_modules att.key`)."""
+    found: list[str] = []
+    for argument in arguments:
+        before = found[-1] if found else ""
+        if re.match(r"-(?!-?[A-Za-z])", argument) and before.startswith("--") and "=" not in before:
+            found[-1] = f"{before}={argument}"
+        else:
+            found.append(argument)
+    return _as_lists(found)
+
+
 def _as_lists(arguments: list[str]) -> list[str]:
-    """One name where a list is expected is a list of it: `--adapter.target_modules att.key` is `[att.key]`; several may
-    be parted by commas."""
+    """One name where a list is expected as a list of it; several may be parted by commas."""
     lists = {f"--adapter.{f.name}" for f in _fields("AdapterConfig") if "list[str]" in str(f.type)}
     lists |= {f"--{f.name}" for f in _fields("TrainConfig") if "list[str]" in str(f.type)}
     found = list(arguments)

@@ -19,6 +19,6 @@ installed() {
 }
 if ! installed; then
     echo "installing rwkv_miss into $PREFIX (once; this can take some minutes)" >&2
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${EXTRA:+[$EXTRA]}" >&2
+    "$PYTHON" -m pip install --disable-pip-version-check --editable "$ROOT${EXTRA:+[$EXTRA]}" >&2
     cp "$ROOT/pyproject.toml" "$PREFIX/.rwkv_miss${EXTRA:+-$EXTRA}"
 fi

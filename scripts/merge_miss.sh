@@ -6,7 +6,8 @@ set -eu
 
 RUN=out/demo        # the output folder of a run
 BASE=               # empty: the base that the run's config.yaml names
-OUT=                # empty: RUN/merged.pth
+OUT=                # empty: RUN/merged.pth, which replaces that of an earlier merge
+OVERWRITE=false     # replace OUT if it is there
 DTYPE=              # bf16, fp16, fp32; empty: the base's own
 TEST=               # .jsonl of questions to show answers of; empty: the demo's, for the demo's base
 
@@ -25,9 +26,10 @@ while [ $# -gt 0 ]; do
         --run) RUN=$value ;;
         --base) BASE=$value ;;
         --out) OUT=$value ;;
+        --overwrite) OVERWRITE=$value ;;
         --dtype) DTYPE=$value ;;
         --test) TEST=$value ;;
-        *) echo "merge_miss.sh: unknown option $name; there are --run --base --out --dtype --test" >&2; exit 2 ;;
+        *) echo "merge_miss.sh: unknown option $name; there are --run --base --out --overwrite --dtype --test" >&2; exit 2 ;;
     esac
 done
 
@@ -37,9 +39,10 @@ setting() { # of the run, from its config.yaml
 
 [ -f "$RUN/config.yaml" ] || { echo "merge_miss.sh: $RUN: holds no run (no config.yaml); give --run" >&2; exit 2; }
 BASE=${BASE:-$(setting base)}
-OUT=${OUT:-$RUN/merged.pth}
+[ -n "$OUT" ] || { OUT=$RUN/merged.pth; OVERWRITE=true; }
 [ -n "$TEST" ] || [ "$BASE" != "$ROOT/scripts/demo/base.pth" ] || TEST=$ROOT/scripts/demo/heldout.jsonl
 
-"$PYTHON" -m rwkv_miss merge --base "$BASE" --adapter "$RUN/adapter" --out "$OUT" ${DTYPE:+--dtype "$DTYPE"}
+"$PYTHON" -m rwkv_miss merge --base "$BASE" --adapter "$RUN/adapter" --out "$OUT" --overwrite "$OVERWRITE" \
+    ${DTYPE:+--dtype "$DTYPE"}
 [ -z "$TEST" ] || "$PYTHON" "$ROOT/scripts/compare.py" --base "$BASE" --adapter "$RUN/adapter" --merged "$OUT" \
     --questions "$TEST" --tokenizer "$(setting tokenizer)"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.rwkv6 import RWKV6
+from tests.processes import Start, processes
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,6 +25,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def start_process() -> Iterator[Start]:
+    """`start_process(command, **options of Popen)`; what is left of it at the end of the test is killed."""
+    with processes() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from rwkv_miss.checkpoint import (
 )
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.recognise import infer_config
+from tests.processes import run_process
 
 
 class RunsCode:
@@ -300,5 +300,5 @@ for what in (KeyboardInterrupt, MemoryError, OSError, torch.ones(999), torch.one
     except what if isinstance(what, type) else AssertionError:
         print("raised")
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_process([sys.executable, "-c", code], timeout=120)
     assert (result.returncode, result.stdout) == (0, "raised\n" * 5), result.stderr

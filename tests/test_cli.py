@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_miss.cli import main
+from tests.processes import run_process
 
 GOOD = json.dumps({"question": "2 + 2?", "answer": "4"})
 
@@ -315,6 +315,8 @@ def test_wrong_arguments_of_the_other_commands(make_base, tmp_path, capsys):
     refused(capsys, ["info", str(tmp_path / "none.pth")], "no such file")
 
 
-def test_python_m_and_version():
-    done = subprocess.run([sys.executable, "-m", "rwkv_miss", "--version"], capture_output=True, text=True, timeout=60)
+def test_python_m_and_version_in_the_folder_that_a_clone_is_in(tmp_path):
+    """The clone's own folder looks like a package without __init__.py, which any other package of the name beats."""
+    (tmp_path / "rwkv_miss").mkdir()
+    done = run_process([sys.executable, "-m", "rwkv_miss", "--version"], timeout=60, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.strip() == "rwkv-miss 0.1.0"

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run_process
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "scripts" / "demo"
 
 
 @pytest.fixture(scope="module")
-def sh(tmp_path_factory):
+def virtual_env(tmp_path_factory) -> Path:
+    """An environment of the tests' own, into which the scripts need to install nothing: it has what this one has."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    paths = {"base": str(folder), "platbase": str(folder)}
+    packages = Path(sysconfig.get_path("purelib", vars=paths), "tests.pth")
+    packages.write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    shutil.copy(ROOT / "pyproject.toml", folder / ".rwkv_miss")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sh(tmp_path_factory, virtual_env):
+    """`sh(script, *arguments)` runs one of our scripts, in a folder like the one that holds the clone: it has a folder
+    of the package's name."""
     folder = tmp_path_factory.mktemp("demo")
+    (folder / "rwkv_miss").mkdir()
 
     def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
         command = ["sh", str(ROOT / "scripts" / script), *arguments]
-        environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+        environment = os.environ | {"VIRTUAL_ENV": str(virtual_env)}
+        return run_process(command, 900, cwd=folder, env=environment)
 
     return run
 

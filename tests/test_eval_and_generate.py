@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,20 +54,15 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """`start(*arguments)` starts a command; what is still running at the end of the test is killed."""
-    processes = []
+def start(start_process) -> Callable[..., subprocess.Popen]:
+    """`start(*arguments)` starts a command whose pipes are of bytes."""
 
     def run(*arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-c", START, *map(str, arguments)]
         buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered))
-        return processes[-1]
+        return start_process(command, text=False, env=buffered)
 
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return run
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.9, "seed": 5}])
@@ -87,6 +82,7 @@ def test_generate_strips_an_answer_and_nothing_else(base, capsys, monkeypatch):
     assert capsys.readouterr().out == "yes,  \n\n no\n" + " \n yes,  \n\n no \n\n\n"
 
 
+@pytest.mark.slow
 def test_generate_prints_pieces_as_they_come_until_it_is_interrupted(base, start):
     process = start("generate", "--model", base, "--tokenizer=bytes", "--prompt=a", "--max_tokens", 10**9)
     first = process.stdout.read1(2**20)  # there is no end to wait for
@@ -97,6 +93,7 @@ def test_generate_prints_pieces_as_they_come_until_it_is_interrupted(base, start
     assert err.decode().splitlines()[-1] == "rwkv-miss generate: interrupted" and b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_generate_whose_reader_goes_away(base, start):
     process = start("generate", "--model", base, "--tokenizer=bytes", "--prompt=a", "--max_tokens", 10**9)
     process.stdout.read(20)
@@ -122,6 +119,7 @@ def test_generate_whose_logits_become_nan(base, capsys):
     assert err.splitlines()[-1].startswith("rwkv-miss generate: the model's logits are not finite")
 
 
+@pytest.mark.slow
 def test_eval_is_interrupted(base, data, start):
     process = start(
         "eval", "--model", base, "--tokenizer=bytes", "--data", data, "--exact_match", "--max_tokens", 10**9

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export import pth
 from tests.helpers import adapters
+from tests.processes import run_process
 
 # The function's module: its name in the package is the function's.
 MODULE = sys.modules[merge.__module__]
@@ -459,6 +459,7 @@ def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
     assert_refused(tmp_path, base, folder, out, "nothing was written", error=RunError)
 
 
+@pytest.mark.slow
 def test_a_full_disk(base, folder, tmp_path, out):
     """Full at once, in the middle, and at the very end. In a process of its own: PyTorch's writer can end the
     process where a write fails."""
@@ -475,13 +476,14 @@ for limit in (0, {base.stat().st_size // 2}, {base.stat().st_size - 4000}):
     except UserError as e:
         print(e)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_process([sys.executable, "-c", code], timeout=120)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 3 and all(line.startswith(f"{out}: cannot be written") for line in lines)
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_memory(make_base, tmp_path):
     """Merging 200 MB of bf16 holds one tensor at a time: what anonymous memory (RssAnon) grows by while writing, in
     a fresh process, without the verification, which loads the model. The largest tensor has 8 MB, the adapter 7 MB."""
@@ -516,7 +518,7 @@ done = True
 thread.join()
 print(most - before)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_process([sys.executable, "-c", code], timeout=120)
     assert result.returncode == 0, result.stderr
     assert base.stat().st_size > 190 * 2**20
     assert float(result.stdout) < 60, f"{float(result.stdout):.0f} MB"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import rwkv_miss
+from tests.processes import run_process
 
 PACKAGE = Path(rwkv_miss.__file__).parent
 MODULES = {
@@ -59,30 +59,31 @@ def part(module: str) -> str:
     return module.split(".")[1] if module.count(".") else ""
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def output_of(code: str) -> str:
+    result = run_process([sys.executable, "-c", code], timeout=120)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def test_importing_the_package_imports_nothing_heavy():
     heavy = "torch", "lightning", "deepspeed", "numpy", "transformers", "peft", "safetensors", "tokenizers"
-    assert run(f"import sys, rwkv_miss; print(*set(sys.modules) & set({heavy}))") == ""
+    assert output_of(f"import sys, rwkv_miss; print(*set(sys.modules) & set({heavy}))") == ""
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_what_comes_before_a_run_imports_no_torch(module):
-    assert run(f"import sys, {module}; print(*set(sys.modules) & {{'torch', 'lightning', 'deepspeed'}})") == ""
+    assert output_of(f"import sys, {module}; print(*set(sys.modules) & {{'torch', 'lightning', 'deepspeed'}})") == ""
 
 
 def test_the_package_tells_its_public_names():
     assert set(rwkv_miss.__all__) <= set(dir(rwkv_miss))
 
 
+@pytest.mark.slow
 def test_importing_every_module_compiles_nothing(tmp_path):
     """No compiler can be found, the cache is empty, and stays so."""
     names = [n for n in MODULES if not n.endswith("__main__")]
-    run(
+    output_of(
         f"import importlib, os\nos.environ.update(XDG_CACHE_HOME={str(tmp_path)!r}, CXX='/none', PATH='/none')\n"
         f"for name in {names}: importlib.import_module(name)"
     )
@@ -98,6 +99,7 @@ def test_public_names():
         _ = rwkv_miss.nothing
 
 
+@pytest.mark.slow
 def test_merge_is_the_function_whatever_was_imported_before():
     """A submodule of that name would be bound in its place as soon as anything imports it."""
     before = [
@@ -115,7 +117,7 @@ for before in {before}:
     exec(before)
     print(type(rwkv_miss.merge).__name__)
 """
-    assert run(code).split() == ["function"] * len(before)
+    assert output_of(code).split() == ["function"] * len(before)
 
 
 def test_the_layers_name_every_part():
@@ -153,8 +155,8 @@ def test_lightning_and_deepspeed_stay_in_training(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_environment_decides_nothing(module):
-    """But for the launcher's variables in training, and where the compiler and its cache are."""
-    if part(module) == "training" or module in ("rwkv_miss.files", "rwkv_miss.ops.cpu.build"):
+    """But for the launcher's variables in training, where the compiler and its cache are, and how libgomp waits."""
+    if part(module) == "training" or module in ("rwkv_miss.files", "rwkv_miss.ops.cpu.build", "rwkv_miss.__main__"):
         return
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""

@@ -1,4 +1,4 @@
-"""The README is true: its commands exist as written, its files are there, it is short."""
+"""The README and CONTRIBUTING.md are true: their commands exist as written, their files are there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from rwkv_miss import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+CONTRIBUTING_PATHS = sorted(
+    {path for path in re.findall(r"`(\.?[\w/.]+\.(?:py|cu|cuh|sh|md)|\.ci/run)`", CONTRIBUTING) if "NAME" not in path}
+)
 
 
 def commands() -> list[str]:
@@ -41,7 +45,7 @@ def test_a_script_and_its_options_exist(command):
         assert all(f"{a}) " in text for a in arguments if a.startswith("--"))
 
 
-def test_the_file_tree_is_what_is_there():
+def test_the_tree_names_every_room():
     tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, re.DOTALL).group(1)
     named = set()
     for line in tree.splitlines():
@@ -49,9 +53,27 @@ def test_the_file_tree_is_what_is_there():
         for name in re.split(r"\s{2,}", line.strip())[0].split(", "):
             assert (folder / name).exists(), f"{line!r}: no {name}"
             named.add(folder / name)
-    sources = {p for s in ("*.py", "*.cpp") for p in (ROOT / "rwkv_miss").rglob(s)} | set((ROOT / "cuda").iterdir())
-    subpackages = {p for p in sources if p.name == "__init__.py" and p.parent.name != "rwkv_miss"}
-    assert sources - subpackages - {ROOT / "rwkv_miss" / "__main__.py"} <= named
+    package = ROOT / "rwkv_miss"
+    rooms = {path for path in package.rglob("*") if path.is_dir() and path.name != "__pycache__"}
+    assert rooms | set(package.glob("*.py")) | {ROOT / "cuda"} <= named
+
+
+def find(path: str) -> Path | None:
+    """The file that CONTRIBUTING.md calls `path`, wherever it is."""
+    places = (ROOT, ROOT / "rwkv_miss", ROOT / "tests" / "doors", ROOT / "tests" / "ops" / "cuda")
+    return next((place / path for place in places if (place / path).exists()), None)
+
+
+@pytest.mark.parametrize("path", CONTRIBUTING_PATHS)
+def test_contributing_names_what_is_there(path):
+    assert find(path)
+
+
+def test_contributing_names_every_table_and_every_toy():
+    toys = {path.name for path in (ROOT / "tests" / "doors").glob("t*_*.py")}
+    assert toys <= {Path(path).name for path in CONTRIBUTING_PATHS}
+    for table, path in re.findall(r"`([A-Z]+)` in `([\w/]+\.py)`", CONTRIBUTING):
+        assert re.search(rf"^{table}\b", find(path).read_text(), re.MULTILINE), (table, path)
 
 
 def test_the_python_example_names_what_the_package_has():

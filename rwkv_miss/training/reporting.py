@@ -77,9 +77,8 @@ class Reporter(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._rates = (
-            self.module.learning_rates()
-        )  # of the step under way: the schedule goes on with its last micro-batch
+        # Of the step under way: the schedule goes on with the step's last micro-batch.
+        self._rates = self.module.learning_rates()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int

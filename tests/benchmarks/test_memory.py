@@ -7,6 +7,7 @@ import pytest
 from rwkv_miss.benchmarks import memory
 
 
+@pytest.mark.slow
 def test_memory_grows_with_whole_rows_and_not_where_gradients_are_cut(monkeypatch):
     monkeypatch.setattr(memory, "LENGTHS", (2048, 8192))
     whole, _, exact, _, cut, _ = rows = memory.bench_memory(1).rows

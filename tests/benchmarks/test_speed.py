@@ -66,6 +66,7 @@ def test_the_tables_are_printed(nothing_installed, capsys):
     assert "WKV-7" in printed and "World tokenizer" in printed and "rwkvtune" in printed
 
 
+@pytest.mark.slow
 def test_the_tokenizer_against_the_trie():
     pytest.importorskip("rwkv")
     ours, trie = tokenizer.bench_tokenizer(1).rows

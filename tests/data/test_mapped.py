@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +16,7 @@ from rwkv_miss.data.documents import Document, split_validation
 from rwkv_miss.data.mapped import open_documents
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.errors import UserError
+from tests.processes import run_process
 
 
 def in_memory(texts):
@@ -165,7 +165,7 @@ stream = BatchStream(
 next(iter(stream))
 print(len(rows), anonymous() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", code], timeout=120)
     assert done.returncode == 0, done.stderr
     rows, grown = map(int, done.stdout.split())
     assert rows >= 4000 * 4999 / 512

@@ -100,6 +100,7 @@ def test_a_nucleus_of_one_is_greedy(model):
     assert generate(model, BYTES, PROMPTS, max_tokens=12, temperature=1e-4) == greedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [0.3, 0.6, 0.85, 1.0])
 def test_the_distribution_that_is_sampled(temperature, top_p):

@@ -54,6 +54,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*map(detokenizer.push, ids), detokenizer.finish()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["world", "bytes", *HUGGING_FACE])
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())

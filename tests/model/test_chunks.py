@@ -289,6 +289,7 @@ def step(model: RWKV, length: int, chunk_len: int | None = None, bptt_chunks: in
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_memory_is_flat_where_gradients_are_cut(version, checkpointing):

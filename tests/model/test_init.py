@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +19,7 @@ from rwkv_miss.model.init import init_weights, new_config, write_initial
 from rwkv_miss.model.load import load_model
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
+from tests.processes import run_process
 
 CONFIG6 = ModelConfig(6, 4, 64, 2, 32, 224, 256, {"maa": 5, "decay": 7})
 CONFIG = ModelConfig(7, 4, 64, 2, 32, 224, 256, {"w": 5, "a": 6, "v": 3, "g": 80})
@@ -242,6 +242,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @both
 def test_the_rwkv_package_runs_the_file(config, tmp_path):
@@ -258,7 +259,7 @@ def test_the_rwkv_package_runs_the_file(config, tmp_path):
     )
     paths = [tmp_path / "new", tmp_path / "noisy"]
     env = os.environ | {"RWKV_V7_ON": "1" if config.version == 7 else "0", "RWKV_JIT_ON": "0"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], env=env, capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", code, *map(str, paths)], timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     ours = []
     for path in paths:

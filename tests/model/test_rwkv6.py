@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
 from rwkv_miss.config import TrainConfig
 from tests.helpers import loss_sum
+from tests.processes import run_process
 from tests.training.runs import quiet_train
 
 
@@ -36,7 +36,7 @@ def package_logits(path: Path, ids: list[int], folder: Path) -> Tensor:
     )
     out = folder / "logits.npy"
     command = [sys.executable, "-c", code, str(path).removesuffix(".pth"), json.dumps(ids), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_process(command, timeout=120)
     assert done.returncode == 0, done.stderr
     return torch.from_numpy(np.load(out))
 
@@ -106,6 +106,7 @@ def test_gradients_of_the_backends_agree_with_float64(model_file):
             assert (gradient - exact[name]).norm() <= 2e-4 * exact[name].norm(), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["miss+state", "full"])
 def test_what_is_trained_merges_and_runs_in_the_rwkv_package(model_file, tmp_path, method):
@@ -124,6 +125,7 @@ def test_what_is_trained_merges_and_runs_in_the_rwkv_package(model_file, tmp_pat
     assert (load_model(model_file)(ids)[0][0] - expected).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_fine_tune_merges_and_runs_in_the_rwkv_package(model_file, tmp_path):
     data, merged = tmp_path / "text.txt", tmp_path / "merged.pth"
     data.write_text("the quick brown fox jumps over the lazy dog. " * 200)

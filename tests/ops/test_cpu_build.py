@@ -18,7 +18,7 @@ from rwkv_miss.ops import wkv7
 from rwkv_miss.ops.cpu import build
 from rwkv_miss.ops.cpu.wkv import source
 from tests.ops.cases import WKV7
-from tests.ops.processes import finish
+from tests.processes import Start, finish
 
 CANNOT_WRITE = "tiny.cpp is compiled again in every process: cannot write to the cache ({})"
 TINY = 'extern "C" int answer() { return 42; }\n'
@@ -31,7 +31,7 @@ def tiny(tmp_path: Path) -> Path:
     return source
 
 
-def load_in_another_process(source: Path, cache: Path, then: str = "") -> subprocess.Popen:
+def load_in_another_process(start: Start, source: Path, cache: Path, then: str = "") -> subprocess.Popen:
     """Starts a Python process that loads the library and then runs the code `then`. It prints a line if it compiles."""
     code = f"""
 from pathlib import Path
@@ -41,7 +41,7 @@ real = build._compile
 build._compile = lambda *x: (print("compiled"), real(*x))[1]
 assert load_library(Path({str(source)!r}), cache=Path({str(cache)!r})).answer() == 42
 {then}"""
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start([sys.executable, "-c", code])
 
 
 def test_instruction_sets_are_different_files():
@@ -59,14 +59,15 @@ def test_a_changed_header_makes_another_library(tiny, tmp_path):
         assert build.load_library(tiny, cache=cache).answer() == number
 
 
-def test_processes_that_compile_at_once_compile_once(tiny, tmp_path):
+@pytest.mark.slow
+def test_processes_that_compile_at_once_compile_once(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
-    processes = [load_in_another_process(tiny, cache) for _ in range(3)]
+    processes = [load_in_another_process(start_process, tiny, cache) for _ in range(3)]
     assert "".join(finish(*processes)).split() == ["compiled"]
     assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
 
 
-def test_a_builder_that_was_killed_leaves_no_lock(tiny, tmp_path):
+def test_a_builder_that_was_killed_leaves_no_lock(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
     compiler = tmp_path / "slow-c++"
     compiler.write_text('#!/bin/sh\ncase "$*" in *" -c "*) exec sleep 60;; *) exec c++ "$@";; esac\n')
@@ -80,21 +81,17 @@ load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     environment = {**os.environ, "TMPDIR": str(scratch)}
-    builder = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True, env=environment
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not list(scratch.glob("rwkv_miss-*/build.ninja")):
-            assert time.monotonic() < deadline and builder.poll() is None
-            time.sleep(0.05)
-    finally:
-        os.killpg(builder.pid, signal.SIGKILL)
-        builder.wait()
+    builder = start_process([sys.executable, "-c", code], env=environment)
+    deadline = time.monotonic() + 60
+    while not list(scratch.glob("rwkv_miss-*/build.ninja")):
+        assert time.monotonic() < deadline and builder.poll() is None
+        time.sleep(0.05)
+    os.killpg(builder.pid, signal.SIGKILL)
+    builder.wait()
     assert build.load_library(tiny, cache=cache).answer() == 42
 
 
-def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path):
+def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
     build.load_library(tiny, cache=cache)
     # A warm start must not wait for the lock either, which this process holds.
@@ -107,7 +104,7 @@ start = time.perf_counter()
 load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))
 assert time.perf_counter() - start < 0.1
 """
-        finish(load_in_another_process(tiny, cache, check))
+        finish(load_in_another_process(start_process, tiny, cache, check))
 
 
 def test_a_change_of_the_source_compiles_again(tiny, tmp_path):

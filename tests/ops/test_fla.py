@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ import torch
 
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import dispatch, fla
+from tests.processes import run_process
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
@@ -55,6 +55,7 @@ def install(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 def test_its_kernels_on_the_cpu(tmp_path):
     if not find_spec("fla") or not find_spec("triton"):
         pytest.skip("fla-core and Triton are not installed")
@@ -65,7 +66,7 @@ def test_its_kernels_on_the_cpu(tmp_path):
     options = ["-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *options, "tests/ops/on_interpreter.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    result = run_process(command, timeout=900, env=environment, cwd=ROOT)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     assert int(suite.get("tests")) >= 20
@@ -169,6 +170,7 @@ def test_auto_prefers_cuda(install, monkeypatch):
     assert dispatch.choose("wkv6", GPU, BF16, 64) == "cuda"
 
 
+@pytest.mark.slow
 def test_nothing_imports_it_before_it_is_asked_for(tmp_path):
     (tmp_path / "fla.py").write_text("raise SystemExit('fla was imported')")
     code = """
@@ -183,6 +185,6 @@ rwkv_miss.ops.fla.unusable("wkv7", torch.device("cuda", 0), x.dtype, 16)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_process(command, timeout=300, env=environment)
     assert result.stdout.endswith("not yet\n"), result.stderr
     assert result.stderr.endswith("fla was imported\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rwkv_miss.ops.cpu import build, kernel
 from rwkv_miss.ops.cpu.wkv import source
 from rwkv_miss.ops.dispatch import IMPLEMENTATIONS, announce
 from tests.ops.cases import WKV6, WKV7, odd_starts, run
+from tests.processes import run_process
 
 # The backends that run on this machine, besides the reference.
 FAST = ("torch", "cpu")
@@ -242,7 +242,8 @@ assert all(map(torch.equal, loader, before))
 assert all(map(torch.equal, map(Outputs().__getitem__, range(2)), before))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True, timeout=120)
+    done = run_process([sys.executable, "-c", code], timeout=120, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_states_of_all_steps_are_not_kept(wkv):

@@ -3,10 +3,11 @@ shared memory that the driver gives without being asked."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+
+from tests.processes import run_process
 
 pytest.importorskip("cuda.bindings")
 
@@ -23,7 +24,8 @@ Table = tuple[str, dict[tuple[str, ...], list[str]]]
 def measured() -> Table:
     """Measured in a process of its own, whose children compile: takes about 90 s of two processors."""
     command = [sys.executable, *MAKE.split()[1:], "--print"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=1200)
+    result = run_process(command, timeout=1200, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
     return parse(result.stdout)
 
 
@@ -38,11 +40,13 @@ def differences(committed: Table, measured: Table) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_table_is_what_nvrtc_says(measured):
     found = differences(parse(TABLE.read_text()), measured)
     assert not found, f"{TABLE.name}: `{MAKE}` writes it again\n" + "\n".join(found)
 
 
+@pytest.mark.slow
 def test_every_kernel_head_size_type_and_architecture_compiles_without_spills(measured):
     assert len(measured[1]) == sum(len(x.kernels) * len(x.variants) for x in PROGRAMS.values()) == 2 * 3 * 7 * 2
     for row, (shared, *cells) in measured[1].items():

@@ -41,6 +41,7 @@ def check(wkv, inputs, state, start, seed=0, tolerance=None) -> list[Tensor]:
     return mine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("n", "n_steps"),
@@ -200,6 +201,7 @@ def test_more_elements_than_32_bits_count(wkv):
     assert all(map(torch.equal, near, far))
 
 
+@pytest.mark.slow
 def test_every_line_of_the_kernels_has_run(tmp_path):
     """One head size and both dtypes reach every line: no code is left that the tests above do not compare with the
     reference."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.training.result import TrainResult
 from rwkv_miss.training.start import train
+from tests.processes import run_process
 
 
 def small_config(base: Path, data: Path, out: Path) -> TrainConfig:
@@ -35,6 +38,11 @@ def small_config(base: Path, data: Path, out: Path) -> TrainConfig:
 
 def quiet_train(config: TrainConfig) -> TrainResult:
     return train(config, Console(quiet=True))
+
+
+def run_train(config: TrainConfig, timeout: float = 300) -> subprocess.CompletedProcess:
+    """`rwkv-miss train` in a process of its own: several ranks need that, and DeepSpeed, whose process group stays."""
+    return run_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], timeout)
 
 
 def losses(out: str | Path, column: str = "loss") -> list[float]:

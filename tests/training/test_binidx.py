@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.errors import UserError
-from tests.training.runs import adapter, as_arguments, losses, quiet_train
+from tests.training.runs import adapter, losses, quiet_train, run_train
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +63,12 @@ def test_a_bad_id_ends_the_run_when_it_comes_up(make_config, tmp_path):
         quiet_train(config)
 
 
+@pytest.mark.slow
 def test_a_bad_id_of_one_rank_ends_all(make_config, tmp_path):
     tokens = np.ones((20_000, 4), np.uint16)
     tokens[12_345, 3] = 300
     write_binidx(tmp_path / "bad", tokens)
     config = make_config(data=str(tmp_path / "bad"), devices=2, batch_size=1000, max_steps=0)
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_train(config)
     assert done.returncode == 2, done.stderr
     assert "bad.bin: document 12345 (of 0 to 19999): token 300 is not" in done.stderr and "Traceback" not in done.stderr

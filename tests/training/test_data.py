@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +11,7 @@ import pytest
 import yaml
 
 from rwkv_miss.errors import UserError
-from tests.training.runs import as_arguments, losses, quiet_train
-
-
-def in_a_process(config) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+from tests.training.runs import losses, quiet_train, run_train
 
 
 def records_of(path: Path, lengths: list[int]) -> Path:
@@ -60,10 +53,11 @@ def test_more_than_half_lost_is_an_error_unless_allowed(make_config, tmp_path, w
     quiet_train(replace(config, allow_dropping=True, overwrite=True))
 
 
+@pytest.mark.slow
 def test_warnings_come_from_one_process_alone(make_config, tmp_path):
     data = records_of(tmp_path / "a.jsonl", [40] * 9 + [70])
     data.write_text(data.read_text() + '{"text": "t", "source": "web"}\n')
-    done = in_a_process(make_config(data=str(data), max_steps=1, devices=2, batch_size=4))
+    done = run_train(make_config(data=str(data), max_steps=1, devices=2, batch_size=4))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("lose their ends to ctx_len 64") == done.stderr.count("'source' (1)") == 1
 

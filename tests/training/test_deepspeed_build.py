@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 LOAD = """
 import logging
@@ -23,23 +26,14 @@ assert build_shm_op() is not None
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts processes that load the op from an empty cache; those that are left are killed at the end."""
-    started = []
+def start(tmp_path, start_process) -> Callable[..., subprocess.Popen]:
+    """`start(**environment)` starts a process that loads the op from an empty cache."""
 
     def one(**changes: str) -> subprocess.Popen:
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)} | changes
-        command = [sys.executable, "-c", LOAD]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
-        started.append(process)
-        return process
+        return start_process([sys.executable, "-c", LOAD], env=environment)
 
-    yield one
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return one
 
 
 def folder(tmp_path: Path) -> Path | None:

@@ -37,6 +37,7 @@ def any_base(request, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_layouts_train_alike_and_what_they_leave_merges(any_base, data, tmp_path, method):
     """One step is all of the data, so that every layout takes the same steps."""
@@ -66,10 +67,10 @@ def assert_merges(base: Path, adapter: Path, folder: Path, method: str) -> None:
     tokens = torch.randint(256, (2, 33), generator=torch.Generator().manual_seed(2))
     expected = load_adapter(load_model(base), adapter)(tokens)[0]
     assert (expected - load_model(base)(tokens)[0]).abs().max() > 1e-3
-    merge(base, adapter, folder / "merged.pth")
+    merge(base, adapter, folder / "merged.pth", overwrite=True)
     torch.testing.assert_close(load_model(folder / "merged.pth")(tokens)[0], expected, rtol=0, atol=1e-5)
     if method == "state":  # its file alone says it all
-        merge(base, adapter, folder / "state.pth", state_only=True)
+        merge(base, adapter, folder / "state.pth", state_only=True, overwrite=True)
         model = load_model(base)
         load_initial_state(model, folder / "state.pth")
         torch.testing.assert_close(model(tokens)[0], expected, rtol=0, atol=1e-5)

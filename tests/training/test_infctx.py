@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.training.checks import last_checkpoint
-from tests.training.runs import adapter, as_arguments, losses, quiet_train
+from tests.training.runs import adapter, losses, quiet_train, run_train
 
 
 @pytest.fixture
@@ -35,8 +33,7 @@ def long_config(make_config, tmp_path) -> Callable[..., TrainConfig]:
 
 
 def in_processes(config: TrainConfig) -> None:
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_train(config)
     assert done.returncode == 0, done.stderr
 
 
@@ -103,6 +100,7 @@ def test_accumulation_gives_the_run_of_one_micro_batch(cut_run, tmp_path, batch_
     assert_same(config.out, cut_run.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_strategies_give_the_run_of_one_process(cut_run, tmp_path, strategy):
     config = replace(cut_run, out=str(tmp_path / "two"), strategy=strategy, devices=2, batch_size=1, accumulate=2)
@@ -110,6 +108,7 @@ def test_strategies_give_the_run_of_one_process(cut_run, tmp_path, strategy):
     assert_same(config.out, cut_run.out)
 
 
+@pytest.mark.slow
 def test_exact_chunks_under_zero_3(long_config, tmp_path):
     """Every chunk and in it every block is computed again, while ZeRO-3 gathers and lets go of the weights."""
     whole = long_config()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,8 @@ from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import RunError, UserError
-from tests.training.runs import adapter, as_arguments, losses, quiet_train
+from tests.processes import run_process
+from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train
 
 METHODS = {
     "state": AdapterConfig("state"),
@@ -38,8 +36,7 @@ def method_config(make_config):
 
 
 def run_command(config) -> None:
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_train(config)
     assert done.returncode == 0, done.stderr
 
 
@@ -69,6 +66,7 @@ def test_gradient_checkpointing_gives_the_same_run(method_config, method, tmp_pa
     assert all(torch.equal(t, adapter(one.out)[n]) for n, t in adapter(two.out).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "method", "precision"),
     [
@@ -105,6 +103,7 @@ def test_resume_gives_the_uninterrupted_run(method_config, method, tmp_path):
         quiet_train(replace(first, max_steps=5, resume="auto", precision="fp32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["miss", "full"])
 def test_zero_3_with_a_loss_in_pieces(method_config, tmp_path, method):
     """A large vocabulary's logits are computed in pieces, of which the ranks have not equally many."""
@@ -118,18 +117,14 @@ def test_zero_3_with_a_loss_in_pieces(method_config, tmp_path, method):
         "rwkv_miss.ops.log_probs._MAX_LOGITS = 256 * 20\nsys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, str(script), "train", *as_arguments(two)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, stderr = process.communicate(timeout=180)
-    finally:
-        if process.poll() is None:  # it hangs: its ranks wait for each other
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, stderr
+    done = run_process(command, timeout=180)  # if it hangs, its ranks wait for each other
+    assert done.returncode == 0, done.stderr
     assert losses(two.out) == pytest.approx(losses(one.out), rel=5e-3)
     for name, tensor in adapter(two.out).items():
         torch.testing.assert_close(tensor, adapter(one.out)[name], rtol=0.02, atol=4e-3)
 
 
+@pytest.mark.slow
 def test_resume_under_deepspeed(method_config, tmp_path):
     """Against one process that goes straight on. Had the optimizer begun afresh, the last step would differ."""
     straight = method_config("parts", schedule="constant", precision="bf16")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from tests.training.runs import losses, quiet_train
+
+pytestmark = pytest.mark.slow
 
 
 def test_shakespeare_merged_in_the_rwkv_package(reference, tiny_model, tmp_path, rwkv_logits):

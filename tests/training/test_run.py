@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,13 +23,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.adapters.inject import installed
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
-from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.config import AdapterConfig
+from rwkv_miss.data.corpus import read_documents
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.saving import Saver
 from rwkv_miss.training.start import train
-from tests.training.runs import adapter, as_arguments, losses, quiet_train
+from tests.processes import run_process
+from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train
 
 
 def tree(folder: str | Path) -> set[str]:
@@ -63,12 +65,13 @@ def test_what_a_run_leaves(make_config):
     assert installed(loaded).config.r == 4
 
 
+@pytest.mark.slow
 def test_the_written_config_makes_the_same_run_again(make_config, tmp_path):
     config = make_config(max_steps=2, adapter=AdapterConfig(r=3, target_modules=["att.key"]))
     quiet_train(config)
     command = [sys.executable, "-m", "rwkv_miss", "train", "--config", f"{config.out}/config.yaml"]
     again = tmp_path / "again"
-    done = subprocess.run([*command, "--out", str(again)], capture_output=True, text=True, timeout=120)
+    done = run_process([*command, "--out", str(again)], timeout=120)
     assert done.returncode == 0, done.stderr
     assert losses(again) == losses(config.out)
     assert all(torch.equal(b, adapter(again)[n]) for n, b in adapter(config.out).items())
@@ -94,6 +97,7 @@ def test_epochs_are_full_passes(make_config):
     assert result.steps == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy, stop", [("auto", 3), ("auto", 4), ("deepspeed_stage_2", 3)])
 def test_resume_gives_the_uninterrupted_run(make_config, strategy, stop, tmp_path):
     settings = dict(strategy=strategy, batch_size=4, accumulate=2, val_split=0.1)
@@ -101,19 +105,17 @@ def test_resume_gives_the_uninterrupted_run(make_config, strategy, stop, tmp_pat
     # An epoch has 4 steps: step 3 is in the middle of the first, step 7 in the second.
     first = replace(straight, out=str(tmp_path / "parts"), max_steps=stop)
     for config in (straight, first, replace(first, max_steps=7, resume="auto")):
-        command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = run_train(config)
         assert done.returncode == 0, done.stderr
     assert losses(first.out) == losses(straight.out)
     assert all(torch.equal(b, adapter(straight.out)[n]) for n, b in adapter(first.out).items())
     assert [p.name for p in (Path(first.out) / "checkpoints").iterdir()] == ["step-00000007"]
 
 
-def test_sigterm_saves_a_checkpoint_to_go_on_from(make_config):
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_to_go_on_from(make_config, start_process):
     config = make_config(max_steps=100_000, log_every=1)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], stderr=subprocess.PIPE, text=True
-    )
+    process = start_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)])
     metrics = Path(config.out) / "metrics.csv"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         time.sleep(0.05)
@@ -238,26 +240,22 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
         quiet_train(replace(config, resume="auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
 def test_resume_refuses_another_base(make_config, tmp_path, strategy):
     """In processes of their own: DeepSpeed's process group would stay, and hold the port of the tests after this."""
-
-    def run(config: TrainConfig) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
     config = make_config(max_steps=1, strategy=strategy)
-    assert run(config).returncode == 0
+    assert run_train(config).returncode == 0
     kept = Path(config.out, "config.yaml").read_text()
     weights = dict(read_checkpoint(config.base))
     weights["ln_out.bias"] = weights["ln_out.bias"] + 1
     other, moved = tmp_path / "other.pth", tmp_path / "moved.pth"
     write_pth(other, {k: TensorSpec(t.shape, t.dtype) for k, t in weights.items()}, weights.__getitem__)
     shutil.copy(config.base, moved)
-    refused = run(replace(config, max_steps=2, resume="auto", base=str(other)))
+    refused = run_train(replace(config, max_steps=2, resume="auto", base=str(other)))
     assert refused.returncode == 2 and "other.pth: the checkpoint was trained on another base" in refused.stderr
     assert Path(config.out, "config.yaml").read_text() == kept
-    assert run(replace(config, max_steps=2, resume="auto", base=str(moved))).returncode == 0
+    assert run_train(replace(config, max_steps=2, resume="auto", base=str(moved))).returncode == 0
     assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 2
 
 
@@ -301,13 +299,15 @@ def test_an_error_leaves_the_terminal_and_the_signals_as_they_were(make_config, 
 
 
 @pytest.mark.parametrize("batch_size, accumulate", [(8, 1), (3, 3)])
-def test_tokens_are_those_of_the_rows(make_config, batch_size, accumulate):
+def test_tokens_are_those_of_the_documents_and_positions_those_of_the_rows(make_config, batch_size, accumulate):
     """However the rows are shared out, and though those of the last step of an epoch are fewer."""
     config = make_config(packing=True, batch_size=batch_size, accumulate=accumulate, max_steps=0, epochs=2)
     said = io.StringIO()
     train(config, Console(file=said))
     [rows] = re.findall(r"in (\d+) rows of 64", said.getvalue())
-    assert losses(config.out, "tokens")[-1] == 2 * 64 * int(rows) and int(rows) % (batch_size * accumulate)
+    lengths = [len(x.ids) - 1 for x in read_documents(config.data, load_tokenizer("bytes"), 256, config)]
+    assert losses(config.out, "tokens")[-1] == 2 * sum(min(length, 64) for length in lengths)
+    assert losses(config.out, "positions")[-1] == 2 * 64 * int(rows) and int(rows) % (batch_size * accumulate)
 
 
 def test_resume_of_an_empty_folder_starts(make_config):
@@ -363,6 +363,7 @@ def test_more_devices_than_gpus(make_config, tmp_path, monkeypatch, gpus, said):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 def test_the_adapter_survives_a_full_disk(make_config):
     """Writing past a file size limit fails as a full disk does; what was saved before is still whole."""
     config = make_config(max_steps=1)
@@ -381,9 +382,7 @@ def test_the_adapter_survives_a_full_disk(make_config):
     )
     before = Path(config.out, "adapter", "adapter_model.safetensors").read_bytes()
     arguments = as_arguments(replace(config, max_steps=2, resume="auto"))
-    done = subprocess.run(
-        [sys.executable, "-c", script, "train", *arguments], capture_output=True, text=True, timeout=120
-    )
+    done = run_process([sys.executable, "-c", script, "train", *arguments], timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot be written" in done.stderr, done.stderr
     assert Path(config.out, "adapter", "adapter_model.safetensors").read_bytes() == before
     assert load_file(Path(config.out, "adapter", "adapter_model.safetensors"))
@@ -413,9 +412,7 @@ def test_a_run_saves_now_and_then(make_config, monkeypatch):
     config = make_config(max_steps=3, save_minutes=1e-9)
     saved = []
     save = Saver._save
-    monkeypatch.setattr(
-        Saver, "_save", lambda self, trainer, module: (saved.append(trainer.global_step), save(self, trainer, module))
-    )
+    monkeypatch.setattr(Saver, "_save", lambda self, trainer: (saved.append(trainer.global_step), save(self, trainer)))
     quiet_train(config)
     assert saved == [1, 2, 3]
     saved.clear()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.training.checks import check_run
+from tests.processes import run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 TRAIN = [sys.executable, "-m", "rwkv_miss", "train"]
@@ -24,22 +26,14 @@ LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "TORCHELAST
 
 
 @pytest.fixture
-def start():
-    """Starts a training command; what is left of it is killed at the end."""
-    started = []
+def start(start_process) -> Callable[..., subprocess.Popen]:
+    """`start(config, **environment)` starts a training command, by none of the launchers."""
 
     def one(config: TrainConfig, **environment: str) -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | environment
-        process = subprocess.Popen([*TRAIN, *as_arguments(config)], env=env, text=True, start_new_session=True, **pipes)
-        started.append(process)
-        return process
+        return start_process([*TRAIN, *as_arguments(config)], env=env)
 
-    yield one
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    return one
 
 
 @pytest.mark.parametrize(
@@ -57,11 +51,11 @@ def test_a_mistake_is_found_before_torch_is_imported(make_config, changes, said)
     config = make_config(**changes)
     code = (
         "import sys\nfrom rwkv_miss.cli import main\nstatus = main(sys.argv[1:])\n"
-        "print('heavy:', *sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))\nsys.exit(status)\n"
+        "print('heavy:', *sorted({'torch', 'lightning'} & set(sys.modules)))\nsys.exit(status)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     command = [sys.executable, "-c", code, "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    done = run_process(command, timeout=60, env=environment)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stdout == "heavy:\n"
 
@@ -102,6 +96,7 @@ def test_several_machines_need_to_be_told_where_they_meet(make_config, monkeypat
     check_run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rank, said", [("0", r"rank 1, of NODE_RANK 1; start the same command there"), ("1", "NODE_RANK 0")]
 )
@@ -114,6 +109,7 @@ def test_a_machine_that_does_not_come_is_named(make_config, start, rank, said):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_two_machines_give_the_run_of_one(make_config, start, tmp_path, strategy):
     """Two groups of processes on this machine, started as one starts them on two."""
@@ -128,6 +124,7 @@ def test_two_machines_give_the_run_of_one(make_config, start, tmp_path, strategy
     assert "2 steps done" in said[0][0] and "steps" not in said[1][0]
 
 
+@pytest.mark.slow
 def test_several_processes_speak_once(make_config, start):
     config = make_config(devices=2, batch_size=4, max_steps=1)
     stdout, stderr = start(config).communicate(timeout=300)
@@ -135,16 +132,21 @@ def test_several_processes_speak_once(make_config, start):
     assert stderr.count("using backend 'cpu'") == 1, stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_step_is_one_line(make_config, start):
     config = make_config()
-    process = start(config)
-    time.sleep(1.5)  # while torch and lightning are imported
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and stderr == "rwkv-miss train: interrupted\n"
+    for seconds in (0.6, 1.2, 1.8, 2.4):  # while the command line, torch or lightning is imported
+        process = start(config)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        said = stderr in ("rwkv-miss: interrupted\n", "rwkv-miss train: interrupted\n")
+        # Python ends itself by the signal, which a shell calls 130 too, where one has passed through an exec().
+        assert said and process.returncode in (130, -signal.SIGINT), (seconds, process.returncode, stderr)
     assert not Path(config.out).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_signals_save_a_checkpoint(make_config, start, number):
     config = make_config(max_steps=100_000)
@@ -159,23 +161,18 @@ def test_signals_save_a_checkpoint(make_config, start, number):
     assert adapter(config.out) and int(checkpoint.name.removeprefix("step-")) >= 3
 
 
-def test_a_terminal_that_is_closed_saves_a_checkpoint(make_config):
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_saves_a_checkpoint(make_config, start_process):
     """The run's progress bar is on it: writing to it fails from then on."""
     config = make_config(max_steps=100_000)
     master, slave = os.openpty()
-    process = subprocess.Popen(
-        [*TRAIN, *as_arguments(config)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-    )
+    process = start_process([*TRAIN, *as_arguments(config)], stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
-    try:
-        metrics = Path(config.out) / "metrics.csv"
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            os.read(master, 65536)
-        os.close(master)  # the kernel sends SIGHUP to those whose controlling terminal it is; here we do
-        time.sleep(0.3)
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    finally:
-        if process.poll() is None:
-            process.kill()
+    metrics = Path(config.out) / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        os.read(master, 65536)
+    os.close(master)  # the kernel sends SIGHUP to those whose controlling terminal it is; here we do
+    time.sleep(0.3)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
     assert len(list((Path(config.out) / "checkpoints").iterdir())) == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,7 @@ from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.model.load import load_model
 from tests.helpers import loss_sum
-from tests.training.runs import adapter, as_arguments, losses, quiet_train, small_config
+from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +55,14 @@ def test_gradient_checkpointing_gives_the_same_run(make_config, whole):
     assert_same_run(config.out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_strategies_give_the_run_of_one_process(make_config, whole, strategy, devices):
     if strategy == "ddp" and devices == 1:
         pytest.skip("one process of ddp is the run of one process")
     config = make_config(strategy=strategy, devices=devices, batch_size=4 // devices, accumulate=2)
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_train(config)
     assert done.returncode == 0, done.stderr
     assert_same_run(config.out, whole)
 
@@ -78,12 +76,12 @@ def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(make_config, whole)
     assert any(not torch.equal(b, b.bfloat16().float()) for b in adapter(config.out).values())
 
 
+@pytest.mark.slow
 def test_deepspeed_trains_beside_a_bf16_base(make_config):
     one = make_config(precision="bf16")
     quiet_train(one)
     config = replace(one, out=one.out + "-ds", strategy="deepspeed_stage_3", devices=2, batch_size=4)
-    command = [sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_train(config)
     assert done.returncode == 0, done.stderr
     # The same bf16 forward at first: weights made fp32 would give another loss.
     assert losses(config.out)[0] == pytest.approx(losses(one.out)[0], rel=1e-6)

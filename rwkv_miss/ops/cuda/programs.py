@@ -18,7 +18,7 @@ _WKV_VARIANTS: dict[Hashable, tuple[str, ...]] = {
     (dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES
 }
 
-# docs/recipes-kernel.md says how to add a program. In the names of parameters dx is the gradient of x.
+# CONTRIBUTING.md says how to add a program. In the names of parameters dx is the gradient of x.
 PROGRAMS = {
     "wkv6": Program(
         SOURCES / "wkv6.cu",

@@ -20,6 +20,7 @@ from rwkv_miss.ops.cuda.wkv import unusable
 from tests.ops.cases import odd_starts, run
 from tests.ops.cuda.emulated import EMULATED
 from tests.ops.cuda.stub import Variant, write_manifest
+from tests.processes import run_process
 from tests.simt.harness import build_once
 
 HERE = Path(__file__).parent
@@ -51,12 +52,13 @@ def environment(tmp_path_factory):
     return {**os.environ, **added, "LD_LIBRARY_PATH": search}
 
 
+@pytest.mark.slow
 def test_the_whole_path_on_host_memory(environment, tmp_path):
     report = tmp_path / "report.xml"
     options = ["-p", "no:cacheprovider", "-p", "tests.ops.cuda.stub_fixtures", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, sorted(HERE.glob("on_*.py")))]
     root = HERE.parents[2]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, timeout=900)
+    result = run_process(command, timeout=900, env=environment, cwd=root)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
     assert int(suite.get("tests")) >= 100

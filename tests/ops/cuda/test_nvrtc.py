@@ -21,7 +21,7 @@ from rwkv_miss.ops.cuda import nvrtc
 from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from tests.ops.cuda.toy import TOY
-from tests.ops.processes import finish
+from tests.processes import finish
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 TINY = '#include "tiny.cuh"\nextern "C" __global__ void answer(long long* x) { *x = ANSWER; }\n'
@@ -67,6 +67,7 @@ def every_variant() -> list[tuple]:
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "variant", "architecture"), every_variant(), ids=str_of)
 def test_every_program_compiles_to_a_cubin(program, variant, architecture, tmp_path):
     image = nvrtc.compile_source(program.source, program.variants[variant], divmod(architecture, 10), tmp_path)
@@ -138,17 +139,17 @@ def test_a_cache_that_is_full_or_read_only_is_done_without(
     assert [x.name for x in (tmp_path / "cache").iterdir()] == ["nvrtc.lock"]
 
 
-def test_processes_that_compile_at_once_compile_once(tiny, tmp_path):
+@pytest.mark.slow
+def test_processes_that_compile_at_once_compile_once(tiny, tmp_path, start_process):
     code = f"""
 from pathlib import Path
 from rwkv_miss.ops.cuda import nvrtc
 real = nvrtc._compile
 nvrtc._compile = lambda *x: (print("compiled"), real(*x))[1]
 print(hash(nvrtc.compile_source(Path({str(tiny)!r}), (), (9, 0), Path({str(tmp_path)!r}))))"""
-    start = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    lines = "".join(finish(*(subprocess.Popen(start, **piped, text=True, env=environment) for _ in range(3)))).split()
+    started = [start_process([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    lines = "".join(finish(*started)).split()
     assert lines.count("compiled") == 1 and len(lines) == 4 and len(set(lines)) == 2
 
 
@@ -184,6 +185,7 @@ def files(folder: Path) -> set[str]:
     return {x.relative_to(folder).as_posix() for x in folder.rglob("*") if x.is_file()}
 
 
+@pytest.mark.slow
 def test_a_wheel_has_every_module_and_source_and_compiles_them(tmp_path):
     """The wheel is built from a copy, because setuptools leaves files beside what it builds."""
     copy = tmp_path / "copy"

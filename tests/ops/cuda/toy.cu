@@ -1,4 +1,4 @@
-// The example of docs/recipes-kernel.md: y = relu(x)^2 of every element, and its gradient dx = 2 relu(x) dy, in one
+// The example of CONTRIBUTING.md: y = relu(x)^2 of every element, and its gradient dx = 2 relu(x) dy, in one
 // pass over memory each. x, y and their gradients have `count` elements of type io (cuda/common.cuh).
 //
 // Launch: grid (ceil(count / THREADS), 1), block THREADS. One thread computes one element.

@@ -1,4 +1,4 @@
-"""The example of docs/recipes-kernel.md: a CUDA kernel that the package does not have, added as the recipe says."""
+"""The example of CONTRIBUTING.md: a CUDA kernel that the package does not have, added as the recipe says."""
 
 from __future__ import annotations
 
