@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. 0: done; 1: the run failed; 2: the input is wrong; 128 + n: stopped by signal n."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("rwkv_miss").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning 2.6 calls what torch 2.13 deprecates
+    # Lightning 2.6 and DeepSpeed 0.19 call what torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|torch.distributed.all_gather_into_tensor).*is deprecated")
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = ""
     try:

@@ -103,19 +103,34 @@ def test_resume_gives_the_uninterrupted_run(method_config, method, tmp_path):
         quiet_train(replace(first, max_steps=5, resume="auto", precision="fp32"))
 
 
+PATCHES = {
+    # A large vocabulary's logits are computed in pieces, of which the ranks have not equally many.
+    "a loss in pieces": "import rwkv_miss.ops.log_probs\nrwkv_miss.ops.log_probs._MAX_LOGITS = 256 * 20",
+    # DeepSpeed leaves parameters below this size whole on every rank: all of this model's.
+    "no weight whole": """
+from rwkv_miss.training import strategies
+build = strategies.build
+def changed(*arguments):
+    strategy, plugins = build(*arguments)
+    strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return strategy, plugins
+strategies.build = changed
+""",
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("patch", PATCHES)
 @pytest.mark.parametrize("method", ["miss", "full"])
-def test_zero_3_with_a_loss_in_pieces(method_config, tmp_path, method):
-    """A large vocabulary's logits are computed in pieces, of which the ranks have not equally many."""
+def test_zero_3_of_what_only_a_large_model_has(method_config, tmp_path, method, patch, checkpointing):
     config = AdapterConfig("full") if method == "full" else AdapterConfig(r=4)
     one = method_config("full", adapter=config, precision="bf16", batch_size=4, max_steps=2)
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_3", devices=2, batch_size=2)
-    script = tmp_path / "pieces.py"
-    script.write_text(
-        "import sys\nimport rwkv_miss.ops.log_probs\nfrom rwkv_miss.cli import main\n"
-        "rwkv_miss.ops.log_probs._MAX_LOGITS = 256 * 20\nsys.exit(main(sys.argv[1:]))\n"
-    )
+    two = replace(two, gradient_checkpointing=checkpointing)
+    script = tmp_path / "patched.py"
+    script.write_text(f"import sys\nfrom rwkv_miss.cli import main\n{PATCHES[patch]}\nsys.exit(main(sys.argv[1:]))\n")
     command = [sys.executable, str(script), "train", *as_arguments(two)]
     done = run_process(command, timeout=180)  # if it hangs, its ranks wait for each other
     assert done.returncode == 0, done.stderr
