@@ -54,12 +54,15 @@ _ELSEWHERE = {
 }
 
 
+# What Lightning 2.6 and DeepSpeed 0.19 call that torch 2.13 deprecates, and that a checkpoint of ZeRO-3 is a folder.
+_NOT_THE_USERS = r".*(LeafSpec|torch\.distributed\.\w+).*is deprecated|When saving the DeepSpeed Stage 3 checkpoint"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. 0: done; 1: the run failed; 2: the input is wrong; 128 + n: stopped by signal n."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("rwkv_miss").setLevel(logging.INFO)
-    # Lightning 2.6 and DeepSpeed 0.19 call what torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|torch.distributed.all_gather_into_tensor).*is deprecated")
+    warnings.filterwarnings("ignore", message=_NOT_THE_USERS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = ""
     try:

@@ -18,6 +18,7 @@ from rwkv_miss.checkpoint import (
     read_checkpoint,
     write_pth,
 )
+from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.recognise import infer_config
 from tests.processes import run_process
@@ -141,6 +142,15 @@ def test_another_architecture(tmp_path, kind):
 def test_rwkv_7a(tmp_path, random_weights):
     weights = {**random_weights(), "blocks.0.ffn.s_emb.weight": torch.ones(64, 4)}
     assert_refused(save(tmp_path / "base.pth", weights), "7a", "DeepEmbed")
+
+
+def test_a_later_version_is_not_taken_for_rwkv_7(tmp_path, random_weights, capsys):
+    """RWKV-8's research code keeps RWKV-7's keys and adds its own."""
+    more = {f"blocks.{i}.att.rosa_{name}.weight": torch.ones(32, 32) for i in range(3) for name in ("qkv", "o")}
+    path = save(tmp_path / "base.pth", {**random_weights(), **more})
+    assert_refused(path, "blocks.0.att.rosa_qkv.weight is not a part of RWKV-7", "a later version")
+    assert main(["info", str(path)]) == 2
+    assert "a later version" in capsys.readouterr().err
 
 
 def test_rwkv_6(reference):

@@ -306,7 +306,7 @@ def test_another_base(make_base, folder, tmp_path, out):
 def test_a_key_that_nothing_would_use(base, folder, tmp_path, out):
     tensors = load_file(folder / WEIGHTS)
     save_file({**tensors, "base_model.model.blocks.3.att.key.miss_block": torch.ones(5, 32)}, folder / WEIGHTS)
-    assert_refused(tmp_path, base, folder, out, "blocks.3.att.key", "no linear of this base")
+    assert_refused(tmp_path, base, folder, out, "blocks.3.att.key", "which this base does not have")
 
 
 def test_a_missing_key(base, folder, tmp_path, out):

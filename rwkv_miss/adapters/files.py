@@ -263,8 +263,14 @@ def _check_linears(
     config, method, found = adapter.config, _linear_method(adapter.config), adapter.linears
     there = linear_shapes(sizes, shapes)
     if unknown := [path for path in found if path not in there]:
+        possible = ", ".join(MODELS[sizes.version].linears)
         raise UserError(
-            f"{folder}: the adapter has {unknown[0]}, which is no linear of this base; nothing would use it"
+            f"{folder}: the adapter goes beside {unknown[0]}, "
+            + (
+                f"which is beyond what can be adapted here ({possible}); train it with these as its target_modules"
+                if f"{unknown[0]}.weight" in shapes
+                else "which this base does not have; give the base that it was trained on"
+            )
         )
     if method is None:
         return {}

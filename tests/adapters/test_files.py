@@ -163,10 +163,23 @@ def test_no_blocks_at_all(base, folder):
     assert_refused(base, folder, str(folder), "has no miss_block")
 
 
-@pytest.mark.parametrize("extra", ["blocks.0.att.gate", "blocks.7.att.key", "head", "blocks.0.ln1"])
-def test_a_block_that_nothing_would_use(base, folder, extra):
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("blocks.0.att.gate", "which this base does not have; give the base that it was trained on"),
+        ("blocks.7.att.key", "which this base does not have"),
+        ("head", "which is beyond what can be adapted here (att.receptance, att.key, "),
+        ("blocks.0.ln1", "with these as its target_modules"),
+    ],
+)
+def test_a_block_that_nothing_would_use(base, folder, extra, words):
     edit_weights(folder, lambda t: t.update({f"base_model.model.{extra}.miss_block": torch.ones(5, 32)}))
-    assert_refused(base, folder, str(folder), extra, "no linear of this base")
+    assert_refused(base, folder, str(folder), f"goes beside {extra}", words)
+
+
+def test_weights_in_pefts_older_format_alone(base, folder):
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    assert_refused(base, folder, str(folder / WEIGHTS), "there is adapter_model.bin", "save the adapter again")
 
 
 @pytest.mark.parametrize("key", ["base_model.model.blocks.0.att.key.lora_A.weight", "blocks.0.att.key.miss_block"])

@@ -55,6 +55,19 @@ def test_a_target_that_matches_nothing(model, target):
     assert not adapters(model)
 
 
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("all-linear", "leave target_modules out to adapt all of them"),
+        ("head", r"give modules_to_save \[head\]"),
+        ("emb", r"give modules_to_save \[emb\]"),
+    ],
+)
+def test_targets_of_other_programs(model, target, hint):
+    with pytest.raises(UserError, match=hint):
+        inject(model, AdapterConfig(r=4, target_modules=[target]))
+
+
 def test_r_larger_than_the_input_names_the_layer(model):
     with pytest.raises(UserError, match=r"blocks\.0\.att\.receptance: r is 33 .* 32 inputs"):
         inject(model, AdapterConfig(r=33))
