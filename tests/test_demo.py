@@ -27,8 +27,10 @@ def virtual_env(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     paths = {"base": str(folder), "platbase": str(folder)}
-    packages = Path(sysconfig.get_path("purelib", vars=paths), "tests.pth")
-    packages.write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    packages = Path(sysconfig.get_path("purelib", vars=paths))
+    # Links and not a .pth file, since NVRTC is looked for in the environment's own folder.
+    for installed in Path(sysconfig.get_path("purelib")).iterdir():
+        (packages / installed.name).symlink_to(installed)
     shutil.copy(ROOT / "pyproject.toml", folder / ".rwkv_miss")
     return folder
 
