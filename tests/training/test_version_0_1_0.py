@@ -1,7 +1,7 @@
 """What version 0.1.0 saved goes on and merges.
 
-version_0_1_0/run is a run of `train --adapter.method miss+state ...` (run/config.yaml has its settings) that was stopped
-at step 3 of 6, version_0_1_0/whole the same run without a stop; base.pth is of its `init`."""
+version_0_1_0/run is a run of `train --adapter.method miss+state ...` (run/config.yaml has its settings) that was
+stopped at step 3 of 6, version_0_1_0/whole the same run without a stop; base.pth is of its `init`."""
 
 from __future__ import annotations
 
