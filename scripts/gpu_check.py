@@ -154,7 +154,7 @@ def main() -> int:
         else:
             table.add_row(f"{op} against the reference", "skipped: torch finds no GPU")
             table.add_row(f"{op}: times of the kernels and of a training step", "skipped: torch finds no GPU")
-    Console().print(table)
+    Console(markup=False).print(table)
     return int(not right)
 
 

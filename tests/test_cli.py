@@ -60,6 +60,16 @@ def test_a_run_from_the_command_line(arguments, tmp_path, capsys):
     assert "1 steps done" in capsys.readouterr().out
 
 
+def test_names_in_square_brackets_are_shown_as_they_are(arguments, make_base, tmp_path, capsys, monkeypatch):
+    """rich takes `[b]` for the beginning of bold text."""
+    monkeypatch.setenv("COLUMNS", "300")
+    base, run, merged = make_base(vocab_size=256), tmp_path / "[b]", tmp_path / "[i].pth"
+    assert main(arguments(base=base, out=run)) == 0
+    assert f"adapter in {run}/adapter" in capsys.readouterr().out
+    assert main(["merge", f"--base={base}", f"--adapter={run}", f"--out={merged}"]) == 0
+    assert str(merged) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "name, content, parts",
     [

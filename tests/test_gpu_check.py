@@ -92,12 +92,12 @@ def test_a_wrong_gradient_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys, wro
 def test_what_does_not_compile_is_a_status_of_1(gpu_check, monkeypatch, capsys):
     def fail(source, *_):
         if source.stem == "wkv6":
-            raise CompileError("no NVRTC")
+            raise CompileError("no NVRTC; pip install 'rwkv-miss[cuda13]'")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_check, "compile_source", fail)
     assert gpu_check.main() == 1
-    assert "failed: no NVRTC" in capsys.readouterr().out
+    assert "failed: no NVRTC; pip install 'rwkv-miss[cuda13]'" in capsys.readouterr().out
 
 
 def test_a_gpu_that_the_kernels_cannot_use_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys):

@@ -20,5 +20,5 @@ def run(what: str = "all", threads: int = 1) -> int:
         for row in table.rows:
             cells = (row.get(column, "") for column in columns)
             shown.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
-        Console().print(shown)
+        Console(markup=False).print(shown)
     return 0

@@ -34,7 +34,7 @@ def run(
         losses = [layer.cast_loss for layer in layers]
         norm = sum(layer.delta_norm for layer in layers) / len(layers)
         table.add_row(kind, str(len(layers)), f"{norm:.4g}", f"{sum(losses) / len(losses):.2%}", f"{max(losses):.2%}")
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{report.dtype}; logits of the written file differ from base + adapter by {report.logits_error:.1e} of their "

@@ -14,7 +14,7 @@ def run(config: TrainConfig) -> int:
 
     if not is_first_process():  # of several processes one speaks
         logging.getLogger("rwkv_miss").setLevel(logging.ERROR)
-    console = Console(quiet=not is_first_process())
+    console = Console(quiet=not is_first_process(), markup=False)
     result = train(config, console)
     lines = [f"{result.steps} steps done{result.validation()}; adapter in {Path(config.out) / 'adapter'}"]
     if warning := result.warning():
