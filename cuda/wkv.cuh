@@ -43,7 +43,9 @@ struct Place {
         : lane(threadIdx.x % LANES),
           in_block(threadIdx.x / LANES * KEEP),
           kept(blockIdx.y * KEPT + in_block),
-          warp(warp_lanes()) {}
+          // A constant where it can be one: with a variable every step compares the lanes' masks. At N = 128 the
+          // constant would make ptxas spill registers on sm_120.
+          warp(THREADS % 32 == 0 && N < 128 ? 0xffffffffu : warp_lanes()) {}
     // The thread's summed indices are SUM / 4 groups of four neighbours; this is the first index of group c.
     __device__ int summed(int c) const { return (c * LANES + lane) * 4; }
 };
@@ -64,20 +66,85 @@ struct Head {
 
 __device__ __forceinline__ long long count_chunks(long long steps) { return (steps + CHUNK - 1) / CHUNK; }
 
-// The number of steps in the chunk that begins at step t0.
+// The number of steps in the chunk that begins at step t0: 0 if there is no such chunk.
 __device__ __forceinline__ int chunk_rows(long long steps, long long t0) {
+    if (t0 < 0 || t0 >= steps) return 0;
     return static_cast<int>(steps - t0 < CHUNK ? steps - t0 : CHUNK);
 }
 
-// A mask whose bit t says that step t of the chunk begins a document. seq_start: (B, T), or null where none does.
-__device__ __forceinline__ unsigned chunk_starts(const unsigned char* seq_start, const Head& head, long long t0,
-                                                 int rows) {
-    unsigned mask = 0;
-    if (seq_start)
-        for (int t = 0; t < rows; t++)
-            mask |= (READ_AS(unsigned char, seq_start + head.flags + t0 + t) != 0 ? 1u : 0u) << t;
-    return mask;
-}
+// Whether the inputs of a chunk are read while the one before it is computed, so that nobody waits for them. It takes
+// registers, which other head sizes and types lack; nearly all models are trained with these.
+constexpr bool AHEAD = N == 64 && sizeof(io) == 2;
+
+// Which steps of a chunk begin a document: lane t of each warp holds the flag of step t. seq_start: (B, T), or null
+// where no step does.
+struct Starts {
+    bool flag;
+    // Begins to read, if AHEAD.
+    __device__ void read(const unsigned char* seq_start, const Head& head, long long t0, int rows) {
+        if constexpr (AHEAD) flag = get(seq_start, head, t0, rows);
+    }
+    // A mask whose bit t says that step t begins a document.
+    __device__ unsigned mask(const unsigned char* seq_start, const Head& head, long long t0, int rows,
+                             const Place& at) const {
+        return __ballot_sync(at.warp, AHEAD ? flag : get(seq_start, head, t0, rows));
+    }
+    static __device__ bool get(const unsigned char* seq_start, const Head& head, long long t0, int rows) {
+        const int t = threadIdx.x % 32;
+        return seq_start && t < rows && READ_AS(unsigned char, seq_start + head.flags + t0 + t) != 0;
+    }
+};
+
+// A thread's part of CHUNK rows of WIDTH values, which begin `stride` elements apart in global memory at `from`, on
+// their way to shared memory: COUNT groups of four. All inputs of a chunk can so be read at once, long before they are
+// needed. The whole block takes part. rows: how many rows there are, 0 if none.
+template <int WIDTH, typename T>
+struct Staged {
+    static constexpr int COUNT = (CHUNK * WIDTH / 4 + THREADS - 1) / THREADS;
+    typedef typename Access<4 * sizeof(T)>::Type Bits;
+    Bits bits[COUNT];
+
+    static __device__ int row(int n) { return (threadIdx.x + n * THREADS) / (WIDTH / 4); }
+    static __device__ int column(int n) { return (threadIdx.x + n * THREADS) % (WIDTH / 4) * 4; }
+
+    // Begins to read, if AHEAD.
+    __device__ __forceinline__ void read(const T* from, long long stride, int rows) {
+        if constexpr (AHEAD) {
+#pragma unroll
+            for (int n = 0; n < COUNT; n++)
+                if (row(n) < rows) bits[n] = READ_AS(Bits, from + row(n) * stride + column(n));
+        }
+    }
+    // Group n, which has been read; or it is read now.
+    __device__ __forceinline__ void get(int n, const T* from, long long stride, float (&x)[4]) const {
+        if constexpr (AHEAD) {
+            T values[4];
+            memcpy(values, &bits[n], sizeof(values));
+#pragma unroll
+            for (int q = 0; q < 4; q++) x[q] = to_float(values[q]);
+        } else {
+            load(from + row(n) * stride + column(n), x);
+        }
+    }
+    // As `stage`, of what has been read.
+    template <typename Convert = Same>
+    __device__ __forceinline__ void write(Shared<float> to, const T* from, long long stride, int rows,
+                                          Convert convert = Convert()) const {
+        if constexpr (AHEAD) {
+#pragma unroll
+            for (int n = 0; n < COUNT; n++) {
+                if (row(n) >= rows) break;
+                float x[4];
+                get(n, from, stride, x);
+#pragma unroll
+                for (int q = 0; q < 4; q++) x[q] = convert(x[q]);
+                store(to + (row(n) * WIDTH + column(n)), x);
+            }
+        } else {
+            stage<WIDTH>(to, from, stride, rows, convert);
+        }
+    }
+};
 
 typedef float Tile[KEEP][SUM];
 
@@ -86,6 +153,14 @@ __device__ __forceinline__ void clear(Tile& x) {
     for (int q = 0; q < KEEP; q++)
 #pragma unroll
         for (int e = 0; e < SUM; e++) x[q][e] = 0.0f;
+}
+
+// The same where a document begins. Few steps do, so this is a branch: a select for each element costs every step.
+__device__ __forceinline__ void clear_if(bool begins, Tile& x) {
+    if (begins) {
+        asm volatile("");
+        clear(x);
+    }
 }
 
 // Load and store a thread's part of an N x N matrix in global memory whose rows are the kept index.

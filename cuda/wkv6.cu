@@ -22,7 +22,8 @@
 // A decay may be 0: nothing is divided by one, and nothing is the difference of two sums (docs/kernels.md).
 #include "wkv.cuh"
 
-constexpr int SCAN_BLOCKS = blocks_of(N <= 64 ? 80 : 168), KEYS_BLOCKS = blocks_of(N <= 64 ? 168 : 255);
+constexpr int SCAN_BLOCKS = blocks_of(AHEAD ? 128 : N <= 64 ? 80 : 168);
+constexpr int KEYS_BLOCKS = blocks_of(N <= 64 ? 168 : 255);
 
 struct Exp {
     __device__ float operator()(float w) const { return expf(w); }
@@ -53,18 +54,33 @@ __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __re
     clear(s);
     if (state_in) load_columns(s, state_in + head.index * N * N, at);
     stage<N>(us, u + head.index % heads * N, 0, 1);
-
-    for (long long i = 0; i < chunks; i++) {
-        const long long chunk = BACKWARD ? chunks - 1 - i : i, t0 = chunk * CHUNK, from = head.row(t0);
+    Staged<N, io> staged_read, staged_write, staged_w;
+    Staged<KEPT, io> staged_x;
+    Starts staged_starts;
+    const auto read_chunk = [&](long long t0) {
         const int rows = chunk_rows(steps, t0);
-        const unsigned starts = chunk_starts(seq_start, head, t0, rows);
+        const long long from = head.row(t0);
+        staged_read.read(read + from, head.stride, rows);
+        staged_write.read(write + from, head.stride, rows);
+        staged_w.read(w + from, head.stride, rows);
+        staged_x.read(x + from + blockIdx.y * KEPT, head.stride, rows);
+        staged_starts.read(seq_start, head, t0, rows);
+    };
+
+    const long long first = BACKWARD ? (chunks - 1) * CHUNK : 0, next = BACKWARD ? -CHUNK : CHUNK;
+    read_chunk(first);
+    for (long long t0 = first; t0 >= 0 && t0 < steps; t0 += next) {
+        const long long from = head.row(t0);
+        const int rows = chunk_rows(steps, t0);
+        const unsigned starts = staged_starts.mask(seq_start, head, t0, rows, at);
         __syncthreads();
-        stage<N>(reads, read + from, head.stride, rows);
-        stage<N>(writes, write + from, head.stride, rows);
-        stage<N>(ds, w + from, head.stride, rows, Decay());
-        stage<KEPT>(xs, x + from + blockIdx.y * KEPT, head.stride, rows);
-        if (saved_states) store_columns(s, saved_states + (head.index * chunks + chunk) * N * N, at);
+        staged_read.write(reads, read + from, head.stride, rows);
+        staged_write.write(writes, write + from, head.stride, rows);
+        staged_w.write(ds, w + from, head.stride, rows, Decay());
+        staged_x.write(xs, x + from + blockIdx.y * KEPT, head.stride, rows);
+        if (saved_states) store_columns(s, saved_states + (head.index * chunks + t0 / CHUNK) * N * N, at);
         __syncthreads();
+        read_chunk(t0 + next);
         for (int t = threadIdx.x / LANES; t < CHUNK; t += THREADS / LANES) {
             float a[SUM], b[SUM], sum[1] = {};
             if (t < rows) {
@@ -83,7 +99,7 @@ __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __re
         for (int j = 0; j < rows; j++) {
             const int t = BACKWARD ? rows - 1 - j : j;
             float a[SUM], d[SUM], xt[KEEP], ys[KEEP];
-            if (!BACKWARD && starts >> t & 1) clear(s);
+            clear_if(!BACKWARD && starts >> t & 1, s);
             const float own = at.lane == 0 ? READ_AS(float, bonus + t) : 0.0f;  // added by one lane alone
             load(xs + (t * KEPT + at.in_block), xt);
 #pragma unroll
@@ -93,7 +109,7 @@ __device__ __forceinline__ void scan(const io* __restrict__ read, const io* __re
             load_summed(ds + t * N, at, d);
             load_summed(writes + t * N, at, a);
             decay_and_add(s, d, xt, a);
-            if (BACKWARD && starts >> t & 1) clear(s);
+            clear_if(BACKWARD && starts >> t & 1, s);
             const float mine[1] = {sum_shared_out<LANES>(ys, at.lane, at.warp)};
             if (at.lane % 2 == 0) store(y + head.row(t0 + t) + at.kept + at.lane / 2, mine);
         }
@@ -178,19 +194,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
     fill_zeros(rs, CHUNK * KEPT);
     fill_zeros(ks, CHUNK * KEPT);
     fill_zeros(exps, CHUNK * KEPT);
+    Staged<N, io> staged_v, staged_dy;
+    Staged<KEPT, io> staged_r, staged_k, staged_w;
+    Starts staged_starts;
+    const auto read_chunk = [&](long long t0) {
+        const int rows = chunk_rows(steps, t0);
+        const long long from = head.row(t0), from_kept = from + blockIdx.y * KEPT;
+        staged_v.read(v + from, head.stride, rows);
+        staged_dy.read(dy + from, head.stride, rows);
+        staged_r.read(r + from_kept, head.stride, rows);
+        staged_k.read(k + from_kept, head.stride, rows);
+        staged_w.read(w + from_kept, head.stride, rows);
+        staged_starts.read(seq_start, head, t0, rows);
+    };
+
+    read_chunk((chunks - 1) * CHUNK);
     for (long long chunk = chunks - 1; chunk >= 0; chunk--) {
         const long long t0 = chunk * CHUNK, from = head.row(t0), from_kept = from + blockIdx.y * KEPT;
         const int rows = chunk_rows(steps, t0);
-        const unsigned starts = chunk_starts(seq_start, head, t0, rows);
+        const unsigned starts = staged_starts.mask(seq_start, head, t0, rows, at);
         load_rows(s, saved_states + (head.index * chunks + chunk) * N * N, at);
         if (starts & 1) clear(s);
         __syncthreads();
-        stage<N>(v_c, v + from, head.stride, rows);
-        stage<N>(dys, dy + from, head.stride, rows);
-        stage<KEPT>(rs, r + from_kept, head.stride, rows);
-        stage<KEPT>(ks, k + from_kept, head.stride, rows);
-        stage<KEPT>(exps, w + from_kept, head.stride, rows, Exp());
+        staged_v.write(v_c, v + from, head.stride, rows);
+        staged_dy.write(dys, dy + from, head.stride, rows);
+        staged_r.write(rs, r + from_kept, head.stride, rows);
+        staged_k.write(ks, k + from_kept, head.stride, rows);
+        staged_w.write(exps, w + from_kept, head.stride, rows, Exp());
         __syncthreads();
+        read_chunk(t0 - CHUNK);
 
         multiply_steps(products, v_c, dys, at);
 #pragma unroll 1

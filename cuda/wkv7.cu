@@ -24,6 +24,9 @@
 // Values are the kept index in the first two kernels, keys in the third.
 #include "wkv.cuh"
 
+// How many blocks an SM shall have room for; 1 leaves the number of registers to ptxas.
+constexpr int FORWARD_BLOCKS = AHEAD ? blocks_of(160) : 1, VALUES_BLOCKS = AHEAD ? blocks_of(128) : 1;
+constexpr int KEYS_BLOCKS = AHEAD ? blocks_of(255) : 1;
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 
 struct Decay {
@@ -33,7 +36,7 @@ struct Decay {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     wkv7_forward(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                  const io* __restrict__ v, const io* __restrict__ a, const io* __restrict__ b,
                  const float* __restrict__ state_in, const unsigned char* __restrict__ seq_start, io* __restrict__ y,
@@ -51,24 +54,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Tile s;
     load_rows(s, state_in + head.index * N * N, at);
     float* saved = saved_states ? saved_states + head.index * count_chunks(steps) * N * N : nullptr;
+    Staged<N, io> staged_r, staged_z, staged_k, staged_a, staged_b;
+    Staged<KEPT, io> staged_v;
+    Starts staged_starts;
+    const auto read_chunk = [&](long long t0) {
+        const int rows = chunk_rows(steps, t0);
+        const long long from = head.row(t0);
+        staged_a.read(a + from, head.stride, rows);
+        staged_z.read(z + from, head.stride, rows);
+        staged_k.read(k + from, head.stride, rows);
+        staged_b.read(b + from, head.stride, rows);
+        staged_r.read(r + from, head.stride, rows);
+        staged_v.read(v + from + blockIdx.y * KEPT, head.stride, rows);
+        staged_starts.read(seq_start, head, t0, rows);
+    };
 
+    read_chunk(0);
     for (long long t0 = 0; t0 < steps; t0 += CHUNK) {
         const int rows = chunk_rows(steps, t0);
         const long long from = head.row(t0);
-        const unsigned starts = chunk_starts(seq_start, head, t0, rows);
+        const unsigned starts = staged_starts.mask(seq_start, head, t0, rows, at);
         __syncthreads();
-        stage<N>(rs, r + from, head.stride, rows);
-        stage<N>(ds, z + from, head.stride, rows, Decay());
-        stage<N>(ks, k + from, head.stride, rows);
-        stage<N>(as, a + from, head.stride, rows);
-        stage<N>(bs, b + from, head.stride, rows);
-        stage<KEPT>(vs, v + from + blockIdx.y * KEPT, head.stride, rows);
+        staged_a.write(as, a + from, head.stride, rows);
+        staged_z.write(ds, z + from, head.stride, rows, Decay());
+        staged_k.write(ks, k + from, head.stride, rows);
+        staged_b.write(bs, b + from, head.stride, rows);
+        staged_r.write(rs, r + from, head.stride, rows);
+        staged_v.write(vs, v + from + blockIdx.y * KEPT, head.stride, rows);
         if (saved) store_rows(s, saved + t0 / CHUNK * N * N, at);
         __syncthreads();
+        read_chunk(t0 + CHUNK);
         for (int t = 0; t < rows; t++) {
             const long long out = head.row(t0 + t) + at.kept;
             float x[SUM], d[SUM], u[KEEP] = {}, ys[KEEP] = {}, vt[KEEP];
-            if (starts >> t & 1) clear(s);
+            clear_if(starts >> t & 1, s);
             load_summed(as + t * N, at, x);
             add_sums(s, x, u, 0);
             sum_to_all<LANES>(u, at.warp);
@@ -89,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // grad_state is the gradient of the last state, or null for zeros.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, VALUES_BLOCKS)
     wkv7_backward_values(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                          const io* __restrict__ a, const io* __restrict__ b,
                          const unsigned char* __restrict__ seq_start, const io* __restrict__ dy,
@@ -107,19 +126,36 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Tile g;
     clear(g);
     if (grad_state) load_rows(g, grad_state + head.index * N * N, at);
-
-    for (long long t0 = (steps - 1) / CHUNK * CHUNK; t0 >= 0 && steps > 0; t0 -= CHUNK) {
+    Staged<N, io> staged_r, staged_z, staged_k, staged_a, staged_b;
+    Staged<KEPT, io> staged_dy;
+    Starts staged_starts;
+    const auto read_chunk = [&](long long t0) {
         const int rows = chunk_rows(steps, t0);
         const long long from = head.row(t0);
-        const unsigned starts = chunk_starts(seq_start, head, t0, rows);
+        staged_r.read(r + from, head.stride, rows);
+        staged_b.read(b + from, head.stride, rows);
+        staged_k.read(k + from, head.stride, rows);
+        staged_z.read(z + from, head.stride, rows);
+        staged_a.read(a + from, head.stride, rows);
+        staged_dy.read(dy + from + blockIdx.y * KEPT, head.stride, rows);
+        staged_starts.read(seq_start, head, t0, rows);
+    };
+
+    const long long last = (count_chunks(steps) - 1) * CHUNK;  // where the last chunk begins
+    read_chunk(last);
+    for (long long t0 = last; t0 >= 0; t0 -= CHUNK) {
+        const int rows = chunk_rows(steps, t0);
+        const long long from = head.row(t0);
+        const unsigned starts = staged_starts.mask(seq_start, head, t0, rows, at);
         __syncthreads();
-        stage<N>(rs, r + from, head.stride, rows);
-        stage<N>(ds, z + from, head.stride, rows, Decay());
-        stage<N>(ks, k + from, head.stride, rows);
-        stage<N>(as, a + from, head.stride, rows);
-        stage<N>(bs, b + from, head.stride, rows);
-        stage<KEPT>(dys, dy + from + blockIdx.y * KEPT, head.stride, rows);
+        staged_r.write(rs, r + from, head.stride, rows);
+        staged_b.write(bs, b + from, head.stride, rows);
+        staged_k.write(ks, k + from, head.stride, rows);
+        staged_z.write(ds, z + from, head.stride, rows, Decay());
+        staged_a.write(as, a + from, head.stride, rows);
+        staged_dy.write(dys, dy + from + blockIdx.y * KEPT, head.stride, rows);
         __syncthreads();
+        read_chunk(t0 - CHUNK);
         for (int t = rows - 1; t >= 0; t--) {
             const long long out = head.row(t0 + t) + at.kept;
             float x[SUM], d[SUM], dut[KEEP] = {}, dvs[KEEP] = {}, dyt[KEEP];
@@ -137,13 +173,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             load_summed(ds + t * N, at, d);
             load_summed(as + t * N, at, x);
             decay_and_add(g, d, dut, x);
-            if (starts >> t & 1) clear(g);
+            clear_if(starts >> t & 1, g);
         }
     }
     store_rows(g, dstate + head.index * N * N, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, KEYS_BLOCKS)
     wkv7_backward_keys(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                        const io* __restrict__ v, const io* __restrict__ a, const io* __restrict__ b,
                        const unsigned char* __restrict__ seq_start, const float* __restrict__ saved_states,
@@ -169,28 +205,56 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     clear(g);
     if (grad_state) load_columns(g, grad_state + head.index * N * N, at);
     const float* saved = saved_states + head.index * count_chunks(steps) * N * N;
+    Staged<N, io> staged_v, staged_dy;
+    Staged<N, float> staged_u, staged_du;
+    typedef Staged<KEPT, io> Kept;
+    Kept staged_z, staged_k, staged_b, staged_r, staged_a;
+    Starts staged_starts;
+    const auto read_kept = [&](long long t0) {
+        const int rows = chunk_rows(steps, t0);
+        const long long from_kept = head.row(t0) + blockIdx.y * KEPT;
+        staged_z.read(z + from_kept, head.stride, rows);
+        staged_k.read(k + from_kept, head.stride, rows);
+        staged_b.read(b + from_kept, head.stride, rows);
+        staged_r.read(r + from_kept, head.stride, rows);
+        staged_a.read(a + from_kept, head.stride, rows);
+    };
+    const auto read_summed = [&](long long t0) {
+        const int rows = chunk_rows(steps, t0);
+        const long long from = head.row(t0);
+        staged_du.read(du + from, head.stride, rows);
+        staged_u.read(saved_u + from, head.stride, rows);
+        staged_v.read(v + from, head.stride, rows);
+        staged_dy.read(dy + from, head.stride, rows);
+        staged_starts.read(seq_start, head, t0, rows);
+    };
 
-    for (long long t0 = (steps - 1) / CHUNK * CHUNK; t0 >= 0 && steps > 0; t0 -= CHUNK) {
+    const long long last = (count_chunks(steps) - 1) * CHUNK;  // where the last chunk begins
+    read_summed(last);
+    read_kept(last);
+    if (AHEAD && steps > 0) load_columns(s, saved + last / CHUNK * N * N, at);
+    for (long long t0 = last; t0 >= 0; t0 -= CHUNK) {
         const int rows = chunk_rows(steps, t0);
         const long long from = head.row(t0), from_kept = from + blockIdx.y * KEPT;
-        const unsigned starts = chunk_starts(seq_start, head, t0, rows);
-        load_columns(s, saved + t0 / CHUNK * N * N, at);
+        const unsigned starts = staged_starts.mask(seq_start, head, t0, rows, at);
+        if (!AHEAD) load_columns(s, saved + t0 / CHUNK * N * N, at);
         __syncthreads();
-        stage<N>(vs, v + from, head.stride, rows);
-        stage<N>(us, saved_u + from, head.stride, rows);
-        stage<N>(dys, dy + from, head.stride, rows);
-        stage<N>(dus, du + from, head.stride, rows);
-        stage<KEPT>(ds, z + from_kept, head.stride, rows, Decay());
-        stage<KEPT>(k_dr, k + from_kept, head.stride, rows);
-        stage<KEPT>(b_da, b + from_kept, head.stride, rows);
-        stage<KEPT>(r_dk, r + from_kept, head.stride, rows);
-        stage<KEPT>(a_db, a + from_kept, head.stride, rows);
+        staged_v.write(vs, v + from, head.stride, rows);
+        staged_u.write(us, saved_u + from, head.stride, rows);
+        staged_dy.write(dys, dy + from, head.stride, rows);
+        staged_du.write(dus, du + from, head.stride, rows);
+        staged_z.write(ds, z + from_kept, head.stride, rows, Decay());
+        staged_k.write(k_dr, k + from_kept, head.stride, rows);
+        staged_b.write(b_da, b + from_kept, head.stride, rows);
+        staged_r.write(r_dk, r + from_kept, head.stride, rows);
+        staged_a.write(a_db, a + from_kept, head.stride, rows);
         __syncthreads();
+        read_summed(t0 - CHUNK);
 
         for (int t = 0; t < rows; t++) {  // S goes through the chunk forwards
             const int row = t * KEPT + at.in_block;
             float x[SUM], w[SUM], sums[2 * KEEP] = {}, d[KEEP], kt[KEEP], bt[KEEP];
-            if (starts >> t & 1) clear(s);
+            clear_if(starts >> t & 1, s);
             load_summed(dus + t * N, at, x);
             add_sums(s, x, sums, KEEP);
             load(ds + row, d);
@@ -214,6 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float mine[1] = {sum_shared_out<LANES>(sums, at.lane, at.warp)};
             if (at.lane % 2 == 0) store(ends + (at.in_block + at.lane / 2), mine);
         }
+        if (AHEAD && t0 > 0) load_columns(s, saved + (t0 / CHUNK - 1) * N * N, at);
         for (int t = rows - 1; t >= 0; t--) {  // G goes through the chunk backwards
             const int row = t * KEPT + at.in_block;
             float x[SUM], sums[2 * KEEP] = {}, rt[KEEP], d[KEEP], as[KEEP];
@@ -231,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int q = 0; q < KEEP; q++)
 #pragma unroll
                 for (int e = 0; e < SUM; e++) g[q][e] = g[q][e] * d[q] + x[e] * as[q];
-            if (starts >> t & 1) clear(g);
+            clear_if(starts >> t & 1, g);
             const float mine[1] = {sum_shared_out<LANES>(sums, at.lane, at.warp)};
             __syncwarp(at.warp);  // all have read r and a
             store((at.lane < KEEP ? r_dk : a_db) + (row + at.lane % KEEP), mine);
@@ -239,29 +304,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
 
         // The gradients are written out. r dr - k dk - b db takes the place of dr, and a da that of da.
-        for (int i = threadIdx.x; i < rows * (KEPT / 4); i += THREADS) {
-            const int t = i / (KEPT / 4), column = i % (KEPT / 4) * 4;
+#pragma unroll
+        for (int n = 0; n < Kept::COUNT; n++) {
+            const int t = Kept::row(n), column = Kept::column(n), row = t * KEPT + column;
+            if (t >= rows) break;
             const long long out = from_kept + t * head.stride + column;
-            const int row = t * KEPT + column;
             float input[4], grad[4], change[4];
             load(k_dr + row, grad);
-            load(r + out, input);
+            staged_r.get(n, r + from_kept, head.stride, input);
             store(dr + out, grad);
 #pragma unroll
             for (int q = 0; q < 4; q++) change[q] = input[q] * grad[q];
             load(r_dk + row, grad);
-            load(k + out, input);
+            staged_k.get(n, k + from_kept, head.stride, input);
             store(dk + out, grad);
 #pragma unroll
             for (int q = 0; q < 4; q++) change[q] -= input[q] * grad[q];
             load(a_db + row, grad);
-            load(b + out, input);
+            staged_b.get(n, b + from_kept, head.stride, input);
             store(db + out, grad);
 #pragma unroll
             for (int q = 0; q < 4; q++) change[q] -= input[q] * grad[q];
             store(k_dr + row, change);
             load(b_da + row, grad);
-            load(a + out, input);
+            staged_a.get(n, a + from_kept, head.stride, input);
             store(da + out, grad);
 #pragma unroll
             for (int q = 0; q < 4; q++) change[q] = input[q] * grad[q];
@@ -269,31 +335,36 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
         if (threadIdx.x < KEPT) {  // d dd takes the place of r dr - k dk - b db
-            float end[1], change[1];
+            float end[1], change[CHUNK], a_da[CHUNK];
             load(ends + threadIdx.x, end);
-            for (int t = rows - 1; t >= 0; t--) {
-                const int row = t * KEPT + threadIdx.x;
-                load(k_dr + row, change);
-                end[0] += change[0];
+#pragma unroll
+            for (int t = 0; t < CHUNK; t++) {
+                change[t] = t < rows ? READ_AS(float, k_dr + t * KEPT + threadIdx.x) : 0.0f;
+                a_da[t] = t < rows ? READ_AS(float, b_da + t * KEPT + threadIdx.x) : 0.0f;
+            }
+#pragma unroll
+            for (int t = CHUNK - 1; t >= 0; t--) {
+                end[0] += change[t];
                 if (starts >> t & 1) end[0] = 0.0f;
-                store(k_dr + row, end);
-                load(b_da + row, change);
-                if (!(starts >> t & 1)) end[0] += change[0];  // otherwise a da may be 0 * infinity
+                if (t < rows) store(k_dr + (t * KEPT + threadIdx.x), end);
+                end[0] += starts >> t & 1 ? 0.0f : a_da[t];  // where a document begins, a da may be 0 * infinity
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < rows * (KEPT / 4); i += THREADS) {
-            const int t = i / (KEPT / 4), column = i % (KEPT / 4) * 4;
-            const long long out = from_kept + t * head.stride + column;
+#pragma unroll
+        for (int n = 0; n < Kept::COUNT; n++) {
+            const int t = Kept::row(n), column = Kept::column(n);
+            if (t >= rows) break;
             float x[4], grad[4];
-            load(z + out, x);
+            staged_z.get(n, z + from_kept, head.stride, x);
             load(k_dr + (t * KEPT + column), grad);
 #pragma unroll
             for (int q = 0; q < 4; q++) {  // dz = d dd * the derivative of log(d) = -e^-0.5 sigmoid(z)
                 const float e = __expf(-fabsf(x[q])), part = __fdividef(1.0f, 1.0f + e);
                 grad[q] *= -DECAY_SCALE * e * part * part;
             }
-            store(dz + out, grad);
+            store(dz + (from_kept + t * head.stride + column), grad);
         }
+        read_kept(t0 - CHUNK);
     }
 }

@@ -95,6 +95,7 @@ KERNEL shuffles(float* out, long long down) {
     const float x = threadIdx.x;
     write_out(out, down ? __shfl_down_sync(warp_lanes(), x, 5) : __shfl_xor_sync(warp_lanes(), x, 5));
 }
+KERNEL ballot(float* out) { write_out(out, __ballot_sync(warp_lanes(), threadIdx.x % 3 == 0) & 0xffffffu); }
 KERNEL never_written(float* out) {
     SHARED(float, tile, 128);
     write_out(out, get(tile + threadIdx.x));

@@ -118,6 +118,16 @@ T exchange(const char* operation, int line, unsigned mask, T value, int source) 
     return value;
 }
 
+// The mask of the lanes whose flag is set.
+static unsigned ballot(const char* operation, int line, unsigned mask, bool flag) {
+    exchange(operation, line, mask, flag, current % WARP);
+    const uint64_t* slot = &slots[current / WARP * 2 * WARP + ((threads[current].shuffles - 1) & 1) * WARP];
+    unsigned lanes = 0;
+    for (int lane = 0; lane < warp_end(current) - warp_begin(current); lane++)
+        lanes |= unsigned(*reinterpret_cast<const bool*>(slot + lane)) << lane;
+    return lanes;
+}
+
 // Which threads touched an element of shared memory last (-1: none), and how many __syncthreads (barrier) and
 // __syncwarps (order) had been passed then.
 struct Shadow {
@@ -299,6 +309,9 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
     const int lane = simt::current % simt::WARP, source = lane + lanes < simt::WARP ? lane + lanes : lane;
     return simt::exchange("__shfl_down_sync", line, mask, value, source);
+}
+static inline unsigned __ballot_sync(unsigned mask, bool flag, int line = __builtin_LINE()) {
+    return simt::ballot("__ballot_sync", line, mask, flag);
 }
 static inline void __trap() { simt::fail("__trap"); }
 #define __expf(x) std::exp(static_cast<float>(x))  // a macro, since glibc has a function of that name

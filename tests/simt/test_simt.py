@@ -83,6 +83,15 @@ def test_shuffles(library, down):
     assert torch.equal(out, (torch.arange(64) - lane + source).float())
 
 
+def test_ballot(library):
+    """Its low 24 bits, which a float holds: of a whole warp, and of one of 16 lanes."""
+    out = guarded((48,), torch.float32)
+    launch(library, "ballot", (1, 1), 48, [out], 1)
+    first = sum(1 << lane for lane in range(24) if lane % 3 == 0)
+    second = sum(1 << lane for lane in range(16) if (32 + lane) % 3 == 0)
+    assert out.tolist() == [first] * 32 + [second] * 16
+
+
 @pytest.mark.parametrize("threads", [16, 64, 88])
 def test_lane_sums(library, threads):
     out = guarded((threads, 6), torch.float32)
