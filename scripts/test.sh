@@ -1,21 +1,30 @@
 #!/bin/sh
-# Style, types and tests. Other arguments go to pytest: sh scripts/test.sh -k merge
-#   sh scripts/test.sh          everything
-#   sh scripts/test.sh --fast   not the tests that are marked slow, nor the types of other versions of Python
+# Style, types and tests.
+#   sh scripts/test.sh            everything
+#   sh scripts/test.sh --fast     not the tests that are marked slow, nor the types of other versions of Python
+#   sh scripts/test.sh -k merge   the tests that pytest selects by such arguments
 set -eu
 EXTRA=test
 . "$(dirname -- "$0")/env.sh"
 cd "$ROOT"
-OTHER_PYTHONS="3.10 3.13"  # the oldest and the newest that are supported
-if [ "${1:-}" = --fast ]; then
-    shift
-    set -- -m "not slow" --numprocesses auto --maxprocesses 4 "$@"
-    OTHER_PYTHONS=
-fi
+FAST=
+[ "${1:-}" != --fast ] || { FAST=1; shift; }
+
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m mypy
-for version in $OTHER_PYTHONS; do
-    "$PYTHON" -m mypy --python-version "$version"
-done
-exec "$PYTHON" -m pytest "$@"
+VERSIONS=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[ -n "$FAST" ] || VERSIONS="3.10 $VERSIONS 3.13"  # the oldest and the newest that are supported
+# shellcheck disable=SC2086
+printf '%s\n' $VERSIONS | sort -u | xargs -n 1 -P 2 "$PYTHON" -m mypy --python-version
+
+together() { # several of them at once, which those that are marked slow cannot be: they look at the time and at processes
+    "$PYTHON" -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 "$@"
+}
+if [ -n "$FAST" ]; then
+    together "$@"
+elif [ $# -gt 0 ]; then
+    "$PYTHON" -m pytest "$@"
+else
+    together
+    "$PYTHON" -m pytest -m slow
+fi
