@@ -20,7 +20,7 @@ from tests.processes import Start, processes
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Small tensors: a second thread costs more than it brings."""
+    """The tests' tensors are small: a second thread costs more than it gains."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,6 +32,17 @@ def start_process() -> Iterator[Start]:
     """`start_process(command, **options of Popen)`; what is left of it at the end of the test is killed."""
     with processes() as start:
         yield start
+
+
+@pytest.fixture
+def recomputed_blocks(monkeypatch) -> list:
+    """Grows by an element for each block that a forward pass leaves to be computed again (gradient checkpointing)."""
+    from rwkv_miss.model import base
+
+    found: list = []
+    original = base.checkpoint
+    monkeypatch.setattr(base, "checkpoint", lambda f, *x, **more: (found.append(f), original(f, *x, **more))[1])
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from rwkv_miss.model.state import State
 
 
 def adapters(model: nn.Module) -> dict[str, MissLinear]:
-    """The linears that MiSS goes beside, by the path of their module, in the model's order."""
+    """The linears with a MiSS adapter by module path, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MissLinear)}
 
 

@@ -36,7 +36,7 @@ def processes() -> Iterator[Start]:
 
 
 def run_process(command: Sequence[str], timeout: float, **options) -> subprocess.CompletedProcess:
-    """Runs a command to its end, or to that of the test: TimeoutExpired after `timeout` seconds."""
+    """Runs a command to its end; after `timeout` seconds it is killed and TimeoutExpired raised."""
     with processes() as start:
         process = start(command, **options)
         stdout, stderr = process.communicate(timeout=timeout)

@@ -1,4 +1,4 @@
-"""A model that says what it is told to."""
+"""A fake model that generates given texts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rwkv_miss.model.state import State
 
 
 class Scripted(torch.nn.Module):
-    """Says the given texts, the next one to each sequence that begins, whatever it reads: each step's logits favour
-    the text's next byte. After its text it says `~`."""
+    """Generates the given texts whatever the prompt: the first text for the sequence that begins first, and so on. Each
+    step's logits favour the text's next byte, and `~` after its end."""
 
     def __init__(self, *texts: bytes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reading what is and what is not an RWKV checkpoint, and writing files that are whole or not there."""
+"""Reading RWKV checkpoints, refusing other files, and writing files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -169,10 +169,10 @@ def test_a_missing_layer(tmp_path, random_weights):
 
 
 def test_any_missing_key(tmp_path, random_weights):
-    """Every single key, but those by which the architecture is recognised."""
+    """Every key but those that identify the architecture, and layer 0's v0, v1 and v2, which are optional."""
     whole = random_weights(n_layer=2, layer0_v=True)
     for key in whole:
-        if key.startswith(("blocks.0.att.v", "blocks.0.att.k_k")):
+        if key.startswith(tuple(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2", "k_k"))):
             continue
         path = save(tmp_path / "base.pth", {k: t for k, t in whole.items() if k != key})
         assert_refused(path, key)
@@ -182,7 +182,7 @@ def test_any_missing_key(tmp_path, random_weights):
 
 @pytest.mark.parametrize("change", ["one more row", "one dimension less", "one dimension more"])
 def test_any_mismatched_shape(tmp_path, random_weights, change):
-    """Every single tensor. Where it is the one that the sizes are inferred from, another one is named."""
+    """Every tensor. If sizes are inferred from the changed one, the message names another."""
     whole = random_weights(n_layer=2)
     for key, tensor in whole.items():
         other = {
@@ -282,7 +282,7 @@ def test_write_pth_writes_what_torch_save_writes(tmp_path):
             assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
     with zipfile.ZipFile(path) as z, zipfile.ZipFile(other) as z_other:
         assert z.testzip() is None
-        # Under the name of the file, as in PyTorch's own: its records; and data aligned as for mmap.
+        # Below a folder named after the file: the same data records as in PyTorch's own.
         names = {n.split("/", 1)[1] for n in z.namelist()}
         assert {n for n in names if n.startswith("data")} == {
             n.split("/", 1)[1] for n in z_other.namelist() if n.split("/", 1)[1].startswith("data")
@@ -291,8 +291,8 @@ def test_write_pth_writes_what_torch_save_writes(tmp_path):
 
 
 def test_write_pth_raises_what_compute_raises(tmp_path):
-    """Also where the tensor is not what its spec says. In a process of its own: PyTorch's writer ends the process
-    where it is left with a file that is closed."""
+    """Also where the tensor does not match its spec. In a process of its own: PyTorch's writer aborts the process if
+    it is left with a closed file."""
     code = f"""
 import torch
 from pathlib import Path

@@ -43,7 +43,7 @@ def test_what_works_for_one_version_alone_is_said(capsys, monkeypatch):
 
 
 def test_a_driver_that_torch_cannot_use_is_told(capsys, monkeypatch):
-    """torch counts GPUs without it. Commands run on the CPU then."""
+    """torch counts GPUs even if it cannot use the driver. Commands then run on the CPU."""
 
     def fail(_):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")

@@ -24,7 +24,7 @@ from rwkv_miss.generation.sampling import Sampling
 from tests.scripted import Scripted
 
 BYTES = load_tokenizer("bytes")
-# Starts a command as a shell in the foreground does, whatever started the tests; progress lines come at once.
+# Runs a command with the signal handlers that it has in a foreground shell; progress lines are printed at once.
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +38,7 @@ sys.exit(main())
 
 @pytest.fixture
 def base(make_base) -> Path:
-    """A model that never ends a text, as far as a greedy choice goes."""
+    """A model that never chooses the end token greedily."""
     path = make_base(vocab_size=256)
     weights = torch.load(path)
     weights["head.weight"][0] = 0

@@ -21,7 +21,7 @@ from rwkv_miss.export import pth
 from tests.helpers import adapters
 from tests.processes import run_process
 
-# The function's module: its name in the package is the function's.
+# The module rwkv_miss.merging.
 MODULE = sys.modules[merge.__module__]
 WEIGHTS = "adapter_model.safetensors"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -145,7 +145,7 @@ def test_the_merged_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits):
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["state", "miss+state"])
 def test_a_state_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits, method):
-    """RWKV-7's users give it to the package as its state, as it is."""
+    """Users of RWKV-7 pass the file's tensors to the package as its state, unchanged."""
     folder = make_trained(tiny_model, tmp_path / "adapter", AdapterConfig(method, r=12))
     state, merged = tmp_path / "state.pth", tmp_path / "merged.pth"
     merge(tiny_model, folder, state, state_only=True)
@@ -196,7 +196,7 @@ def test_full(either_base, tmp_path):
 
 @torch.no_grad()
 def test_a_state_is_stored_in_one_layout_whatever_the_version(either_base, tmp_path):
-    """Beside the weights and alone, and on a base that has one already."""
+    """In the merged file and in a file of its own, and on a base that has a state already."""
     folder = make_trained(either_base, tmp_path / "adapter", AdapterConfig("state"))
     state, merged, again = (tmp_path / f"{name}.pth" for name in ("state", "merged", "again"))
     report = merge(either_base, folder, state, state_only=True)
@@ -356,6 +356,8 @@ def test_a_runs_folder_means_its_adapter(base, folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run-adapter").rename(tmp_path / "run" / "adapter")
     merge(base, tmp_path / "run", tmp_path / "out.pth")
+    merge(base, tmp_path / "run" / "adapter", tmp_path / "same.pth")
+    assert (tmp_path / "out.pth").read_bytes() == (tmp_path / "same.pth").read_bytes()
 
 
 def test_how_far_it_is_is_told(base, folder, tmp_path):
@@ -368,13 +370,13 @@ def test_how_far_it_is_is_told(base, folder, tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("key", ["emb.weight", "head.weight", "blocks.1.ffn.key.weight"])
 def test_logits_that_are_no_numbers_are_found(base, tmp_path, out, key, value):
-    """They compare equal to nothing: neither "equal" nor "a faulty disk" may be said of them."""
+    """NaN equals nothing: the check may report neither equal logits nor a faulty disk."""
     weights = torch.load(base)
     weights[key][3] = value
     broken = tmp_path / "broken.pth"
     torch.save(weights, broken)
     folder = make_adapter(broken, tmp_path / "adapter")
-    if key == "emb.weight":  # only where that token stands
+    if key == "emb.weight":  # the check may not meet that one token: damage all of them
         weights[key][:] = value
         torch.save(weights, broken)
         folder = make_adapter(broken, tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""What is typed after a command: options in the user's words, and values as they were meant."""
+"""Parsing of the command line: wrong options get a suggestion, and values are taken as they were typed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAIN = ["train", "--base=b.pth", "--data=d.txt", "--tokenizer=bytes", "--out=o"
     ],
 )
 def test_an_option_that_there_is_not(capsys, arguments, said):
-    """The beginning of a name is not the name: --r would be --resume."""
+    """Abbreviations are not accepted: --r would be --resume."""
     assert main([*TRAIN, *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1
@@ -75,7 +75,7 @@ def test_a_prompt_is_what_was_typed(text):
     assert options.prompt == text
 
 
-def test_numbers_below_zero_are_values(capsys):
+def test_numbers_below_zero_are_values():
     assert _parse([*TRAIN, "--lr", "-1"])[0].lr == -1.0
 
 

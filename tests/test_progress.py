@@ -51,7 +51,7 @@ def test_a_bar_on_a_terminal_which_is_gone_at_the_end(monkeypatch, error):
     with pytest.raises(KeyboardInterrupt) if error else show_progress("none", io.StringIO()):  # noqa: SIM117
         with show_progress("answers", out) as report:
             report(3, 40)
-            report(4, 40)  # sooner than the eye can see
+            report(4, 40)  # too soon to be drawn
             if error:
                 raise error
     text = out.getvalue()

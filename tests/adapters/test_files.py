@@ -52,7 +52,7 @@ def edit_weights(folder: Path, change) -> None:
 
 
 def assert_refused(base: Path, folder: Path, *words: str) -> None:
-    """UserError that says all of `words`, and the model is as it was."""
+    """`load_adapter` raises a UserError with all of `words` and leaves the model as it was."""
     model = load_model(base)
     before = {n: p.data_ptr() for n, p in model.named_parameters()}
     with pytest.raises(UserError) as error:
@@ -82,7 +82,7 @@ def test_what_is_on_disk(folder):
         f"base_model.model.blocks.{i}.{name}.miss_block": (5, 32) for i in range(3) for name in ("att.key", "ffn.value")
     }
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode  # readable by whom the umask says
+    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode  # permissions follow the umask
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def test_a_broken_json(base, folder, name, content):
 
 
 def test_no_rank_in_the_config(base, folder):
-    """Also where no block contradicts it."""
+    """With blocks in the weights file, and without."""
     content = json.loads((folder / CONFIG).read_text())
     del content["r"]
     (folder / CONFIG).write_text(json.dumps(content))

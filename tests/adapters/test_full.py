@@ -1,4 +1,4 @@
-"""The base's own parameters and its initial state: chosen, trained, saved, loaded, and to HF PEFT and back."""
+"""Training the base's own parameters and its initial state: selecting, saving, loading, exchange with HF PEFT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIGS = {
 
 
 def whole_parameters(model) -> dict[str, nn.Parameter]:
-    """What is trained itself, by checkpoint key."""
+    """The parameters that are trained themselves, without an adapter, by checkpoint key."""
     return {key: p for key, p in trained_parameters(model).items() if key in installed(model).plan.whole}
 
 
@@ -52,7 +52,7 @@ def test_a_new_adapter_computes_the_base(either_base, config, dtype):
     model = inject(load_model(either_base, dtype), config)
     logits, _ = model(TOKENS)
     assert torch.equal(logits, expected) and logits.dtype == dtype
-    # Everything trained takes part, in fp32; nothing else does.
+    # Exactly the trained parameters get a gradient, and they are in fp32.
     logits.float().square().mean().backward()
     for name, p in model.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
@@ -61,7 +61,7 @@ def test_a_new_adapter_computes_the_base(either_base, config, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_step_is_the_models_own(either_base, dtype):
-    """Of method full: the gradients are those of the base's parameters."""
+    """With method full, the gradients equal those of the plain base model."""
     base, model = load_model(either_base, dtype), inject(load_model(either_base, dtype), AdapterConfig("full"))
     for m in (base, model):
         m(TOKENS)[0].float().square().mean().backward()

@@ -47,7 +47,7 @@ def test_target_modules(model, targets, expected):
     assert set(adapters(model)) == expected
 
 
-# A part of a name, a parameter that is no linear, the head, and a layer that is not there.
+# A part of a name, a parameter that is no linear, the head, a layer that does not exist, a linear of RWKV-6 alone.
 @pytest.mark.parametrize("target", ["ey", "att.w1", "head", "blocks.3.att.key", "att.gate"])
 def test_a_target_that_matches_nothing(model, target):
     with pytest.raises(UserError, match=rf"target_modules: {target} matches no linear.*att\.key"):

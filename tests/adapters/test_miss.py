@@ -11,7 +11,7 @@ from rwkv_miss.adapters.miss import MissLinear, _MissFunction, add_to_blocks, bl
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.model.rwkv7 import RWKV7
 
-# (in, out, r): dividing, ragged, one row, one block, r just below and above a half of `in`.
+# (in, out, r): r divides `in` or does not; r = 1; r = `in`; r just below `in` and just above half of it.
 SHAPES = [(24, 10, 6), (24, 10, 7), (10, 24, 4), (12, 5, 1), (12, 5, 12), (13, 6, 12), (13, 6, 7), (5, 3, 3)]
 
 
@@ -26,7 +26,7 @@ def dense_delta(D: Tensor, n_in: int) -> Tensor:
 
 
 def frozen(W: Tensor) -> Linear:
-    """The linear with that weight."""
+    """A frozen linear with the weight W."""
     linear = Linear(W.shape[1], W.shape[0])
     linear.weight = nn.Parameter(W, requires_grad=False)
     return linear
@@ -155,7 +155,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    """With W = 0 and D's one row of ones, y is the dropped x's sum: of ones, 4/3 times the number kept."""
+    """With W = 0, r = 1 and D = 1, y is the sum of x after dropout: for ones, 4/3 times the number kept."""
     layer = MissLinear(frozen(torch.zeros(1, 400)), 1, dropout=0.25)
     layer.miss_block.data.fill_(1)
     torch.manual_seed(0)

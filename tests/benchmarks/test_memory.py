@@ -1,4 +1,4 @@
-"""The benchmark of memory: its processes and its table run, and its figures have the right order."""
+"""The memory benchmark: it runs, and its figures have the expected order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_memory_grows_with_whole_rows_and_not_where_gradients_are_cut(monkeypatc
     whole, _, exact, _, cut, _ = rows = memory.bench_memory(1).rows
     assert [row["gradient_checkpointing"] for row in rows] == ["no", "yes"] * 3
     assert whole["T 8192"] > 3 * whole["T 2048"] > 0
-    assert exact["T 8192"] < whole["T 8192"] / 6  # a third of it where freed memory is not given back
+    assert exact["T 8192"] < whole["T 8192"] / 6  # about a third if freed memory is not returned to the system
     assert cut["T 8192"] < whole["T 8192"] / 8
 
 

@@ -23,6 +23,6 @@ def pairs(documents):
 
 
 def conversation(prompt, answer):
-    """So many tokens of a prompt, 1, 2, ..., and so many of an answer, which carry loss."""
+    """A prompt of `prompt` tokens and an answer of `answer` tokens, with ids 1, 2, ...; the answer carries loss."""
     ids = np.arange(1, prompt + answer + 1, dtype=np.int32)
     return Document(ids, ids > prompt)

@@ -1,4 +1,4 @@
-"""Micro-batches: each row once over ranks, steps and windows, and going on where a run stopped."""
+"""Micro-batches: each row comes once over ranks, steps and windows, and a resumed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CTX_LEN = 6
 
 
 def make_rows(count):
-    """Row i is one document of 2 to CTX_LEN + 1 tokens i + 1. Its first position has no loss unless it is alone."""
+    """Row i is one document of 2 to CTX_LEN + 1 tokens, each i + 1. Its first target has no loss unless it is alone."""
     documents = []
     for i in range(count):
         length = 2 + i * 7 % CTX_LEN
@@ -155,7 +155,7 @@ def test_windows_are_the_columns_of_the_rows_in_turn(count, batch_size, accumula
             used = -(-width // window_len)
             for name in ("tokens", "targets", "seq_start"):
                 found = torch.cat([part[name] for part in parts[:used]], 1)
-                # A share without any row has nothing but padding, which begins wherever a window does.
+                # Without rows a micro-batch is padding alone, whose seq_start is set where each window begins.
                 assert torch.equal(found, row[name]) or not names(row)
             assert all(part["tokens"].shape == (len(row["tokens"]), 1) for part in parts[used:])
             assert sum(map(loss_tokens, parts)) == loss_tokens(row)
@@ -163,7 +163,7 @@ def test_windows_are_the_columns_of_the_rows_in_turn(count, batch_size, accumula
         assert {part["has_loss"] for part in parts} == {sum(map(loss_tokens, parts)) > 0}
         assert len({part["tokens"].shape[1] for part in parts}) == 1
         assert len({part["positions"] for part in parts}) == 1
-    for rank in ranks if not trim else []:  # trimmed, rows that are shared out otherwise have other widths
+    for rank in ranks if not trim else []:  # trimmed widths depend on which rows are together
         assert sum(part["positions"] for part in rank) == count * CTX_LEN
 
 
@@ -189,7 +189,7 @@ def test_resumed_anywhere_goes_on_as_if_never_stopped(window_len):
 
 
 def test_an_abandoned_iterator_is_not_gone_on_with():
-    """After a pass that was given up, as in Lightning's check of two batches before training, the next is whole."""
+    """After an abandoned pass, such as Lightning's sanity check of two validation batches, the next is complete."""
     stream = make_stream(shuffle=False)
     wanted = list(make_stream(shuffle=False))
     assert same(list(itertools.islice(stream, 2)), wanted[:2])
@@ -198,7 +198,7 @@ def test_an_abandoned_iterator_is_not_gone_on_with():
 
 @given(**sizes, packing=st.booleans(), window_len=st.sampled_from([None, 3]))
 def test_filled_counts_what_is_no_padding(count, batch_size, accumulate, world_size, packing, window_len):
-    """Every rank counts what all ranks have; over an epoch each position of each document is counted once."""
+    """Each rank's `filled` is that of all ranks; over an epoch each position of each document is counted once."""
     documents = [Document(np.full(2 + i * 7 % 9, i + 1, np.int32), np.arange(2 + i * 7 % 9) > 0) for i in range(count)]
     rows, _ = make_any_rows(documents, 9, packing=packing)
     options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size, seed=0, shuffle=True)
@@ -251,7 +251,7 @@ def test_every_group_comes_once_and_whole(count, batch_size, accumulate, world_s
                 parts = rank[first : first + windows]
                 assert {part["records"].dtype for part in parts} == {torch.int64}
                 assert all(torch.equal(part["records"] >= 0, part["tokens"] > 0) for part in parts)
-                assert all((part["tokens"] == part["records"] + 1).all() for part in parts)  # document i says i + 1
+                assert all((part["tokens"] == part["records"] + 1).all() for part in parts)  # document i: all i + 1
                 here = {int(i) for part in parts for i in part["records"].unique() if i >= 0}
                 assert here == {i // n * n + k for i in here for k in range(n)}  # whole groups
                 seen += sorted(here)
@@ -314,7 +314,7 @@ def test_lightning_resumes_at_every_step(tmp_path):
     wanted = [names(batch) for batch in [*stream, *stream, *stream]]
     whole = fit(tmp_path / "whole", max_steps=15)
     assert whole.seen == wanted[:30]
-    assert whole.validated == [[0, 1], [2, 3]] + [[0, 1], [2, 3], [4]] * 2  # two for Lightning's check
+    assert whole.validated == [[0, 1], [2, 3]] + [[0, 1], [2, 3], [4]] * 2  # first two for Lightning's sanity check
     for step in (1, 5, 6, 7, 12):
         resumed = fit(tmp_path / "resumed", max_steps=15, resume=tmp_path / "whole" / f"step={step}.ckpt")
         assert resumed.seen == wanted[2 * step : 30], step

@@ -1,4 +1,4 @@
-"""A binidx byte by byte: files made by hand, as the format says, are what we read and write. All else is refused."""
+"""The binidx format (Megatron's .bin and .idx): we read and write the bytes that it prescribes, and refuse all else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCUMENTS = [[1, 2, 3, 0], [70, 0], [], [5]]
 
 
 def by_hand(prefix: Path, documents: list[list[int]], code: int = 8, letter: str = "H", **changes) -> None:
-    """Writes a pair with one sequence for each document. `changes` replace fields of its index."""
+    """Writes a .bin and .idx with one sequence for each document. `changes` replace fields of the index."""
     sizes = [len(d) for d in documents]
     width = struct.calcsize(letter)
     fields = {
@@ -66,7 +66,7 @@ def test_the_bytes_are_those_of_the_format(tmp_path, code, letter, name):
 
 @pytest.mark.parametrize("name", ["uint8", "int32", "int64"])
 def test_deepspeed_s_copy_of_megatron_s_code(tmp_path, name):
-    """It writes the bytes that we write, and reads them. (Its code for uint16 is one that Megatron does not know.)"""
+    """DeepSpeed writes the bytes that we write, and reads ours. (Megatron does not know its dtype code for uint16.)"""
     theirs = pytest.importorskip("deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset")
     dtype = np.dtype(name)
     builder = theirs.MMapIndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype.type)
@@ -192,7 +192,7 @@ def test_what_a_path_means(tmp_path):
     assert [binidx_prefix(p) for p in (prefix, f"{prefix}.bin", Path(f"{prefix}.idx"))] == [prefix] * 3
     assert binidx_prefix(tmp_path / "my") is None
     (tmp_path / "my.corpus.bin").unlink()
-    assert binidx_prefix(prefix) == prefix  # to be told that its .bin is missing
+    assert binidx_prefix(prefix) == prefix  # so that reading it reports the missing .bin
     (tmp_path / "my.corpus").mkdir()
     assert binidx_prefix(prefix) == prefix
     (tmp_path / "my.corpus").rmdir()

@@ -1,4 +1,4 @@
-"""What a context length cuts and leaves out, alone and in groups, and which would be enough."""
+"""What a context length truncates and drops, of single records and of groups, and which length would be enough."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_split_long_carries_the_rest_of_conversations_on():
         [1, 2, 3, 4, 5, 6],
         [6, 7, 8, 9, 10, 11],
         [11, 12],
-        [6, 7],  # of the question alone nothing is learned
+        [6, 7],  # the piece before it, 1 to 6, has no loss and is left out
         [1, 2, 3, 4, 5, 6],
         [11, 12, 13, 14],
     ]
@@ -79,7 +79,7 @@ def any_documents(draw, most=25):
 
 
 def lost(documents, ctx_len, group_size=None):
-    """The documents that are not whole, and the loss tokens that are missing, among those with something to learn."""
+    """(documents cut or dropped, loss tokens lost), only of groups whose documents all have something to learn."""
     n = group_size or 1
     groups = [documents[i : i + n] for i in range(0, len(documents), n)]
     learnable = [d for group in groups if all(d.mask.any() for d in group) for d in group]
@@ -100,7 +100,7 @@ def lost(documents, ctx_len, group_size=None):
 @settings(deadline=None, max_examples=60)
 @given(documents=any_documents(), repeated=st.sampled_from([1, 40]))
 def test_the_enough_ctx_len_is_the_least_that_loses_no_more_than_one_percent(documents, repeated, group_size):
-    documents = documents * repeated  # so that there is something to tolerate
+    documents = documents * repeated  # with 40 copies, 1 % is often more than nothing
     if group_size and len(documents) % group_size:
         documents = documents * group_size
     enough = enough_ctx_len(documents, group_size)

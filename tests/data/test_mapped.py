@@ -117,7 +117,7 @@ def test_an_id_beyond_the_vocabulary_is_found_at_load(tmp_path, at, dtype):
     assert len(open_documents(tmp_path / "p", 201, DataOptions())) == 1000
 
 
-def test_a_negative_id_is_none(tmp_path):
+def test_a_negative_id_is_refused(tmp_path):
     write_binidx(tmp_path / "p", [[1, 2], [3, -4]], np.int32)
     with pytest.raises(UserError, match=r"document 1 .*token -4 is not in the model's vocabulary"):
         open_documents(tmp_path / "p", 200, DataOptions())
@@ -149,7 +149,6 @@ def test_memory_is_for_places_not_for_tokens(tmp_path):
     not grow by a fifth of the file before its first batch."""
     write_binidx(tmp_path / "p", (np.full(5000, i % 99 + 1, np.uint16) for i in range(4000)))
     code = f"""
-from rwkv_miss.config import DataOptions
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.mapped import open_documents

@@ -1,4 +1,4 @@
-"""Data files as records: what is read, what is named because it is not, and what is refused."""
+"""Data files as records: what is read, which unread fields are reported, and what is refused."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": 'say "a,\tb"', "answ
 
 
 def write_as(path):
-    """`ROWS` in the format that the suffix names; of a compressed file, JSON lines."""
+    """Writes `ROWS` in the format that the suffix names; a compressed file holds JSON lines."""
     lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
     if path.suffix in (".csv", ".tsv"):
         with path.open("w", encoding="utf-8-sig", newline="") as file:

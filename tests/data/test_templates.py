@@ -100,6 +100,6 @@ def test_text_is_left_as_it_is():
             function(record, KEEP)
 
 
-def test_options_that_are_none():
+def test_wrong_answer_options_are_problems():
     assert DataOptions(answer_lines="drop").problems() == ["answer_lines is 'drop'; it must be keep or join"]
     assert DataOptions(answer_end="stop").problems() == ["answer_end is 'stop'; it must be token or blank_line"]

@@ -1,4 +1,4 @@
-"""Tokenizers: the ids and texts of the programs that they must agree with."""
+"""Tokenizers: their ids and texts are those of the reference implementations."""
 
 from __future__ import annotations
 

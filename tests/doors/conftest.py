@@ -1,4 +1,4 @@
-"""The doors that new things come in by: each test adds a toy in the way that CONTRIBUTING.md says."""
+"""The extension points of the package: each test adds a toy extension as CONTRIBUTING.md describes."""
 
 from tests.training.conftest import base, data
 

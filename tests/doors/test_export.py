@@ -1,4 +1,4 @@
-"""A target of exports is one file and one line: the toy is written, verified, and refuses what it cannot hold."""
+"""An export target is one file and one line of a table: the toy is written and verified, or refuses the model."""
 
 from __future__ import annotations
 

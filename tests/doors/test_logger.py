@@ -1,4 +1,4 @@
-"""A logger is one line: the toy is given the figures that metrics.csv has."""
+"""A logger is one line of a table: the toy gets the same figures as metrics.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method is one file and one line: the toy trains, saves, loads, resumes and merges."""
+"""A method is one file and one line of a table: the toy trains, saves, loads, resumes and merges."""
 
 from __future__ import annotations
 

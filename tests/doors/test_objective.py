@@ -1,4 +1,4 @@
-"""An objective is one file and one line: the toy's loss over pairs in packed rows is that of its pairs one by one."""
+"""An objective is one file and one line of a table: the toy's loss in packed rows is that of its pairs one by one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_it_trains_validates_resumes_and_merges(config, tmp_path):
 @pytest.mark.parametrize("changes", [{"batch_size": 1, "accumulate": 2}, {"chunk_len": 16}, {"packing": False}])
 def test_however_the_rows_are_laid_out_the_run_is_the_same(config, tmp_path, changes):
     whole = replace(config, batch_size=99, max_steps=2)
-    if "accumulate" in changes:  # the same rows in a step
+    if "accumulate" in changes:  # so that a step has the same rows
         whole = replace(config, max_steps=2)
     quiet_train(whole)
     other = replace(whole, out=str(tmp_path / "other"), **changes)
@@ -103,7 +103,7 @@ def test_however_the_rows_are_laid_out_the_run_is_the_same(config, tmp_path, cha
 
 
 def test_ranks_share_the_pairs_out(config):
-    """The sums of both ranks over all of a step's pairs are the mean of one process."""
+    """Each rank divides its sum by the step's number of pairs; the results add up to the mean of one process."""
     model = load_model(config.base)
     documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
     rows, _ = make_rows(documents, config.ctx_len, packing=True, group_size=2)

@@ -1,4 +1,4 @@
-"""A reader is one file and one line: the toy's records are trained on, measured and written as a binidx."""
+"""A reader is one file and one line of a table: the toy's records are trained on, measured and written as a binidx."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def toy(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
-    """The same records in the toy's form and in one that is known."""
+    """The same records in the toy's format and as JSON lines."""
     (tmp_path / "a.sums").write_text("2+2=4;30+3=33;5+6=11")
     records = [{"question": q, "answer": a} for q, a in (("2+2", "4"), ("30+3", "33"), ("5+6", "11"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

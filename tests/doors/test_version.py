@@ -1,4 +1,4 @@
-"""A version is one file and one line: the toy is made, recognised, trained, resumed and merged; its state goes on."""
+"""A version is one file and one line of a table: the toy is made, recognised, trained, resumed and merged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    """Before the version that it varies."""
+    """Puts the toy first in the table: RWKV-7 would recognise its files too."""
     rest = dict(MODELS)
     MODELS.clear()
     MODELS.update({DeepRWKV7.version: DeepRWKV7} | rest)
@@ -32,7 +32,7 @@ def toy(monkeypatch):
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """Made by `init`, then moved away from its start, where nothing adds anything."""
+    """Written by `init`, then with noise added: initially no block adds anything."""
     sizes = ["--n_layer=2", "--n_embd=32", "--head_size=16", "--vocab_size=256", "--dtype=fp32"]
     assert main(["init", "--version=7-deep", *sizes, f"--out={tmp_path / 'new.pth'}"]) == 0
     rng = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""A target of exports as CONTRIBUTING.md says to add one: numpy's .npz, every tensor in fp32."""
+"""An export target, added as CONTRIBUTING.md describes: NumPy's .npz, every tensor in fp32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A method as CONTRIBUTING.md says to add one: each output of a linear is scaled, y = (1 + gain s) W x, s trained."""
+"""A method, added as CONTRIBUTING.md describes: the outputs of a linear are scaled, y = (1 + gain s) W x, s trained."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ class Scale(LinearMethod):
 
 
 METHOD = Scale()
-# The line of the table.
+# The line of the table METHODS.
 ENTRY = Entry("tests.doors.toy_method", ("target_modules", "modules_to_save"), {"gain": 1.0})

@@ -1,5 +1,5 @@
-"""An objective as CONTRIBUTING.md says to add one: of two records that follow each other in the data, the first is to
-be likelier than the second, -log sigmoid(log p(first) - log p(second)), averaged over the pairs."""
+"""An objective, added as CONTRIBUTING.md describes: of two consecutive records of the data the first should become
+likelier than the second, -log sigmoid(log p(first) - log p(second)), averaged over the pairs."""
 
 from __future__ import annotations
 

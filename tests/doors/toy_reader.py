@@ -1,4 +1,4 @@
-"""A reader as CONTRIBUTING.md says to add one: a line of questions and answers, `2+2=4;3+3=6`."""
+"""A reader, added as CONTRIBUTING.md describes: a line of questions and answers, `2+2=4;3+3=6`."""
 
 from __future__ import annotations
 

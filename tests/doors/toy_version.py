@@ -1,5 +1,5 @@
-"""A version as CONTRIBUTING.md says to add one: RWKV-7 whose channel mix scales its keys by an embedding of its own, as
-RWKV-7a's DeepEmbed does."""
+"""A version, added as CONTRIBUTING.md describes: RWKV-7 whose channel mix scales its keys by an embedding of its own,
+as RWKV-7a's DeepEmbed does."""
 
 from __future__ import annotations
 

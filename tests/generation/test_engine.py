@@ -1,4 +1,4 @@
-"""The engine: each member of a batch whose members come and go gets the text that it gets alone."""
+"""The engine: sequences (members) join and leave a running batch, and each gets the text that it gets alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompt_of(n_tokens: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def greedy(model: RWKV, prompt: list[int], n_tokens: int) -> str:
-    """The definition: the whole sequence is run again for each token."""
+    """Greedy decoding without a state: the whole sequence is run again for each token."""
     ids = list(prompt)
     while len(ids) < len(prompt) + n_tokens:
         ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
@@ -53,9 +53,9 @@ def text_of(pieces: list[Piece], member: int | None = None) -> str:
 
 @pytest.fixture
 def model(either_base) -> RWKV:
-    """In float64, so that the size of the batch makes no difference; it does not end a text by itself."""
+    """In float64, so that the batch size makes no difference; greedily it never chooses the end token."""
     model = load_model(either_base, torch.float64)
-    model.head.weight.data[END] = 0  # of 63 other logits one is above 0
+    model.head.weight.data[END] = 0  # END has logit 0, and one of the 63 others is above 0
     return model
 
 
@@ -66,7 +66,7 @@ def model(either_base) -> RWKV:
 def test_members_that_come_and_go_get_the_texts_that_they_get_alone(either_base, max_positions):
     model = load_model(either_base, "fp32")
     model.head.weight.data[END] *= 2  # so that some texts end by themselves
-    # (the step it comes at, the tokens of its prompt, its max_tokens)
+    # (step at which the member is added, number of prompt tokens, max_tokens)
     plan = [(0, 3, 9), (0, 1, 4), (0, 12, 30), (2, 5, 1), (2, 40, 6), (5, 2, 20), (11, 8, 3), (11, 9, 12), (70, 4, 5)]
     engine = Engine(model, LETTERS, max_positions)
     pieces: list[Piece] = []
@@ -169,7 +169,7 @@ def test_prompts_of_very_different_lengths(model, max_positions):
     for i, n in enumerate(lengths):
         engine.add(prompt_of(n, i), Sampling(max_tokens=5))
     pieces = list(engine)
-    assert max(positions) <= max(max_positions, len(lengths))  # a step of one token for each member is no prompt
+    assert max(positions) <= max(max_positions, len(lengths))  # one token for each member is always allowed
     for i, n in enumerate(lengths):
         assert text_of(pieces, i) == greedy(model, prompt_of(n, i), 5), n
 
@@ -177,7 +177,7 @@ def test_prompts_of_very_different_lengths(model, max_positions):
 @pytest.mark.parametrize("learned", [False, True])
 @torch.no_grad()
 def test_a_prompt_in_pieces_leaves_the_state_of_the_whole(model, learned):
-    """Beside it others are read: from nothing, from a state, and as long."""
+    """Beside it other prompts are read, from nothing and from a state."""
     if learned:
         add_initial_state(model)
         for block in model.blocks:
@@ -226,7 +226,7 @@ def test_the_settings_and_random_numbers_of_a_member_are_its_own(model):
     pieces = []
     for sampling in samplings:
         engine.add(prompt_of(6, 0), sampling)
-        engine.add(prompt_of(4, 1), Sampling(max_tokens=3))  # in its way
+        engine.add(prompt_of(4, 1), Sampling(max_tokens=3))  # another member in its batch
         pieces += engine.step()
     pieces += engine
     texts = [text_of(pieces, 2 * i) for i in range(len(options))]
@@ -236,7 +236,7 @@ def test_the_settings_and_random_numbers_of_a_member_are_its_own(model):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.5), (0.7, 1.0), (1.3, 0.85)])
 def test_one_sequence_is_sampled_as_torch_multinomial_samples_its_sorted_nucleus(model, temperature, top_p):
-    """So a seed gives the text that it gave before there were members."""
+    """So a seed gives the same text as in versions without the engine."""
     generator = torch.Generator().manual_seed(11)
     ids = prompt_of(5, 0)
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_a_text_goes_on_from_its_state(model, temperature):
     if temperature == 0:
         rest = alone(model, [ids[7]], Sampling(max_tokens=12), state=part[-1].state)
         assert text_of(part) + text_of(rest) == text_of(whole)
-    # A chat: further words follow, beside others that begin from nothing.
+    # A chat: its next turn continues from the state, beside members that begin from nothing.
     engine = Engine(model, LETTERS)
     engine.add(prompt_of(2, 8), Sampling(max_tokens=5))
     chat = engine.add([ids[7], *prompt_of(4, 9)], Sampling(max_tokens=5), state=part[-1].state)
@@ -281,9 +281,9 @@ def test_a_state_does_not_hold_on_to_the_batch(model):
     engine = Engine(model, LETTERS)
     for i in range(5):
         engine.add([1 + i], Sampling(max_tokens=2 + i % 2), keep_state=True)
-    for piece in engine:
-        if piece.state:
-            assert piece.state.wkv.untyped_storage().nbytes() == piece.state.wkv.nbytes
+    states = [piece.state for piece in engine if piece.state]
+    assert len(states) == 5
+    assert all(state.wkv.untyped_storage().nbytes() == state.wkv.nbytes for state in states)
 
 
 def test_a_state_that_does_not_fit_is_refused_and_the_others_go_on(model):
@@ -342,7 +342,7 @@ def test_a_stop_string_that_the_last_token_completes_wins_over_max_tokens():
     assert text_of(pieces) == "a" and pieces[-1].finish == "stop"
 
 
-def test_a_member_whose_logits_are_not_finite_leaves_alone(model):
+def test_only_the_member_whose_logits_are_not_finite_leaves(model):
     with torch.no_grad():
         _, good = model(torch.tensor([[5, 6, 7]]))
     damaged = good.map(lambda x: x * torch.nan)

@@ -1,4 +1,4 @@
-"""Generation and evaluation: a batch is its members one by one, and both are the model's own full forward."""
+"""Generation and evaluation: a batch gives what its prompts give one by one, and what the full forward gives."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_stripped_pieces(pieces):
     stripped = list(strip_pieces(pieces))
     assert "".join(stripped) == "".join(pieces).strip()
     assert all(stripped)
-    for n in range(len(pieces)):  # whatever must follow has come
+    for n in range(len(pieces)):  # after every piece, all but the white space at the end has come
         assert "".join(strip_pieces(pieces[:n])) == "".join(pieces[:n]).strip()
 
 

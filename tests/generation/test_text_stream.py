@@ -83,7 +83,7 @@ def byte_ids(kind: str, tok: Tokenizer, raw: bytes) -> list[int]:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_the_pieces_of_what_is_nearly_utf_8(tokenizer, kind, data):
-    """Whole characters, and bytes that do not belong or whose neighbours are missing."""
+    """Whole characters among stray bytes and incomplete characters."""
     tok = tokenizer(kind)
     parts = st.one_of(st.text(max_size=3).map(lambda t: t.encode("utf-8", "ignore")), st.binary(max_size=3))
     raw = data.draw(st.lists(parts, max_size=30).map(b"".join)).replace(b"\0", b"")
@@ -156,7 +156,7 @@ def test_tokens_without_text_after_one_that_may_be_incomplete(tokenizer):
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition: at the first character where a stop string is complete, the longest of those complete there."""
+    """The definition: cut where a stop string is first complete; of several complete there, the longest is cut off."""
     for end in range(1, len(text) + 1):
         if complete := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, complete))], True

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Count(TorchDispatchMode):
-    """Storages made while it is on, from the operation that returns them until they are freed."""
+    """Counts storages made while it is active, from the operation that returns them until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

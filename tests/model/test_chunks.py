@@ -1,5 +1,5 @@
-"""A sequence in chunks is the sequence as a whole; documents in one row are the documents alone; and what is held
-for the backward pass meanwhile."""
+"""Chunks give the results of the whole sequence, documents packed into a row those of each document alone; and how
+much memory is held for the backward pass."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def packed_batch(rows: int = 2, length: int = T) -> dict[str, Tensor]:
 
 
 def first_state(model: RWKV, rows: int = 2) -> State:
-    """A state that is not zero, and that gradients are wanted of."""
+    """A random state that requires gradients."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         _, state = model(torch.zeros(rows, 1, dtype=torch.int64))
@@ -76,8 +76,8 @@ def tensors(state: State) -> dict[str, Tensor]:
 
 
 def outcome(model: RWKV, loss: Tensor, before: State, after: State) -> dict[str, Tensor]:
-    """The loss, the last state, and the gradients of the adapters and the first state. What is differentiated has
-    the last state in it too."""
+    """The loss, the last state, and the gradients of the adapters and the first state. The last state is part of what
+    is differentiated."""
     weights = trained(model)
     generator = torch.Generator().manual_seed(6)
     total = loss
@@ -92,10 +92,10 @@ def outcome(model: RWKV, loss: Tensor, before: State, after: State) -> dict[str,
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    """Relative, in norm. The loss, and all else together, to `tolerance`; each tensor to ten times that.
+    """Compares by relative errors in norm: the loss, and all together, to `tolerance`; each tensor to ten times that.
 
-    In fp32 single gradients are worse, here as in a whole row, whose own are up to 1e-5 from float64: of the
-    receptance's the group norm after the recurrence leaves a small difference of large sums.
+    In fp32 single gradients are less exact, in chunks as in whole rows (up to 1e-5 from float64): the group norm after
+    the recurrence makes the receptance's gradient a small difference of large sums.
     """
     assert found.keys() == expected.keys()
     errors = {name: (found[name] - x).norm().item() for name, x in expected.items()}
@@ -134,8 +134,8 @@ def test_chunks_are_the_whole(version, backend, dtype, tolerance, chunk_len):
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_document_in_a_packed_row_is_the_document_alone(version, backend, dtype, tolerance):
-    """The loss of each document, and its gradients in the adapters and in the input of its tokens; the other
-    documents' inputs have none."""
+    """The loss of each document and its gradients with respect to the adapters and to its embeddings; the embeddings of
+    the other documents get none."""
     model, batch = adapted(version, dtype, backend), packed_batch()
     inputs: list[Tensor] = []
 
@@ -163,7 +163,7 @@ def test_a_document_in_a_packed_row_is_the_document_alone(version, backend, dtyp
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_chunks_of_a_fresh_state_and_of_padding(version):
-    """As training begins; and a row whose last chunks hold no target."""
+    """Without a state, as training begins; the last chunks of the rows hold no target."""
     model, batch = adapted(version), packed_batch()
     batch["targets"][:, 12:] = -100
 
@@ -179,8 +179,8 @@ def test_chunks_of_a_fresh_state_and_of_padding(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
-    """Segments of 2 chunks of 5, as truncated backpropagation takes them: each has the loss and the gradients of the
-    window run from the true state held constant, which are not those of the whole."""
+    """Truncated backpropagation in segments of 2 chunks of 5: each segment has the loss and the gradients of its window
+    run from the exact state held constant, and these gradients are not those of the whole."""
     model, batch = adapted(version), packed_batch()
     weights = trained(model)
 
@@ -205,13 +205,13 @@ def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
     assert total == pytest.approx(whole.item(), rel=1e-12)
     assert_close(found, expected)
     for name in exact:
-        if not name.startswith("blocks.2."):  # of the last layer some reach no later column
+        if not name.startswith("blocks.2."):  # some adapters of the last layer affect no later column
             assert (found[name] - exact[name]).norm() > 1e-4 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
-    """The state that dropout is drawn from is put back: the gradients are those of the run that keeps everything."""
+    """The random state is restored for recomputation: the gradients are those of a run that stores everything."""
     batch = packed_batch()
     model = adapted(version, dropout=0.5).train()
     kept = first_state(model)
@@ -243,7 +243,7 @@ def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_gradient_checkpointing_carries_v_first_and_the_states(version):
-    """Equal to the bit, from a state, in packed rows; and much less is held."""
+    """From a state, in packed rows, results are equal to the bit; and much less memory is held."""
     model, batch = adapted(version, torch.float32, "cpu"), packed_batch(length=128)
     found, peaks = [], []
 
@@ -262,7 +262,7 @@ def test_counts_what_is_alive():
     x = torch.ones(1000, requires_grad=True)
 
     def keeps():
-        y = x * 2.0  # saved by neither product for the backward pass, but held here
+        y = x * 2.0  # neither product saves it for the backward pass, but this variable holds it
         return (y * 3.0).sum()
 
     assert peak_bytes(keeps) == 4 * 2000 + 4

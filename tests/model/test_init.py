@@ -1,5 +1,5 @@
-"""The initial weights: they fit the model, are those of the seed, have the values that BlinkDL's code starts from, and
-make a file that runs elsewhere and learns."""
+"""The initial weights: they fit the model, depend on the seed, have the values that BlinkDL's code starts from, and the
+file that is written runs elsewhere and can be trained."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, full_disk):
 @torch.no_grad()
 @both
 def test_the_rwkv_package_runs_the_file(config, tmp_path):
-    """Once as it is, when no block adds anything, and once with every matrix at work."""
+    """Once as written, where no block adds anything, and once with noise, so that every matrix matters."""
     pytest.importorskip("rwkv")
     write_initial(config, 1, tmp_path / "new.pth", "fp32")
     weights, rng = read_checkpoint(tmp_path / "new.pth"), torch.Generator().manual_seed(2)
@@ -271,7 +271,7 @@ def test_the_rwkv_package_runs_the_file(config, tmp_path):
 
 @both
 def test_a_few_steps_learn(config, tmp_path):
-    """Every parameter trained, on four sequences again and again."""
+    """Trains every parameter on the same four sequences."""
     write_initial(config, 1, tmp_path / "new.pth", "fp32")
     model = load_model(tmp_path / "new.pth")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -57,7 +57,7 @@ def gradients(model, logits: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_packed_row_is_its_documents_one_by_one(either_base):
-    """Outputs, the last state and all gradients, those of the initial state and of the carried one among them."""
+    """Outputs, the last state and all gradients, also those through the initial state and the carried one."""
     model = learned(either_base, torch.float64)
     earlier = TOKENS.flip(0)[:, :4]
     packed, last = model(TOKENS, model(earlier)[1], seq_start())
@@ -128,16 +128,17 @@ def test_chunks_are_the_whole(either_base, chunk_len):
         assert (mine - whole).norm() <= 1e-6 * whole.norm() > 0, key  # the loss itself is in fp32
 
 
-def test_gradient_checkpointing_changes_no_gradient(either_base):
+def test_gradient_checkpointing_changes_no_gradient(either_base, recomputed_blocks):
     model = learned(either_base)
     expected = gradients(model, model(TOKENS, None, seq_start())[0])
     model.gradient_checkpointing = True
     mine = gradients(model, model(TOKENS, None, seq_start())[0])
+    assert len(recomputed_blocks) == model.config.n_layer
     assert all(torch.equal(mine[name], expected[name]) for name in expected)
 
 
 def test_the_padding_of_segments_is_less_than_half():
-    """Of one long and many short documents, what the op runs over."""
+    """With one long and many short documents, the op runs over less than twice the positions of the batch."""
     sizes = []
 
     def op(inputs, state, seq_start):

@@ -1,4 +1,4 @@
-"""The whole model, against programs that nobody here wrote and against itself."""
+"""The whole model, against implementations that are not ours and against itself."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_tokens_of_the_wrong_shape(make_base, shape):
 
 
 def test_keys_are_the_reference_models(tiny_model, random_weights):
-    """The random checkpoints that the other tests use have the keys and the ranks of a real one."""
+    """The random checkpoints that the other tests use have the keys and numbers of dimensions of a real one."""
     real = torch.load(tiny_model, mmap=True)
     made = random_weights(n_layer=12, n_embd=64, head_size=64, vocab_size=256)
     assert {k: t.ndim for k, t in real.items()} == {k: t.ndim for k, t in made.items()}

@@ -35,7 +35,7 @@ def test_a_saved_state_goes_on_as_the_one_in_memory(model, tmp_path):
 
 
 def test_a_state_of_pieces_and_of_some_sequences_is_saved(model, tmp_path):
-    """Views and tensors with a gradient."""
+    """What is saved are views that require gradients."""
     _, state = model(TOKENS[:, :9])
     state.map(lambda x: x[:, 1:]).save(tmp_path / "state.safetensors")
     with torch.no_grad():

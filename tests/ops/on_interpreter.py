@@ -22,7 +22,7 @@ def cpu_is_a_gpu(monkeypatch):
     monkeypatch.setattr(fla, "DEVICES", ("cpu",))
 
 
-# The kernels take chunks of 64 steps, for RWKV-7 in float32 of 16, and pad a head's size to a power of 2.
+# The kernels work in chunks of 64 steps (16 for RWKV-7 in float32) and pad the head size to a power of 2.
 @pytest.mark.parametrize(
     ("n_steps", "n", "dtype", "starts"),
     [(1, 16, FP32, False), (17, 64, FP32, False), (33, 24, FP32, True), (70, 16, BF16, True), (17, 32, BF16, False)],

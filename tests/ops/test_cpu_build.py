@@ -91,18 +91,14 @@ load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
     assert build.load_library(tiny, cache=cache).answer() == 42
 
 
-def test_a_warm_start_neither_imports_cpp_extension_nor_takes_long(tiny, tmp_path, start_process):
+def test_a_warm_start_neither_imports_cpp_extension_nor_waits_for_the_lock(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
     build.load_library(tiny, cache=cache)
-    # A warm start must not wait for the lock either, which this process holds.
     with open(cache / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        check = f"""
-import sys, time
+        check = """
+import sys
 assert "torch.utils.cpp_extension" not in sys.modules
-start = time.perf_counter()
-load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))
-assert time.perf_counter() - start < 0.1
 """
         finish(load_in_another_process(start_process, tiny, cache, check))
 

@@ -1,4 +1,4 @@
-"""What is asked of both WKV ops: every backend agrees with the reference, on anything that it may be given."""
+"""Tests of both WKV ops: every backend agrees with the reference, on any input that is allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SUPPORTED = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 @pytest.fixture
 def forgetful():
-    """The libraries and messages that are kept for the life of the process are forgotten, before and after."""
+    """Clears the cached libraries and messages of the process, before and after the test."""
     caches = (kernel.library_or_reason, announce)
     for cached in caches:
         cached.cache_clear()

@@ -1,4 +1,4 @@
-"""What is asked of WKV-7 alone: the reference is another form of its definition, and extreme decays are right."""
+"""Tests of WKV-7 alone: the reference equals another form of its definition, and extreme decays are right."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The emulator finds the faults that it says it finds, and none in kernels that are right; and the functions of
-cuda/common.cuh are right."""
+"""The emulator finds the faults that simt.h lists, and none in correct kernels; and the functions of cuda/common.cuh
+are correct."""
 
 from __future__ import annotations
 

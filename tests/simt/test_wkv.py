@@ -182,8 +182,8 @@ def test_wrong_launch_traps(wkv, grid, block):
 
 
 def far_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The first heads of a tensor that has 2^27 + 1 of them: with N = 8 a step is more than 2^30 elements behind the
-    step before. The system gives memory only to the pages that are touched."""
+    """The first heads of a tensor that has 2^27 + 1 of them: with N = 8, neighbouring steps are more than 2^30 elements
+    apart. Only the pages that are touched take memory."""
     _, n_steps, n_head, n = shape
     stride = (2**27 + 1) * n
     size = ((n_steps - 1) * stride + n_head * n) * dtype.itemsize

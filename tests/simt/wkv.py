@@ -57,7 +57,7 @@ def run_kernels(
         "dstate": guarded(state.shape, FP32),
         "steps": n_steps,
     }
-    named["heads"] = named["r"].stride(1) // n  # which is more than n_head where `allocate` puts heads between
+    named["heads"] = named["r"].stride(1) // n  # more than n_head if `allocate` leaves room for more
     if wkv is WKV7:
         named |= {x: allocate(shape, FP32) for x in ("saved_u", "du")}
     else:

@@ -24,7 +24,7 @@ def base(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.pth"
     weights = init_weights(SIZES, seed=0)
     generator = torch.Generator().manual_seed(1)
-    # The initial head and output projections are near zero; noise gives every part a say in the logits.
+    # The initial head and output projections are near zero; noise makes every part affect the logits.
     weights = {k: w + 0.1 * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
     write_pth(path, {k: TensorSpec(w.shape, w.dtype) for k, w in weights.items()}, weights.__getitem__)
     return path

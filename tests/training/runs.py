@@ -41,7 +41,7 @@ def quiet_train(config: TrainConfig) -> TrainResult:
 
 
 def run_train(config: TrainConfig, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`rwkv-miss train` in a process of its own: several ranks need that, and DeepSpeed, whose process group stays."""
+    """`rwkv-miss train` in a process of its own: for several ranks, and for DeepSpeed, whose process group stays."""
     return run_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], timeout)
 
 
@@ -55,7 +55,7 @@ def adapter(out: str | Path) -> dict[str, torch.Tensor]:
 
 
 def as_arguments(config: TrainConfig) -> list[str]:
-    """The command line that says what `config` says."""
+    """The command line's options for the settings in `config`."""
     found = []
     for name, value in vars(config).items():
         if name == "adapter":

@@ -52,7 +52,7 @@ def test_a_validation_set_of_its_own(make_config, tmp_path, text, pair):
 
 
 def test_a_bad_id_ends_the_run_when_it_comes_up(make_config, tmp_path):
-    """Too few among too many for the sample at the start to see it, and in what is validated on first of all."""
+    """It is too rare for the sample at the start to find, and lies in the validation set, which is read first."""
     tokens = np.ones((20_000, 30), np.uint16)
     tokens[7, 2] = 300
     tokens[12_345, 29] = 300

@@ -1,4 +1,4 @@
-"""Data on the way into a run: a reader of one's own, what is lost on the way, and how answers are written."""
+"""The data of a run: what ctx_len cuts off is reported or refused, and how answers are written is recorded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.training.runs import losses, quiet_train, run_train
 
 
 def records_of(path: Path, lengths: list[int]) -> Path:
-    """A file of one question and answer for each length: so many positions."""
+    """A file with one question and answer for each length, the number of its positions."""
     bare = len("User: q\n\nAssistant: ")
     path.write_text("".join(json.dumps({"question": "q", "answer": "a" * (n - bare)}) + "\n" for n in lengths))
     return path

@@ -1,5 +1,5 @@
-"""Every version, method and layout of the rows: each trains, with the same losses where the mathematics says so, and
-what it leaves merges."""
+"""Every combination of version, method and row layout trains, with the same losses where they must be equal in theory,
+and its adapter merges."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_layouts_train_alike_and_what_they_leave_merges(any_base, data, tmp_path
     truncated = found.pop("infctx truncated")
     for name, values in found.items():
         assert values == pytest.approx(found["padded"], rel=2e-5), name
-    # The gradient is cut, the loss is not: the first is that of all, what is learned from it is another.
+    # The gradient is truncated, the loss is not: the first loss is that of the other layouts, later ones differ.
     assert truncated[0] == pytest.approx(found["padded"][0], rel=1e-6)
     assert truncated != pytest.approx(found["padded"], rel=2e-5)
 
@@ -69,7 +69,7 @@ def assert_merges(base: Path, adapter: Path, folder: Path, method: str) -> None:
     assert (expected - load_model(base)(tokens)[0]).abs().max() > 1e-3
     merge(base, adapter, folder / "merged.pth", overwrite=True)
     torch.testing.assert_close(load_model(folder / "merged.pth")(tokens)[0], expected, rtol=0, atol=1e-5)
-    if method == "state":  # its file alone says it all
+    if method == "state":  # the state file alone is enough
         merge(base, adapter, folder / "state.pth", state_only=True, overwrite=True)
         model = load_model(base)
         load_initial_state(model, folder / "state.pth")

@@ -1,5 +1,5 @@
-"""Runs in chunks: the run of whole rows where gradients are exact, and one and the same run however it is shared
-out where they are cut."""
+"""Runs in chunks: with exact gradients they equal the run of whole rows; with truncated gradients they do not depend on
+how the rows are shared out."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_exact_chunks_give_the_run_of_whole_rows(long_config, tmp_path, packing)
     assert len(losses(whole.out, "val_loss")) == 3
     assert losses(exact.out, "val_loss") == pytest.approx(losses(whole.out, "val_loss"), rel=2e-5)
     assert_same(exact.out, whole.out)
-    # Gradients that are cut beyond the end of every row are not cut.
+    # A window as long as a row truncates nothing.
     uncut = replace(exact, out=str(tmp_path / "uncut"), bptt_chunks=8)
     quiet_train(uncut)
     assert losses(uncut.out) == losses(exact.out)
@@ -78,7 +78,7 @@ def cut_run(long_config, tmp_path) -> TrainConfig:
 
 
 def test_windows_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
-    """They are run without gradients, for speed: as if they were run with."""
+    """They are run without gradients, for speed: the results are those of a run with gradients."""
     marks = []
 
     def with_gradients(self, order, number, micro_batch=BatchStream._micro_batch):
@@ -110,7 +110,7 @@ def test_strategies_give_the_run_of_one_process(cut_run, tmp_path, strategy):
 
 @pytest.mark.slow
 def test_exact_chunks_under_zero_3(long_config, tmp_path):
-    """Every chunk and in it every block is computed again, while ZeRO-3 gathers and lets go of the weights."""
+    """Every chunk, and every block in it, is recomputed while ZeRO-3 gathers and releases the weights."""
     whole = long_config()
     quiet_train(whole)
     exact = replace(whole, out=str(tmp_path / "two"), chunk_len=30, gradient_checkpointing=True)
@@ -162,7 +162,7 @@ def test_a_state_that_is_not_finite_is_found_in_the_window_that_reads_it(cut_run
         quiet_train(replace(cut_run, out=str(tmp_path / "spoilt")))
 
 
-def test_long_documents_carried_on(long_config, tmp_path, capsys):
+def test_long_documents_carried_on(long_config, tmp_path):
     from rich.console import Console
 
     from rwkv_miss.training.start import train

@@ -229,7 +229,7 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     config = make_config(max_steps=1)
     quiet_train(config)
     kept = Path(config.out, "config.yaml").read_text()
-    # AdamW's come from the checkpoint: others would be taken for those that are used.
+    # lr and weight_decay are restored from the checkpoint: other values would have no effect.
     for name, value in (("ctx_len", 32), ("lr", 1.0), ("weight_decay", 0.5), ("text_field", "q"), ("devices", 2)):
         with pytest.raises(UserError, match=f"cannot resume with other settings: {name} was .*, is {value}$"):
             quiet_train(replace(config, resume="auto", max_steps=2, **{name: value}))
@@ -243,7 +243,7 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2"])
 def test_resume_refuses_another_base(make_config, tmp_path, strategy):
-    """In processes of their own: DeepSpeed's process group would stay, and hold the port of the tests after this."""
+    """In processes of their own: DeepSpeed's process group would stay and occupy the port of later tests."""
     config = make_config(max_steps=1, strategy=strategy)
     assert run_train(config).returncode == 0
     kept = Path(config.out, "config.yaml").read_text()
@@ -300,7 +300,7 @@ def test_an_error_leaves_the_terminal_and_the_signals_as_they_were(make_config, 
 
 @pytest.mark.parametrize("batch_size, accumulate", [(8, 1), (3, 3)])
 def test_tokens_are_those_of_the_documents_and_positions_those_of_the_rows(make_config, batch_size, accumulate):
-    """However the rows are shared out, and though those of the last step of an epoch are fewer."""
+    """However the rows are split into micro-batches, and although the last step of an epoch has fewer."""
     config = make_config(packing=True, batch_size=batch_size, accumulate=accumulate, max_steps=0, epochs=2)
     said = io.StringIO()
     train(config, Console(file=said))
@@ -324,7 +324,7 @@ def test_a_checkpoint_that_was_being_written_is_not_resumed_from(make_config):
 
 
 def test_rows_of_steps_that_are_done_again_leave_metrics_csv(make_config):
-    """As after a crash between a checkpoint and the next: the rows in between are about to be written again."""
+    """As after a crash between two checkpoints: the steps since the last one are run, and logged, again."""
     config = make_config(max_steps=2)
     quiet_train(config)
     metrics = Path(config.out) / "metrics.csv"
@@ -408,7 +408,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(make_config, monkey
 
 
 def test_a_run_saves_now_and_then(make_config, monkeypatch):
-    """By the clock, where no epoch ends: here after every step."""
+    """By the clock, also within an epoch: here after every step."""
     config = make_config(max_steps=3, save_minutes=1e-9)
     saved = []
     save = Saver._save
@@ -431,7 +431,7 @@ def test_the_learning_rates_are_the_optimizers(make_config):
 
 @pytest.mark.parametrize("val_split", [0.0, 0.2])
 def test_a_run_that_made_the_model_worse_says_so(make_config, tmp_path, val_split):
-    """Of a base that knows something that can be lost."""
+    """The base is trained first, so that it has something to lose."""
     first = make_config(max_steps=40, out=str(tmp_path / "first"))
     assert quiet_train(first).warning() is None
     merge(first.base, first.out, tmp_path / "trained.pth")

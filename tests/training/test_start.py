@@ -1,4 +1,4 @@
-"""What is found wrong at once, before anything heavy is imported, and how the processes of a run come together."""
+"""Mistakes that are found before anything heavy is imported, and how the processes of a run find each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "TORCHELAST
 
 @pytest.fixture
 def start(start_process) -> Callable[..., subprocess.Popen]:
-    """`start(config, **environment)` starts a training command, by none of the launchers."""
+    """`start(config, **environment)` starts a training command, without any launcher's variables."""
 
     def one(config: TrainConfig, **environment: str) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if k not in LAUNCHER} | environment
@@ -112,7 +112,7 @@ def test_a_machine_that_does_not_come_is_named(make_config, start, rank, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_two_machines_give_the_run_of_one(make_config, start, tmp_path, strategy):
-    """Two groups of processes on this machine, started as one starts them on two."""
+    """Two groups of processes on this machine, started as they would be on two machines."""
     one = make_config(max_steps=2)
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), num_nodes=2, batch_size=4, strategy=strategy)
@@ -141,7 +141,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(make_config, start):
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         said = stderr in ("rwkv-miss: interrupted\n", "rwkv-miss train: interrupted\n")
-        # Python ends itself by the signal, which a shell calls 130 too, where one has passed through an exec().
+        # If the interrupt passed through an exec(), Python ends by the signal itself, which a shell reports as 130 too.
         assert said and process.returncode in (130, -signal.SIGINT), (seconds, process.returncode, stderr)
     assert not Path(config.out).exists()
 
@@ -163,7 +163,7 @@ def test_signals_save_a_checkpoint(make_config, start, number):
 
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_saves_a_checkpoint(make_config, start_process):
-    """The run's progress bar is on it: writing to it fails from then on."""
+    """The run's progress bar is on that terminal: writing to it fails once it is closed."""
     config = make_config(max_steps=100_000)
     master, slave = os.openpty()
     process = start_process([*TRAIN, *as_arguments(config)], stdin=slave, stdout=slave, stderr=slave)
@@ -171,7 +171,7 @@ def test_a_terminal_that_is_closed_saves_a_checkpoint(make_config, start_process
     metrics = Path(config.out) / "metrics.csv"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 3):
         os.read(master, 65536)
-    os.close(master)  # the kernel sends SIGHUP to those whose controlling terminal it is; here we do
+    os.close(master)  # the kernel sends SIGHUP if it is the controlling terminal; it is not, so we do
     time.sleep(0.3)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 128 + signal.SIGHUP

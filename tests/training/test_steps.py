@@ -49,9 +49,10 @@ def test_accumulation_gives_the_run_of_one_micro_batch(make_config, whole, batch
     assert_same_run(config.out, whole)
 
 
-def test_gradient_checkpointing_gives_the_same_run(make_config, whole):
+def test_gradient_checkpointing_gives_the_same_run(make_config, whole, recomputed_blocks):
     config = make_config(gradient_checkpointing=True)
     quiet_train(config)
+    assert recomputed_blocks
     assert_same_run(config.out, whole)
 
 
@@ -83,7 +84,7 @@ def test_deepspeed_trains_beside_a_bf16_base(make_config):
     config = replace(one, out=one.out + "-ds", strategy="deepspeed_stage_3", devices=2, batch_size=4)
     done = run_train(config)
     assert done.returncode == 0, done.stderr
-    # The same bf16 forward at first: weights made fp32 would give another loss.
+    # The first loss is that of the same bf16 forward: weights cast to fp32 would give another.
     assert losses(config.out)[0] == pytest.approx(losses(one.out)[0], rel=1e-6)
     assert losses(config.out) == pytest.approx(losses(one.out), rel=0.02)
     assert {block.dtype for block in adapter(config.out).values()} == {torch.float32}

@@ -1,7 +1,7 @@
-"""What version 0.1.0 saved goes on and merges.
+"""A run saved by version 0.1.0 can be resumed and merged.
 
 version_0_1_0/run is a run of `train --adapter.method miss+state ...` (run/config.yaml has its settings) that was
-stopped at step 3 of 6, version_0_1_0/whole the same run without a stop; base.pth is of its `init`."""
+stopped at step 3 of 6, version_0_1_0/whole the same run without a stop; base.pth was written by its `init`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(tmp_path, monkeypatch) -> TrainConfig:
 
 
 def test_it_goes_on_as_it_would_have(config):
-    config.answer_lines, config.answer_end = "join", "blank_line"  # as it did then
+    config.answer_lines, config.answer_end = "join", "blank_line"  # as version 0.1.0 always did
     assert quiet_train(config).steps == 6
     assert losses("run") == pytest.approx(losses("whole"), rel=1e-5)
     for name, tensor in adapter("whole").items():

@@ -1,4 +1,4 @@
-"""The table of the programs that the stub driver runs, by the emulator of tests/simt, on host memory."""
+"""The table of the programs that the stub driver can run, on host memory in the emulator of tests/simt."""
 
 from __future__ import annotations
 

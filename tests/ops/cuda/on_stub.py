@@ -1,5 +1,5 @@
-"""The CUDA backend on the whole way from `wkv6` and `wkv7` (backend "cuda") through cubin, module and launch to results
-and gradients, with a driver that runs the emulated kernels on host memory. test_launch.py runs this file, in a process
+"""The CUDA backend end to end: from `wkv6` and `wkv7` (backend "cuda") through cubin, module and launch to results and
+gradients, with a stub driver that runs the emulated kernels on host memory. test_launch.py runs this file, in a process
 of its own, with the fixtures of stub_fixtures.py."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def case(wkv: WkvCase, n=16, dtype=FP32, n_steps=21):
 
 
 def pointers(**tensors: torch.Tensor | None) -> dict[str, int]:
-    """What the stub records of tensors that are arguments."""
+    """The arguments that the stub records for these tensors: their addresses, 0 for None."""
     return {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
 
 
@@ -248,7 +248,7 @@ def test_modules_are_loaded_once(wkv, session, forgetful):
 
 
 def test_what_is_recorded_into_a_graph_is_launches_alone(wkv, library, gpu, calls):
-    """The driver is asked for no memory, no wait and no event: nothing that a recording forbids."""
+    """The driver is asked for no allocation, synchronisation or event: nothing that graph capture could forbid."""
     inputs, state, start = case(wkv)
     weights = wkv.make_weights(inputs, state)
     expected = run(on_cuda(wkv), inputs, state, start, weights)

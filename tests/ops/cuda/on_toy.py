@@ -1,5 +1,5 @@
-"""The kernel of toy.cu, added as CONTRIBUTING.md says, on the whole way from its Python function through cubin,
-module and launch to results and gradients. test_launch.py runs this file, as it runs on_stub.py."""
+"""The kernel of toy.cu, added as CONTRIBUTING.md describes, end to end: from its Python function through cubin, module
+and launch to results and gradients. test_launch.py runs this file, as it runs on_stub.py."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigne
                      sizes, stream, extra[1], *static_cast<size_t*>(extra[3]));
 }
 
-// cuda-bindings asks for every function of the driver by name. Of one that is not here it says so when it is called.
+// cuda-bindings asks for every function of the driver by name. A missing one is an error only when it is called.
 int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long long, int* status) {
     static const struct {
         const char* name;

@@ -15,7 +15,7 @@ from tests.ops.cuda.emulated import Emulated, Integers
 from tests.simt.harness import emulate, macros, parameters
 
 _LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
-_HEAD = 4096  # by so many bytes at its beginning an image is looked up: its size is not known before
+_HEAD = 4096  # the first bytes of an image, by which it is looked up: its size is not given
 _LOAD = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 _LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -83,7 +83,7 @@ def connect(library: ctypes.CDLL, variants: list[Variant], table: Mapping[str, E
     Returns:
         What the stub sees, filled as it goes on.
     """
-    images = {Path(v.image).read_bytes()[32:]: v for v in variants}  # behind the checksum
+    images = {Path(v.image).read_bytes()[32:]: v for v in variants}  # after the checksum
     heads = {image[:_HEAD]: image for image in images}
     assert len(heads) == len(images) == len(variants)
     emulated = {v: ctypes.CDLL(v.library) for v in variants}
@@ -134,7 +134,7 @@ def connect(library: ctypes.CDLL, variants: list[Variant], table: Mapping[str, E
 def memory(
     variant: Variant, emulated: Emulated, types: Mapping[str, str], grid: tuple[int, ...], arguments: Integers
 ) -> list[tuple[int, int]]:
-    """(address, bytes) of all that the kernel may touch: what its arguments lead to by the sizes among them."""
+    """(address, bytes) of all that the kernel may touch: what its pointers lead to, by the sizes in its arguments."""
     defined = macros(variant.options)
     sizes = {"io*": 2 if defined.get("IO_BF16") else 4, "float*": 4, "unsigned char*": 1}
     elements = emulated.elements(defined, grid, arguments)

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run beside the stub driver (on_stub.py, on_toy.py): a plugin of the process that
+"""Fixtures of the tests that run on the stub driver (on_stub.py, on_toy.py): a pytest plugin of the process that
 test_launch.py starts for them."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def gpu(session, library, monkeypatch):
 
 @pytest.fixture
 def forgetful():
-    """What is kept for the life of the process is forgotten, before and after."""
+    """Clears the caches of the process, before and after the test."""
     kept = (kernel.functions_or_reason, driver.capability, announce)
     for function in kept:
         function.cache_clear()

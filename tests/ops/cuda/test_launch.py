@@ -29,7 +29,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """What a process needs to have the stub for a driver, and in the cache what it launches."""
+    """The environment of a process whose driver is the stub and whose cache has the kernels that it launches."""
     folder = tmp_path_factory.mktemp("stub")
     cache = folder / "cache" / "rwkv_miss"
     variants = []
@@ -40,7 +40,7 @@ def environment(tmp_path_factory):
             before = set(cache.glob("*.cubin"))
             compile_source(program.source, options, divmod(architecture, 10), cache)
             (image,) = set(cache.glob("*.cubin")) - before
-            # A file of its own for each variant, by which the stub tells them apart.
+            # A copy for each variant: the stub tells variants apart by the handles of their libraries.
             library = folder / f"{image.stem}.so"
             shutil.copy(build_once(program.source, *options)._name, library)
             variants.append(Variant(str(image), str(library), name, options, architecture))

@@ -45,7 +45,7 @@ def compile_tiny(tiny: Path, tmp_path: Path):
 
 @pytest.fixture
 def compilations(monkeypatch) -> list[str]:
-    """Grows by one for each compilation: its option that names the architecture."""
+    """For each compilation so far, its option that names the architecture."""
     seen = []
     real = nvrtc._compile
     monkeypatch.setattr(nvrtc, "_compile", lambda *x: (seen.append(x[-1][-1]), real(*x))[1])
@@ -53,13 +53,13 @@ def compilations(monkeypatch) -> list[str]:
 
 
 def str_of(x: Program | Hashable) -> str:
-    """A test's name says the program, the variant and the architecture."""
+    """A part of a test's id: program, variant or architecture."""
     return x.source.stem if isinstance(x, Program) else str(x)
 
 
 def every_variant() -> list[tuple]:
-    """(program, variant, architecture): each variant of a program once, and each architecture in turn. All pairs of
-    both are compiled by tests/simt/test_resources.py."""
+    """(program, variant, architecture): each variant of a program once, for the architectures in turn.
+    tests/simt/test_resources.py compiles every combination."""
     cases = []
     for program in (*PROGRAMS.values(), TOY):
         architectures = itertools.cycle(x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest)

@@ -1,4 +1,4 @@
-"""The table of programs says what the .cu files say, and what serves any kernel knows none."""
+"""The table of programs agrees with the .cu files, and code that serves any kernel names no particular one."""
 
 from __future__ import annotations
 
