@@ -82,8 +82,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of which base this is: every key, shape and dtype, and 16 evenly spaced pieces of 1 KiB of every
-    tensor's bytes, so that a large file is recognised without being read whole."""
+    """The SHA-256 hash (hex) that identifies a base: of every key, shape and dtype, and of 16 evenly spaced pieces of
+    1 KiB of every tensor's bytes, so that a large file is recognised without being read whole."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -100,9 +100,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes contiguous CPU tensors; OSError where the disk refuses, as everything under `atomic_write` raises it."""
+    """Writes contiguous CPU tensors to a .safetensors file.
+
+    Raises:
+        OSError: the file cannot be written (not safetensors' own error: `atomic_write` expects OSError).
+    """
     path.touch()
-    mode = path.stat().st_mode  # of any new file here; save_file's own is for its owner's eyes alone
+    mode = path.stat().st_mode  # that of a new file; save_file would let only the owner read it
     try:
         save_file(tensors, path, metadata)
         path.chmod(mode)
@@ -153,13 +157,13 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
         compute: called once for each name in the order of `specs`; returns the tensor that its spec describes.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the file cannot be written, such as on a full disk.
     """
     pickled = io.BytesIO()
     _SpecPickler(pickled).dump(dict(specs))
     with open(path, "wb") as file:
         sink = _Sink(file)
-        writer: Any = torch._C.PyTorchFileWriter(cast(BinaryIO, sink))  # more general than its types say
+        writer: Any = torch._C.PyTorchFileWriter(cast(BinaryIO, sink))  # takes any object with a `write`
         writer.write_record("data.pkl", pickled.getvalue(), len(pickled.getvalue()))
         writer.write_record("byteorder", sys.byteorder, len(sys.byteorder))
         for i, (name, spec) in enumerate(specs.items()):
@@ -175,8 +179,8 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
 
 
 class _Sink:
-    """A file whose writes never fail, not even after it is closed: the first error is kept for `check`. PyTorch's
-    writer, which writes in its destructor too, ends the whole process where a write fails (torch 2.13,
+    """Passes writes on to a file. `write` never raises, even after the file is closed: `check` raises the first error.
+    PyTorch's writer, which writes in its destructor too, ends the whole process if a write raises (torch 2.13,
     inline_container.cc)."""
 
     def __init__(self, file: BinaryIO) -> None:

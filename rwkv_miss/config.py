@@ -32,11 +32,11 @@ class AdapterConfig:
 
     method: str = "miss"
     """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear. state: the state that sequences
-    begin from; it is zero at first and wants a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter of
+    begin from; it is zero at first and needs a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter of
     the base. Several methods are joined by +, such as miss+state."""
     r: int = 64
-    """Rank of a method that goes beside linears. Of MiSS: the rows of the trainable matrix, and the size of the blocks
-    that the input is summed over."""
+    """Rank of the adapter beside each linear. In MiSS: the rows of the trainable matrix, and the size of the blocks
+    that the input is cut into and summed over."""
     dropout: float = 0.0
     """Probability of dropping an element of the adapter's input while training."""
     target_modules: list[str] | None = None
@@ -45,8 +45,7 @@ class AdapterConfig:
     modules_to_save: list[str] | None = None
     """Parts of the base to train beside the adapter or the state: ln (every normalisation), time (the time mix's and
     channel mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in
-    target_modules. HF PEFT has no form for parameters that are not whole modules, such as time's: it cannot load such
-    an adapter."""
+    target_modules. HF PEFT cannot load an adapter with parameters that are not whole modules, such as time's."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options that only the chosen method has, by name."""
 
@@ -102,7 +101,7 @@ class DataOptions:
 
 @dataclass
 class TrainConfig(DataOptions):
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS, its initial state, or all of its weights."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
@@ -125,8 +124,9 @@ class TrainConfig(DataOptions):
     ctx_len: int = 512
     """Tokens in a row."""
     long_documents: Literal["cut", "carry"] = "cut"
-    """A question and answer longer than ctx_len. cut: its end is left out; carry: the rest goes on in further rows,
-    each with a fresh state. Plain text always goes on. To carry the state too, raise ctx_len and give chunk_len."""
+    """What becomes of a question and answer longer than ctx_len. cut: its end is left out; carry: the rest goes on in
+    further rows, each with a fresh state. Plain text always goes on. To carry the state too, raise ctx_len and give
+    chunk_len."""
     allow_dropping: bool = False
     """Train even if ctx_len cuts or drops more than half of the records; false ends the run with an error that says
     which ctx_len would keep them."""
@@ -134,21 +134,22 @@ class TrainConfig(DataOptions):
     """Run rows in chunks of this many tokens and carry the state from each to the next: ctx_len can then be the
     length of the longest document, whatever it is. Rows are run whole when not given."""
     bptt_chunks: int = 0
-    """With chunk_len: cut the gradient after every so many chunks, so that memory does not grow with ctx_len. 0 cuts
-    it nowhere: exact gradients, for which chunks are run a second time in the backward pass."""
+    """With chunk_len: cut the gradient after every so many chunks, so that memory does not grow with ctx_len. 0 never
+    cuts it: gradients are exact, and chunks are run a second time in the backward pass."""
     batch_size: int = 8
     """Rows in a micro-batch, on each device."""
     accumulate: int = 1
     """Micro-batches in an optimizer step, on each device."""
     epochs: int = 1
-    """Passes over the data. Each is one full pass."""
+    """Full passes over the data."""
     max_steps: int = 0
     """Optimizer steps in all, over as many epochs as that takes; 0 leaves it to epochs."""
     lr: float = 2e-5
-    """Peak learning rate. Of the base's own parameters, the decay's base (att.w0, in RWKV-6 att.time_decay) has twice
-    this."""
+    """Peak learning rate. If the base's own parameters are trained, the bias of the decay (att.w0, in RWKV-6
+    att.time_decay) has twice this rate."""
     lr_state: float | None = None
-    """Peak learning rate of the state; lr when not given. Give it with miss+state: a state wants far more than MiSS."""
+    """Peak learning rate of the state; lr when not given. Give it with miss+state: a state needs a far higher rate than
+    MiSS."""
     lr_min: float = 0.0
     """Learning rate at the end of the schedule, as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -158,7 +159,8 @@ class TrainConfig(DataOptions):
     decay_share: float = 0.2
     """Share of all steps that the wsd schedule decays over."""
     weight_decay: float = 0.0
-    """AdamW's weight decay, on MiSS's matrices and states; of the base's own parameters, on large matrices alone."""
+    """AdamW's weight decay, on MiSS's matrices and states; of the base's own parameters, only on matrices whose
+    names end in .weight."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's betas."""
     grad_clip: float = 1.0
@@ -170,14 +172,14 @@ class TrainConfig(DataOptions):
     devices: int = 1
     """GPUs to use on each node; processes on a machine without a GPU."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
     meet_minutes: float = 10.0
     """Minutes that the processes of several machines wait for each other at the start before the run is given up."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU of Triton's), cpu (C++),
-    torch, or reference (slow, for checks)."""
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU that Triton supports),
+    cpu (C++), torch, or reference (slow, for checks)."""
     objective: str = "cross_entropy"
     """What is minimised. cross_entropy: the mean of -log p over the tokens that carry loss."""
     seed: int = 42
@@ -191,7 +193,7 @@ class TrainConfig(DataOptions):
     save_minutes: float = 10.0
     """A checkpoint is also saved when this many minutes have gone by without one; 0 never does so."""
     resume: Literal["never", "auto"] = "never"
-    """auto goes on from the output folder's last checkpoint, or starts where there is none."""
+    """auto goes on from the output folder's last checkpoint, or starts a new run if there is none."""
     overwrite: bool = False
     """Replace what an earlier run left in the output folder."""
 
@@ -257,7 +259,7 @@ class TrainConfig(DataOptions):
 
 @dataclass(kw_only=True)
 class EvalConfig(DataOptions):
-    """Loss and perplexity of a model on data, and how many of its answers are right."""
+    """Measure a model's loss and perplexity on data, and how many of its answers are right."""
 
     model: str
     """A checkpoint (.pth or .st)."""

@@ -1,4 +1,4 @@
-"""What this machine can run, what `auto` takes here, and why not the others."""
+"""What this machine can run, which backend `auto` takes here, and why others cannot be used."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _HEAD_SIZE = 64
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`found`: what was looked at and what it is, in order. `chosen`: the backend that `auto` takes here.
-    `is_native`: whether that is compiled code, as it should be, and not the slower PyTorch path."""
+    """`found`: pairs (what was looked at, what was found), in the order to print. `chosen`: the backend that `auto`
+    takes here. `is_native`: whether it is compiled code and not the slower PyTorch path."""
 
     found: list[tuple[str, str]]
     chosen: str
@@ -63,8 +63,8 @@ def diagnose() -> Diagnosis:
 
 
 def _gpus() -> tuple[list, str | None]:
-    """The properties of those that torch calls cuda, or why it cannot use those that it counts: it counts them without
-    the driver's library, which may be too old."""
+    """The properties of the GPUs that torch calls cuda, or why torch cannot use them: it can count GPUs whose driver is
+    too old to use, since counting does not load the driver's library."""
     try:
         return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())], None
     except RuntimeError as error:
@@ -72,7 +72,7 @@ def _gpus() -> tuple[list, str | None]:
 
 
 def _reason(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot be used for both versions, or None."""
+    """Why a backend cannot be used for RWKV-6 or RWKV-7; None if it can be used for both."""
     reasons = {op: unusable(op, backend, device, torch.bfloat16, _HEAD_SIZE) for op in ("wkv6", "wkv7")}
     if len(set(reasons.values())) == 1:
         return reasons["wkv7"]

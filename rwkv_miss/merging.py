@@ -1,5 +1,5 @@
-"""Merging: base + adapter -> one file for any RWKV runtime, or its learned state alone, tensor by tensor, verified
-before it gets its name."""
+"""Merging: writes base + adapter as one file for any RWKV runtime, or the adapter's learned state alone. The file is
+written tensor by tensor, and verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from rwkv_miss.progress import Report
 
 _log = logging.getLogger("rwkv_miss")
 
-# Largest difference of logits, root mean square relative to that of the logits, between the merged file and
-# base + adapter. The two round differently, more in the half precisions.
+# The largest difference allowed between the logits of the merged file and of base + adapter: its root mean square
+# relative to that of the logits. The two round differently, more so in bf16 and fp16.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 _VERIFY_TOKENS = 128
-# Elements that are added up at a time.
+# Elements of a weight that are handled in fp32 at a time.
 _PIECE = 2**14
 
 
@@ -41,8 +41,8 @@ _PIECE = 2**14
 class MergedLayer:
     """What merging did to one tensor.
 
-    name: a linear's path, or the key of a tensor that was trained itself.
-    delta_norm: || dW ||, Frobenius: what was added, or trained minus base.
+    name: a linear's path, or the key of a tensor that was trained directly.
+    delta_norm: || dW ||, the Frobenius norm of what was added, or of trained minus base.
     cast_loss: || cast(W + dW) - (W + dW) || / || dW ||: the share of what was learned that the cast to the file's dtype
         could have changed.
     """
@@ -56,8 +56,10 @@ class MergedLayer:
 class MergeReport:
     """What was written.
 
-    logits_error: root mean square of (merged - (base + adapter)) logits, relative to that of the logits.
-    logits_effect: the same of ((base + adapter) - base): how much the adapter changes.
+    dtype: the names of the dtypes in the file, such as "bfloat16, float32".
+    logits_error: the root mean square of the logits' difference, merged - (base + adapter), relative to that of the
+        logits of base + adapter.
+    logits_effect: the same for (base + adapter) - base: how much the adapter changes the logits.
     """
 
     out: Path
@@ -67,7 +69,7 @@ class MergeReport:
     logits_effect: float
 
     def kinds(self) -> dict[str, list[MergedLayer]]:
-        """The layers by their names without the number of the block: all that are `att.key`, and so on."""
+        """The layers, grouped by their names without the block's number: all `att.key` together, and so on."""
         found: dict[str, list[MergedLayer]] = {}
         for layer in self.layers:
             found.setdefault(re.sub(r"^blocks\.\d+\.", "", layer.name), []).append(layer)
@@ -83,18 +85,18 @@ def merge(
     overwrite: bool = False,
     on_tensor: Report | None = None,
 ) -> MergeReport:
-    """Writes W + dW for every adapted linear, the tensors that were trained themselves, and everything else as it is:
-    the base's keys, shapes and order. A learned state that the base has not comes last, in the layout of state files.
+    """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
+    the base's keys, shapes and order. A learned state that the base lacks comes last, in the layout of state files.
 
     The base is memory-mapped and one tensor is held at a time. Each sum is taken in fp32 and cast once. The file
     is then opened and its logits are compared with those of base + adapter; only then does it get its name.
 
     Args:
-        dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are fp32.
+        dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are always fp32.
         state_only: write the learned state and nothing else: a state file, which is loaded beside the base.
         overwrite: replace `out_path` if it is there.
-        on_tensor: called with (tensors done, all) after each tensor that is written, and again for each that is read
-            back.
+        on_tensor: called with (tensors done, tensors in all) after each tensor that is written, and again for each that
+            is read back.
 
     Raises:
         UserError: the adapter was made for another base, does not fit, or a file cannot be read or written.
@@ -176,7 +178,7 @@ def _check_out(out: Path, base: Path, overwrite: bool) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, values that are not numbers included."""
+    """Whether two tensors are equal in shape, dtype and every bit, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
@@ -201,14 +203,14 @@ def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile) -> Iterable[tu
 
 
 def _replacements(W: Tensor, trained: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """(trained - W, trained) of each piece of the rows of a tensor that was trained itself."""
+    """(trained - W, trained) of each piece of the rows of a tensor that was trained directly."""
     for W_rows, trained_rows in zip(_rows(W), _rows(trained), strict=True):
         exact = trained_rows.float()
         yield exact - W_rows.float(), exact
 
 
 def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
-    """Writes the second of each pair to `out`; the first is what it differs by from the base."""
+    """Writes the second tensor of each pair to `out`; the first is its difference from the base."""
     delta_squares = lost_squares = 0.0
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
         out_rows.copy_(exact)
@@ -233,7 +235,7 @@ def _verify(
     tokens = torch.randint(vocab_size, (1, _VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
     base_logits = model(tokens)[0].float()
     adapted = load_adapter(model, adapter_folder)(tokens)[0].float()
-    if state_only:  # in the place of the adapter's own: the same numbers
+    if state_only:  # the file's state in place of the adapter's: the numbers must be the same
         for time_mix in model.time_mixes():
             time_mix.time_state = None
         load_initial_state(model, part)
@@ -248,7 +250,7 @@ def _verify(
     scale = adapted.square().mean().sqrt()
     error = ((merged - adapted).square().mean().sqrt() / scale).item()
     effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
-    if not error <= tolerance:  # also where it is not a number, as for logits that are all zero
+    if not error <= tolerance:  # also if it is NaN, as for logits that are all zero
         raise RunError(
             f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
             f"({tolerance:.0e}); nothing was written"

@@ -42,7 +42,7 @@ def compare(
     base: str, adapter: str, merged: str, questions: str, tokenizer: str, count: int = 3, max_tokens: int = 256
 ) -> int:
     tok = load_tokenizer(tokenizer)
-    # All in fp32, as the package's CPU strategy runs: what differs is the files alone.
+    # All run in fp32, as the package's CPU strategy does, so that only the files differ.
     options = DataOptions()
     prompts = [prompt_text(record, options) for record in islice(read_records(questions, options), count)]
     merged_model = load_model(merged, "fp32").eval()

@@ -17,7 +17,7 @@ from rwkv_miss.ops import wkv6, wkv7
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
 from rwkv_miss.ops.cuda.programs import HEAD_SIZES, PROGRAMS
 
-# Relative error in norm: of fp32 sums in another order, and of the rounding of bf16 outputs.
+# The largest relative error in norm allowed: in fp32 sums are taken in another order, bf16 outputs are rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 ROUNDS = 10

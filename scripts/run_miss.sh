@@ -11,8 +11,8 @@ TOKENIZER=world     # world, bytes, or a tokenizer.json
 OUT=out/miss
 R=64
 CTX_LEN=512
-BATCH=8             # rows a device and micro-batch
-ACCUMULATE=1        # micro-batches an optimizer step
+BATCH=8             # rows in a micro-batch, on each device
+ACCUMULATE=1        # micro-batches in an optimizer step
 EPOCHS=1
 LR=2e-5
 DEVICES=1
@@ -26,7 +26,7 @@ DEMO_EVAL="--dtype fp32 --batch_size 200 --max_tokens 100"
 
 . "$(dirname -- "$0")/env.sh"
 
-# These decide what else is done here; every other argument goes to `rwkv-miss train` as it is.
+# This script reads these options itself; every other argument goes to `rwkv-miss train` as it is.
 n=$#
 while [ "$n" -gt 0 ]; do
     arg=$1

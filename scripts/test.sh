@@ -17,7 +17,7 @@ VERSIONS=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # shellcheck disable=SC2086
 printf '%s\n' $VERSIONS | sort -u | xargs -n 1 -P 2 "$PYTHON" -m mypy --python-version
 
-together() { # several of them at once, which those that are marked slow cannot be: they look at the time and at processes
+together() { # runs tests in parallel, except those marked slow, which look at the time and at processes
     "$PYTHON" -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 "$@"
 }
 if [ -n "$FAST" ]; then

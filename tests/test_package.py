@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 
@@ -166,3 +167,15 @@ def test_the_environment_decides_nothing(module):
 
 def test_the_version_is_the_distributions():
     assert importlib.metadata.version("rwkv-miss") == rwkv_miss.__version__
+
+
+@pytest.mark.parametrize(
+    ("given", "spin_count"),
+    [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
+)
+def test_threads_share_the_cores_unless_the_user_has_said_how_they_wait(monkeypatch, given, spin_count):
+    from rwkv_miss import __main__
+
+    monkeypatch.setattr(os, "environ", dict(given))
+    __main__._share_cores()
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count

@@ -1,7 +1,7 @@
-"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, in HF PEFT's format where PEFT has a form
-for what was trained: a method beside linears, and whole modules beside it (its modules_to_save). Anything else, such as
-a state or a parameter of a time mix, makes the folder one of our own type, which PEFT refuses instead of loading a part
-of it. What PEFT has no field for (which base, tokenizer, template) is in `rwkv_miss.json` beside them."""
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, in HF PEFT's format if it can hold what was
+trained: a method beside linears, and whole modules besides (PEFT's modules_to_save). With anything else, such as a
+state or a parameter of a time mix, the folder has a peft_type of our own, so that PEFT refuses it instead of loading a
+part of it. What PEFT has no field for (which base, tokenizer, template) is in `rwkv_miss.json` beside them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ _OUR_TYPE = "RWKV_MISS"
 class AdapterFile:
     """An adapter folder, read.
 
-    tensors: what was trained, by key: a checkpoint's key for a parameter of the base or a layer's learned state (in the
-        layout of the model's own state), the linear's path and the tensor's name for what a method put beside it.
-    base_fingerprint: None: the adapter was made by a program that does not record its base.
+    tensors: what was trained, by key. For a parameter of the base or a layer's learned state (in its in-memory layout)
+        this is the checkpoint's key; for a tensor beside a linear, the linear's path and the tensor's name, such as
+        blocks.0.att.key.miss_block.
+    base_fingerprint: identifies the base; None if the program that made the adapter does not record it.
     """
 
     config: AdapterConfig
@@ -53,7 +54,7 @@ class AdapterFile:
 
     @property
     def linears(self) -> dict[str, dict[str, Tensor]]:
-        """By the path of each adapted linear, its tensors by their names in `LinearMethod.names`."""
+        """The path of each adapted linear -> its tensors by their names in `LinearMethod.names`."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             if place := _place(key, self.config):
@@ -62,18 +63,18 @@ class AdapterFile:
 
     @property
     def whole(self) -> dict[str, Tensor]:
-        """By their checkpoint keys, the tensors that are trained themselves."""
+        """Checkpoint key -> tensor, of those that were trained directly."""
         return {key: tensor for key, tensor in self.tensors.items() if _place(key, self.config) is None}
 
 
 def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] | None = None) -> None:
-    """Writes what was trained of the model to a folder, each file beside the old one and renamed.
+    """Writes the model's trained tensors to a folder. Each file is written beside the old one and then renamed.
 
     Args:
         extra: further facts for `rwkv_miss.json`, such as the tokenizer.
 
     Raises:
-        UserError: the model has no adapter, or the disk refused; the folder is then as it was.
+        UserError: the model has no adapter, or a file cannot be written; the folder is then unchanged.
     """
     config, plan = installed(model).config, installed(model).plan
     modules = _modules(model, plan)
@@ -103,8 +104,8 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
 
 
 def _modules(model: RWKV, plan: Plan) -> list[str] | None:
-    """The ends of the names of the modules whose parameters `plan.whole` are; None where it is no set of whole modules
-    of PyTorch's, such as PEFT can replace by a copy."""
+    """The ends of the names of the modules whose parameters make up `plan.whole`; None unless they are whole modules of
+    PyTorch's, which PEFT can replace by copies."""
     paths = {key.rpartition(".")[0] for key in plan.whole}
     for module in map(model.get_submodule, paths):
         is_plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.Linear))
@@ -143,8 +144,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
         raise UserError(f"{folder / WEIGHTS}: key {strange[0]} is not a part of an adapter; expected {_PREFIX}...")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     found = AdapterFile(config, tensors, read_facts(folder).get("base_fingerprint"))
-    # PEFT has further ways to choose linears: a pattern, and what to leave out of a list. The tensors say what they
-    # came to.
+    # PEFT has further ways to choose linears: a pattern, and what to leave out of a list. The tensors show which
+    # linears were chosen.
     is_limited = any(peft.get(name) is not None for name in ("layers_to_transform", "exclude_modules"))
     if is_limited or not isinstance(peft.get("target_modules"), list):
         config.target_modules = sorted(found.linears) or None
@@ -152,7 +153,7 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
 
 
 def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
-    """The settings that adapter_config.json says."""
+    """The settings in adapter_config.json."""
     kinds = {name: find_methods(name)[0] for name in METHODS}
     types = {method.peft_type: name for name, method in kinds.items() if isinstance(method, LinearMethod)}
     if peft.get("peft_type") == _OUR_TYPE:
@@ -181,7 +182,7 @@ def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
 
 
 def adapter_folder(path: str | os.PathLike) -> Path:
-    """The adapter folder that is meant by `path`: itself, or the folder `adapter` in it where it is a run's.
+    """The adapter folder that `path` means: itself, or the folder `adapter` inside it if `path` is a run's folder.
 
     Raises:
         UserError: there is no such folder.
@@ -196,7 +197,7 @@ def adapter_folder(path: str | os.PathLike) -> Path:
 
 
 def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
-    """What we recorded of an adapter beside PEFT's files: its base, tokenizer, ...; nothing of PEFT's own adapters."""
+    """The content of `rwkv_miss.json` in an adapter folder: base, tokenizer, ...; empty for an adapter made by PEFT."""
     path = Path(folder) / OURS
     return _read_json(path) if path.is_file() else {}
 
@@ -208,11 +209,11 @@ def check_fits(
     base_mark: str,
     folder: str | os.PathLike,
 ) -> Plan:
-    """What of a base the adapter trained, after every check that it was made for this base, has all that its config
-    says was trained, and nothing that the base has no place for.
+    """Checks that the adapter was made for this base, has all that its config says was trained, and nothing that the
+    base has no place for. Returns what it trained of the base.
 
     Args:
-        shapes: of the base's tensors by their keys.
+        shapes: the shapes of the base's tensors by their keys.
         base_mark: the base's fingerprint.
 
     Raises:
@@ -237,13 +238,13 @@ def check_fits(
 def _check_whole(
     adapter: AdapterFile, sizes: ModelConfig, shapes: Mapping[str, torch.Size], folder: str | os.PathLike
 ) -> list[str]:
-    """The keys of the tensors that are trained themselves."""
+    """The keys of the tensors that were trained directly."""
     config, file = adapter.config, Path(folder) / WEIGHTS
     known = {**shapes, **state_shapes(sizes)}
     linears = adapter.linears
     for key, tensor in adapter.whole.items():
         if key not in known or key.removesuffix(".weight") in linears:
-            why = "is no part of this base" if key not in known else "is there beside an adapter of the same linear"
+            why = "is no part of this base" if key not in known else "is the weight of a linear that has an adapter too"
             raise UserError(f"{file}: the adapter has {_PREFIX}{key}, which {why}; nothing would use it")
         if tensor.shape != known[key]:
             raise UserError(f"{file}: {key} has shape {tuple(tensor.shape)}, expected {tuple(known[key])}")
@@ -293,10 +294,10 @@ def _check_linears(
 
 
 def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
-    """Adds what a folder holds to a model that has no adapter, in place, as `inject` does.
+    """Adds a saved adapter to a model that has none, in place; all other parameters are frozen, as by `inject`.
 
     Args:
-        folder: an adapter folder, or that of a run, whose `adapter` is meant.
+        folder: an adapter folder, or a run's folder, whose `adapter` is used.
 
     Raises:
         UserError: as `read_adapter` and `check_fits`; or the model has an adapter already.
@@ -318,7 +319,7 @@ def _linear_method(config: AdapterConfig) -> LinearMethod | None:
 
 
 def _place(key: str, config: AdapterConfig) -> tuple[str, str] | None:
-    """The linear's path and the tensor's name of what a method put beside a linear; None for another key."""
+    """(the linear's path, the tensor's name) if `key` is that of a tensor beside a linear; None otherwise."""
     method = _linear_method(config)
     for name in method.names if method else ():
         if key.endswith("." + name):

@@ -27,12 +27,13 @@ class Installed:
 
 
 def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | None = None) -> RWKV:
-    """Freezes the model and adds what `config` trains, in place. Adapters and states start at zero: the model computes
-    what it did, to the bit (packed documents, which a state makes sequences of their own: to rounding).
+    """Freezes the model and adds what `config` trains, in place. Adapters and states start at zero, so the model's
+    results stay the same, to the bit; with a state, those of packed documents up to rounding, since each document is
+    then run as a sequence of its own.
 
     Args:
-        masters: the base's tensors in the precision of its file, by key: parameters of the base that are trained
-            themselves begin from these. None: from the model's own, which may have been rounded when it was loaded.
+        masters: the base's tensors in the precision of its file, by key: the values that trained parameters of the base
+            start from. None: the model's own values, which may have been rounded when it was loaded.
 
     Raises:
         UserError: a setting is wrong, a name matches nothing, a method cannot go beside a linear, or the model has
@@ -46,8 +47,8 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
 
 
 def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str, Tensor] | None = None) -> None:
-    """Freezes the model, then puts `plan.linears`' adapters in the linears' places and trains `plan.whole`; a learned
-    state is added to a model that has none."""
+    """Freezes the model, then replaces the linears in `plan.linears` by their adapters and makes `plan.whole`
+    trainable. If a learned state is to be trained and the model has none, one is added."""
     model.requires_grad_(False)
     for path, method in plan.linears.items():
         parent, _, name = path.rpartition(".")
@@ -72,7 +73,7 @@ def installed(model: RWKV) -> Installed:
     """What has been put into the model.
 
     Raises:
-        UserError: nothing has.
+        UserError: the model has no adapter.
     """
     if not isinstance(model.adapter, Installed):
         raise UserError("the model has no adapter to save; call inject first")
@@ -80,12 +81,12 @@ def installed(model: RWKV) -> Installed:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, in the model's order: parameters of the base and learned states by their checkpoint keys, those
-    of adapters by their linear's path and their name in `LinearMethod.names`."""
+    """The trainable parameters by key, in the model's order. The key of a base parameter or a learned state is that in
+    a checkpoint; the key of an adapter's parameter is its linear's path and its name in `LinearMethod.names`."""
     return {checkpoint_key(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpoint_key(name: str) -> str:
-    """The checkpoint's key of a parameter's name in the model. It is another where the parameter is cast
-    (`train_whole`) or is that of a linear that a method has wrapped."""
+    """The checkpoint's key for `name`, a parameter's name in the model. The two differ if the parameter is cast
+    (`train_whole`) or belongs to a linear that a method has wrapped."""
     return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name).replace(".base_layer.", ".")

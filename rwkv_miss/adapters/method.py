@@ -1,5 +1,5 @@
-"""What a training method is, and the table of those that there are. Importing this imports no torch: the settings of a
-run are checked against the table before anything heavy is loaded."""
+"""What a training method is, and the table of the methods. Importing this imports no torch: the settings of a run are
+checked against the table before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Group(NamedTuple):
     """How the optimizer treats a parameter. Parameters of equal groups share one.
 
-    name: which learning rate it is, "" for the run's own; metrics.csv has a column for each, `lr` or `lr_{name}`.
+    name: the name of its learning rate, "" for the run's own; metrics.csv has a column for each, `lr` or `lr_{name}`.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Group(NamedTuple):
 
 
 class Method:
-    """A way of training: which of the base's own parameters and learned states it trains, if any. `LinearMethod` is one
-    that goes beside linears."""
+    """A way of training: which of the base's own parameters and learned states it trains, if any. A `LinearMethod` also
+    puts tensors of its own beside linears."""
 
     def keys(self, sizes: ModelConfig, base: Collection[str]) -> list[str]:
-        """The checkpoint keys of what is trained itself: parameters of the base, whose keys are `base`, or the states
-        of `rwkv_miss.model.initial_state`."""
+        """The checkpoint keys of what the method trains directly: any of `base`, the keys of the base's parameters,
+        or those of the states of `rwkv_miss.model.initial_state`."""
         return []
 
     def group(self, key: str, parameter: nn.Parameter, kind: type[RWKV], config: TrainConfig) -> Group:
@@ -69,7 +69,8 @@ class LinearMethod(Method, ABC):
         """The shapes of the tensors in `names`."""
 
     def refuses(self, in_features: int, out_features: int, config: AdapterConfig) -> str | None:
-        """Why the method cannot go beside a linear of that size, in words that follow its name; None if it can."""
+        """Why the method cannot go beside a linear of that size, as text to follow the linear's path in a message; None
+        if it can."""
         return None
 
     @abstractmethod
@@ -90,7 +91,7 @@ class LinearMethod(Method, ABC):
 
     @abstractmethod
     def from_peft(self, fields: Mapping[str, Any], file: str) -> dict[str, Any]:
-        """The settings in `AdapterConfig` that such fields say.
+        """The fields of `AdapterConfig` that these fields of adapter_config.json stand for, and their values.
 
         Raises:
             UserError: a field's value cannot be honoured; the message begins with `file`.
@@ -99,7 +100,7 @@ class LinearMethod(Method, ABC):
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the table.
+    """An entry of `METHODS`.
 
     module: the module whose METHOD is the method.
     settings: those optional settings of `AdapterConfig` and `TrainConfig` that the method reads although not every
@@ -121,12 +122,12 @@ METHODS: dict[str, Entry] = {
 
 
 def find_methods(method: str) -> list[Method]:
-    """The methods that `AdapterConfig.method` names; the names are known (`problems`)."""
+    """The methods that `AdapterConfig.method` names. Every name must be in `METHODS` (`problems` checks that)."""
     return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
 
 
 def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[str]:
-    """Every setting that the methods cannot have or have no use for, of what is trained and, if given, of the run."""
+    """A message for each setting, in `adapter` and if given in `config`, that the methods refuse or have no use for."""
     names = adapter.method.split("+")
     if not set(names) <= METHODS.keys():
         return [

@@ -42,14 +42,14 @@ def add_to_blocks(x: Tensor, block: Tensor) -> Tensor:
 
 
 def delta_weight(D: Tensor, in_features: int) -> Tensor:
-    """dW (out, in) with dW[o, c] = D[c mod r, o]: what merging adds to W. Of some columns of D (r, out) it is the same
-    rows of dW."""
+    """dW (out, in) with dW[o, c] = D[c mod r, o]: what merging adds to W. Given only some columns of D
+    (r, out), it returns the same rows of dW."""
     r = D.shape[0]
     return D.T.repeat(1, -(-in_features // r))[:, :in_features]
 
 
 class _MissFunction(torch.autograd.Function):
-    """y = x W^T + S D in one node of the graph: beside the weights it keeps S alone (and a dropout mask)."""
+    """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: FrozenLinear, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
@@ -82,7 +82,8 @@ class _MissFunction(torch.autograd.Function):
 
 
 class MissLinear(nn.Module):
-    """A frozen linear with a MiSS adapter beside it. `miss_block` is D (r, out), by HF PEFT's name for it."""
+    """A frozen linear with a MiSS adapter beside it. `miss_block`, as HF PEFT calls it, is D (r, out), fp32 beside
+    weights of lower precision."""
 
     def __init__(self, linear: FrozenLinear, r: int, dropout: float) -> None:
         super().__init__()

@@ -16,9 +16,9 @@ from rwkv_miss.model.versions import MODELS
 
 @dataclass(frozen=True)
 class Plan:
-    """linears: by the path of each linear that a method goes beside, that method. whole: by checkpoint key, each
-    parameter of the base and each layer's learned state that is trained itself, with the method that trains it. Both in
-    the order of the base's parameters."""
+    """linears: the path of each adapted linear -> the method that goes beside it. whole: the checkpoint key of each
+    base parameter and each layer's learned state that is trained directly -> the method that trains it. Both are in the
+    order of the base's parameters; states that the base lacks come last."""
 
     linears: dict[str, LinearMethod]
     whole: dict[str, Method]
@@ -34,7 +34,7 @@ def make_plan(config: AdapterConfig, sizes: ModelConfig, shapes: Mapping[str, to
     """What `config` trains of a model.
 
     Args:
-        shapes: of the base's parameters by their checkpoint keys, with those of a learned state that it has already.
+        shapes: the shapes of the base's parameters by checkpoint key; a learned state that the base has is included.
 
     Raises:
         UserError: a name in the settings matches nothing, or a method cannot go beside a linear.
@@ -70,7 +70,7 @@ def linear_shapes(sizes: ModelConfig, shapes: Mapping[str, torch.Size]) -> dict[
 
 
 def is_target(path: str, name: str) -> bool:
-    """Whether `name` of `target_modules` means the linear `path`: it is the end of its name."""
+    """Whether the entry `name` of `target_modules` means the linear `path`: it is the path, or its end after a dot."""
     return path == name or path.endswith("." + name)
 
 
@@ -103,7 +103,7 @@ def _modules_to_save(
             )
         if twice := [key for key in found if key.removesuffix(".weight") in linears]:
             raise UserError(
-                f"adapter.modules_to_save: {name} means {twice[0]}, beside which the adapter goes already; leave its "
+                f"adapter.modules_to_save: {name} means {twice[0]}, which gets an adapter already; leave its "
                 "linear out of target_modules to train it whole"
             )
     return [key for key in shapes if any(whole.matches(key, name) for name in names)]

@@ -1,4 +1,4 @@
-"""State tuning: what sequences begin from (`rwkv_miss.model.initial_state`) is trained instead of being zero."""
+"""State tuning: the state that sequences begin from (`rwkv_miss.model.initial_state`) is trained, not left at zero."""
 
 from __future__ import annotations
 

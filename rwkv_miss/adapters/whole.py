@@ -1,4 +1,4 @@
-"""Parameters of the base that are trained themselves: all of them (method full), or some beside another method
+"""Parameters of the base that are trained directly: all of them (method full), or some beside another method
 (`AdapterConfig.modules_to_save`). Names are the keys of the checkpoint."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GROUPS = {
     "ln": re.compile(r"(^|\.)ln(0|1|2|_x|_out)\.(weight|bias)$"),
     "time": re.compile(r"\.(att|ffn)\.(?!time_state)[^.]+$"),
 }
-"""What of `AdapterConfig.modules_to_save` names a group instead of the end of a name."""
+"""The entries of `AdapterConfig.modules_to_save` that name a group, and the keys that each stands for."""
 
 
 class Full(Method):
@@ -27,7 +27,7 @@ class Full(Method):
 
     def group(self, key: str, parameter: nn.Parameter, kind: type[RWKV], config: TrainConfig) -> Group:
         """As BlinkDL trains them (RWKV-LM, `configure_optimizers`; the learning rates are in `RWKV.lr_scales`): weight
-        decay on the matrices named .weight alone."""
+        decay only on matrices whose key ends in .weight."""
         scaled = [(name, scale) for name, scale in kind.lr_scales.items() if key.endswith(f".{name}")]
         is_matrix = key.endswith(".weight") and parameter.squeeze().ndim >= 2
         decay = config.weight_decay if is_matrix else 0.0
@@ -41,7 +41,7 @@ METHOD = Full()
 
 
 class _Cast(nn.Module):
-    """The value that the forward pass uses of a parameter that is kept in fp32."""
+    """Casts a parameter that is kept in fp32 to the dtype that the forward pass uses."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class _Cast(nn.Module):
 
 
 def matches(key: str, name: str) -> bool:
-    """Whether `name` of `modules_to_save` means the parameter `key`: its group, or the end of its or its module's
-    name."""
+    """Whether the entry `name` of `modules_to_save` means the parameter `key`: `name` is its group, or the end of its
+    name or of its module's name."""
     if name in _GROUPS:
         return bool(_GROUPS[name].search(key))
     return any(full == name or full.endswith("." + name) for full in (key, key.rpartition(".")[0]))

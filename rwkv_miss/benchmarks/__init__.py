@@ -1,1 +1,1 @@
-"""What is measured beside other programs, or against a limit. Nothing but the command `bench` imports this."""
+"""Benchmarks: speed against other programs, and memory. Only the command `bench` imports this."""

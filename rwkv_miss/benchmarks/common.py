@@ -14,7 +14,7 @@ import torch
 
 
 class Table(NamedTuple):
-    """What a benchmark found: a row for each thing that was measured, by the names of the columns."""
+    """What a benchmark found: for each thing that was measured a row, a dict of column names and values."""
 
     title: str
     rows: list[dict[str, Any]]

@@ -29,11 +29,11 @@ MODEL = ModelConfig(7, 4, 64, 1, 64, 256, 256, {"w": 16, "a": 16, "v": 16, "g": 
 
 
 def bench_memory(thread_count: int) -> Table:
-    """Most memory at once, in MB, of a forward and backward pass of one row: a row for each of `MODES`, without and
-    with gradient checkpointing, and a column for each of `LENGTHS`.
+    """Peak memory, in MB, of a forward and backward pass over one sequence: a row for each of `MODES`, without and with
+    gradient checkpointing, and a column for each of `LENGTHS`.
 
-    On a GPU the peak of what PyTorch has allocated; on a CPU the peak of the process's resident memory. Either
-    above what the process held before the step, after a step of `CHUNK_LEN` tokens.
+    On a GPU this is the peak of what PyTorch has allocated, on a CPU the peak of the process's resident memory. What
+    the process held before the step, after a warm-up step of `CHUNK_LEN` tokens, is subtracted.
     """
     rows = []
     for name, (chunk_len, bptt_chunks) in MODES.items():
@@ -49,13 +49,13 @@ def bench_memory(thread_count: int) -> Table:
 
 
 def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int) -> int:
-    """Bytes that this process takes at most in a step of `length` tokens, beyond what it had."""
+    """This process's peak memory in a step of `length` tokens, in bytes, beyond what it held before."""
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
     model = RWKV7(MODEL, gradient_checkpointing=checkpointing)
     model.load_state_dict(init_weights(MODEL, seed=0))
     inject(model, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
-    _step(model, CHUNK_LEN, None, 0)  # kernels are loaded, the gradients have their place
+    _step(model, CHUNK_LEN, None, 0)  # warm-up: loads the kernels and allocates the gradients
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""The benchmarks that there are."""
+"""The table of the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rwkv_miss.errors import UserError
 
 
 class Benchmark(NamedTuple):
-    """run: (CPU threads) -> its table. takes_seconds: whether `all` means it too."""
+    """run: (CPU threads) -> its table. takes_seconds: whether it is over in seconds, so that `all` includes it."""
 
     run: Callable[[int], Table]
     takes_seconds: bool
@@ -30,7 +30,7 @@ def run_benchmarks(what: str, threads: int) -> Iterator[Table]:
     """The tables of one of `BENCHMARKS`, or of all of those that take seconds, each as soon as it is there.
 
     Raises:
-        UserError: there is no such benchmark, or no number of threads.
+        UserError: there is no such benchmark, or threads is below 1.
     """
     if what not in (*BENCHMARKS, "all"):
         raise UserError(f"bench: there is no {what!r}; choose one of {', '.join(BENCHMARKS)}, all")

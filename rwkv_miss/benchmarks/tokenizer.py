@@ -19,7 +19,8 @@ def bench_tokenizer(thread_count: int) -> Table:
     whatever `thread_count` is.
 
     Returns:
-        A table with a row for each: name; mb_per_s, the best of 3; ratio, ours over it; note, why there are no figures.
+        A table with a row for each: name; mb_per_s, the best of 3; ratio, our speed over its; note, why there are no
+        figures.
     """
     from pyrwkv_tokenizer import RWKVTokenizer
 

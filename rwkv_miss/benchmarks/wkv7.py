@@ -26,7 +26,7 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
     a busy machine slows all of them.
 
     Args:
-        thread_count: of every implementation.
+        thread_count: CPU threads of every implementation.
         peer: the file that defines `rwkv7_wkv_infctx_naive`; None looks for an installed rwkvtune.
 
     Returns:
@@ -86,5 +86,5 @@ def _forward_backward(
 
 def _load_peer(path: Path) -> Callable[..., Tensor]:
     naive = load_file(path).rwkv7_wkv_infctx_naive
-    # It takes the w of decay exp(-exp(w)), and k and v before it.
+    # It takes the w of decay exp(-exp(w)) instead of z, and takes it after k and v.
     return lambda r, z, k, v, a, b: naive(r, k, v, -softplus(-z) - 0.5, a, b)[0]

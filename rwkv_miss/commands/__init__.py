@@ -1,5 +1,5 @@
-"""The commands of the command line, one file each, and their table. A command's function says its options by its
-arguments and their docstring; it calls the package and prints, and does nothing else. Importing this imports no torch:
+"""The commands of the command line, one file each, and their table. A command's options and their help are
+its function's arguments and docstring; the function only calls the package and prints. Importing this imports no torch:
 each command imports what it needs when it is run."""
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ from rich.table import Table
 
 
 def run(what: str = "all", threads: int = 1) -> int:
-    """Time our kernels and the tokenizer beside the programs they are measured against; measure a step's memory.
+    """Time our kernels and tokenizer against other programs, or measure the memory of a training step.
 
     Args:
         what: Which benchmark: wkv7, tokenizer, memory (of a training step as its row grows; it takes some minutes), or
-            all of those that take seconds.
+            all (of those that take seconds).
         threads: CPU threads that every program gets.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks

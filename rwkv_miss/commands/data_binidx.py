@@ -4,7 +4,7 @@ from rwkv_miss.config import DataOptions
 
 
 def run(data: str, tokenizer: str, out: str, options: DataOptions) -> int:
-    """Write data as a binidx, token ids that training maps into memory. Prompts in it are learned as answers are.
+    """Write data as a binidx: token ids that training memory-maps. Training on it learns prompts as well as answers.
 
     Args:
         data: .jsonl or .txt, as for train.

@@ -4,7 +4,7 @@ import json as json_format
 
 
 def run(json: bool = False) -> int:
-    """What this machine can run, and why not the rest; status 1 where the recurrence has no compiled kernel.
+    """Show what this machine can run, and why not the rest; exit status 1 if the recurrence has no compiled kernel.
 
     Args:
         json: Print one JSON object instead of text.

@@ -8,7 +8,7 @@ from rwkv_miss.errors import RunError, UserError
 
 
 def run(config: EvalConfig) -> int:
-    """Loss and perplexity of a model on data, and how many of its answers are right."""
+    """Measure a model's loss and perplexity on data, and how many of its answers are right."""
     if problems := config.problems():
         raise UserError("; ".join(problems))
     from rwkv_miss.commands.model import load

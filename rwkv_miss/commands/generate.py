@@ -18,7 +18,7 @@ def run(
     seed: int = 0,
     dtype: RunDtype | None = None,
 ) -> int:
-    """What a model answers to a question, or how it goes on with a text.
+    """Let a model answer a question, or continue a text.
 
     Args:
         model: A checkpoint (.pth or .st).
@@ -28,7 +28,7 @@ def run(
         state: A .pth with a learned state (blocks.0.att.time_state, ...) to begin from.
         raw: Take the prompt as it is.
         max_tokens: The most tokens that the answer may have.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn at random.
+        temperature: 0 takes the likeliest token each time; above 0, tokens are drawn at random.
         top_p: Draw among the likeliest tokens whose probabilities sum to this.
         seed: Seed of the random sampling.
         dtype: Number format that the model runs in; that of the file when not given.

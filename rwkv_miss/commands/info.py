@@ -2,7 +2,7 @@ from __future__ import annotations
 
 
 def run(file: str) -> int:
-    """What is in a checkpoint, a state file or an adapter folder.
+    """Show what is in a checkpoint, a state file or an adapter folder.
 
     Args:
         file: A .pth or .st file of a model or a state, or the folder of an adapter or a run.

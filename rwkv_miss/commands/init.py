@@ -15,7 +15,7 @@ def run(
     seed: int = 0,
     dtype: Dtype = "bf16",
 ) -> int:
-    """Write a new model with BlinkDL's initial weights, to train from nothing.
+    """Write a new model with BlinkDL's initial weights, to train from scratch.
 
     Args:
         n_layer: Number of layers.
@@ -26,7 +26,7 @@ def run(
         head_size: Channels in a head.
         dim_ffn: Width inside the channel mix; 4 n_embd (RWKV-7) or 3.5 n_embd rounded down to a multiple of
             32 (RWKV-6) when not given.
-        low_rank: Widths of low-rank matrices to have instead of BlinkDL's, such as {w: 64}. RWKV-7 has w, a, v and g,
+        low_rank: Widths of low-rank matrices that replace BlinkDL's, such as {w: 64}. RWKV-7 has w, a, v and g,
             RWKV-6 maa and decay.
         seed: Seed of the random matrices, at least 0 and below 2^64.
         dtype: Dtype of every tensor written.

@@ -18,10 +18,10 @@ def run(
 
     Args:
         base: The checkpoint that the adapter was trained on.
-        adapter: The adapter's folder, or the folder of a run, whose adapter is meant.
+        adapter: The adapter's folder, or the folder of a run, whose adapter is used.
         out: The file to write, ending in .pth.
-        dtype: Dtype of every tensor written, but states (fp32); the base's own when not given.
-        state_only: Write the learned state alone, as runtimes load it beside the base.
+        dtype: Dtype of every tensor written, except states (always fp32); the base's own when not given.
+        state_only: Write only the learned state, as a file that runtimes load beside the base.
         overwrite: Replace the file if it is there.
     """
     from rwkv_miss.merging import merge

@@ -1,4 +1,4 @@
-"""The model that a command works with."""
+"""Loads the model that a command works with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from rwkv_miss.model.base import RWKV
 
 Dtype = Literal["bf16", "fp16", "fp32"]
-"""What files may be written in."""
+"""The dtypes that files may be written in."""
 RunDtype = Literal["bf16", "fp32"]
-"""What models run in."""
+"""The dtypes that models run in."""
 
 
 def load(path: str, adapter: str | None, dtype: RunDtype | None) -> RWKV:

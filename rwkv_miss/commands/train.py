@@ -9,10 +9,10 @@ from rwkv_miss.config import TrainConfig
 
 
 def run(config: TrainConfig) -> int:
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: MiSS, its initial state, or all of it."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS, its initial state, or all of its weights."""
     from rwkv_miss.training.start import is_first_process, train
 
-    if not is_first_process():  # of several processes one speaks
+    if not is_first_process():  # of several processes only one prints
         logging.getLogger("rwkv_miss").setLevel(logging.ERROR)
     console = Console(quiet=not is_first_process(), markup=False)
     result = train(config, console)

@@ -48,7 +48,7 @@ class BatchStream:
 
     `state_dict` and `load_state_dict` are the protocol by which Lightning saves and restores a loader: the first
     iterator after loading goes on with the micro-batch after the last one that was yielded. Every other new iterator
-    begins the next epoch that none has begun. Only the newest iterator may be used.
+    begins the first epoch that no iterator has begun yet. Only the newest iterator may be used.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class BatchStream:
         of_all_ranks = shares(turn * self._world_size, self._world_size)
         mine = shares(turn * self._world_size + self._rank, 1)
         if self._world_size > 1 and window == 0:
-            self._rows.check(of_all_ranks)  # so that all ranks end; the others would wait for the one that meets it
+            self._rows.check(of_all_ranks)  # on every rank, so that all raise: otherwise the others would wait
         width = self._width if self._used is None else self._used[of_all_ranks].max(initial=0)
         start, stop = window * self._window_len, min((window + 1) * self._window_len, width)
         columns = slice(start, max(start, stop))

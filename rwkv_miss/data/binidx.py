@@ -146,7 +146,7 @@ def write_binidx(prefix: str | Path, documents: Iterable[ArrayLike], dtype: np.d
     Both files are written under other names and then renamed, the index last, so that a pair with an index is whole.
 
     Args:
-        documents: the ids of each document, (L,), of which there may be none.
+        documents: the ids of each document, (L,). An empty document, or none at all, is no error.
         dtype: the dtype of the ids in the file, one that `_DTYPES` has a code for. RWKV programs read uint16.
 
     Returns:

@@ -20,7 +20,7 @@ from rwkv_miss.errors import UserError
 
 
 def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Sequence[Document]:
-    """The file's records as token ids and loss masks; those of a binidx as they stand in it.
+    """The file's records as token ids and loss masks; the documents of a binidx as they stand in it.
 
     Args:
         vocab_size: the number of ids that the model has.
@@ -34,7 +34,7 @@ def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, opti
 
 
 def check_source(path: str | Path) -> None:
-    """Raises UserError where `path` is nothing that `read_documents` reads, without opening it."""
+    """Raises UserError if `path` is missing or of a kind that `read_documents` does not read. Does not open it."""
     if binidx_prefix(path) is not None:
         return
     if said := instead(Path(path), [*READERS]):

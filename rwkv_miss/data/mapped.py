@@ -18,7 +18,7 @@ from rwkv_miss.data.packing import NO_LOSS, PackReport, Rows, make_rows, pack_le
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
-# When a file is opened, so many tokens of its beginning, of its end, and from random places are looked at.
+# How many tokens at the beginning, at the end, and at random places of a file are checked when it is opened.
 _SAMPLE = 4096
 # Options that a binidx has no use for.
 _OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
@@ -28,8 +28,8 @@ _OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
 class MappedDocuments(Sequence[Document]):
     """Documents of plain text: document i is file.tokens[starts[i]:stops[i]], with starts and stops int64 (documents,).
 
-    They are taken as they stand: a document that lacks an `END` is not given one. Of a document of fewer than 2 tokens
-    nothing is learned.
+    They are taken as they stand: a document that lacks an `END` is not given one. Nothing is learned from a document
+    of fewer than 2 tokens.
     """
 
     file: BinIdx
@@ -83,7 +83,7 @@ def _check_ids(file: BinIdx, vocab_size: int, ids: np.ndarray, places: np.ndarra
         i = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(
             f"{file.prefix}.bin: document {file.document_at(places[i])} (of 0 to {len(file) - 1}): token {ids[i]} is "
-            f"not in the model's vocabulary of {vocab_size} ids; make the pair with the model's tokenizer"
+            f"not in the model's vocabulary of {vocab_size} ids; make the binidx again with the model's tokenizer"
         )
 
 
@@ -144,7 +144,7 @@ class MappedRows:
 
     @property
     def filled(self) -> np.ndarray:
-        return self.loss_tokens  # every one of them has a target
+        return self.loss_tokens  # every filled position has a target
 
     @property
     def used(self) -> np.ndarray:
@@ -194,8 +194,8 @@ def _(
             "learn"
         )
     targets, begins = targets[learned], documents.starts[learned]
-    # A longer document is cut into pieces of ctx_len targets, the last of those that are left; each piece begins with
-    # the last token of the one before.
+    # A longer document is cut into pieces of ctx_len targets, the last piece of those that are left. Each
+    # piece begins with the last token of the one before.
     pieces = -(-targets // ctx_len)
     number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # each piece's in its document
     starts = np.repeat(begins, pieces) + number * ctx_len

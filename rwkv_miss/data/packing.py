@@ -66,9 +66,9 @@ class Rows:
     `NO_LOSS`. seq_start bool (R, width): true at each document's first position and the padding's. filled int64 (R,):
     the positions of each row before its padding.
 
-    Of documents in groups also records int32 (R, width): the number of the document, in the data's order, that a
-    position belongs to, `NO_RECORD` in the padding; and groups int64 (R,): the groups in each row. Otherwise both are
-    None.
+    For documents in groups, records is int32 (R, width): the number of the document, in the data's order, that a
+    position belongs to, `NO_RECORD` in the padding; and groups is int64 (R,): the groups in each row. Otherwise both
+    are None.
     """
 
     tokens: np.ndarray
@@ -112,8 +112,8 @@ class PackReport:
     `width` is that of the rows, at most `ctx_len`; `longest` counts the positions of the longest record, `tokens` the
     positions taken, and `fill` is their share of all positions. `loss_tokens` counts the loss tokens in the rows,
     `lost_tokens` those that ctx_len leaves out. `truncated` counts the records that lose their end to ctx_len,
-    `carried` the conversations that go on in further rows, `dropped` the records without a loss token (left), of
-    groups all records of a group that is left out.
+    `carried` the conversations that go on in further rows, `dropped` the records that have no loss token, or none
+    left; for groups, all records of each group that is left out.
 
     If ctx_len loses more of the records or of the loss tokens than is `tolerated`, `enough_ctx_len` is the least one
     that does not; otherwise it is None.
@@ -242,7 +242,7 @@ def pack_lengths(lengths: np.ndarray, ctx_len: int) -> list[list[int]]:
     Args:
         lengths: the documents' lengths, int (documents,), from 1 to ctx_len.
     """
-    # Plain best fit is sometimes the better of the two if most documents are longer than half a row.
+    # Plain best fit (1 candidate) sometimes needs fewer rows, if most documents are longer than half a row.
     packed = min((_pack_lengths(lengths, ctx_len, candidates) for candidates in (64, 1)), key=len)
     by_length = np.argsort(lengths, kind="stable")
     first = np.searchsorted(lengths[by_length], np.arange(ctx_len + 1)).tolist()

@@ -34,9 +34,9 @@ class Span(NamedTuple):
 def render(record: Record, options: DataOptions) -> list[Span]:
     """The record as spans; their texts joined are the whole text. Plain text is one learned span, as it is.
 
-    A conversation alternates spans of prompt and of answer. Turns after the last answer can bear on no loss and are
-    left out. An answer is learned whole, whatever it holds: one with `STOP` inside too, although a runtime would stop
-    there (`read_records` warns of it).
+    A conversation alternates spans of prompt and of answer. Turns after the last answer cannot affect the loss and
+    are left out. An answer is learned whole, whatever it holds: one with `STOP` inside too, although a runtime would
+    stop there (`read_records` warns of it).
     """
     if record.is_text:
         return [Span(record.turns[0][1], True)]

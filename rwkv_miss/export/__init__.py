@@ -1,1 +1,1 @@
-"""Files that a model is written to: what every target is (target), each in a file of its own (pth), and their table."""
+"""File formats that a model is written to: what a target is (target), each target (pth), and their table (table)."""

@@ -1,4 +1,4 @@
-"""The targets that there are."""
+"""The table of the targets: the file formats that a model can be written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported, and what a target of an export is."""
+"""What is exported (`Weights`), and the file formats that it can be written to (`Target`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwkv_miss.config import ModelConfig
 class Weights:
     """A model's tensors, each made when it is asked for, so that they are never all in memory.
 
-    sizes: of the model.
+    sizes: the model's sizes.
     specs: every tensor's shape and dtype by its key in BlinkDL's layout, in the order of the file to write.
     compute: key -> the tensor that its spec describes. What it returned before may be overwritten by the next call.
     """
@@ -31,10 +31,10 @@ class Target:
     """A file format that a model can be written to.
 
     suffix: what the names of such files end in.
-    write: (path, weights): writes the file, one tensor at a time. OSError: the disk refused. UserError: the format
-        cannot hold the model.
-    read: path -> the tensors of such a file by their keys in BlinkDL's layout, as `Weights.compute` made them: what was
-        written is verified by reading it back.
+    write: (path, weights): writes the file, one tensor at a time. Raises OSError if it cannot be written, UserError if
+        the format cannot hold the model.
+    read: path -> the tensors of such a file by their keys in BlinkDL's layout, equal to those that `Weights.compute`
+        made: a file is verified by reading it back.
     """
 
     suffix: str

@@ -1,2 +1,2 @@
-"""Text from a model: a batch whose members come and go (engine), how each goes on (sampling), its ids as text
-(text_stream), and the simple functions over them (generate)."""
+"""Text generation: continuous batching (engine), choosing the next token (sampling), ids to text as they come
+(text_stream), and simple functions over these (generate)."""

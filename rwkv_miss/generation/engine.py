@@ -1,4 +1,5 @@
-"""Text for many sequences at once: a batch whose members come and go between two tokens.
+"""Text for many sequences at once, by continuous batching: between any two tokens, sequences may join or leave the
+batch.
 
 engine = Engine(model, tokenizer)
 first = engine.add("User: Hi\n\nAssistant:", Sampling(max_tokens=100))
@@ -27,7 +28,7 @@ Finish = Literal["end", "stop", "max_tokens", "cancelled", "not_finite"]
 """Why a text ended: token `END`, a stop string, `Sampling.max_tokens`, `Engine.cancel`, or logits that are infinite or
 not numbers."""
 
-# Most logits (512 MiB in fp32) that one forward of prompts makes, for all its tokens, and most tokens.
+# The most logits (512 MiB in fp32) and the most tokens, over all its prompts, of one forward pass over prompts.
 _MAX_LOGITS = 2**27
 _MAX_POSITIONS = 8192
 
@@ -82,7 +83,7 @@ class _Member:
 
 
 class Engine:
-    """A batch of sequences on one model. A member's text depends on its own prompt, settings and state alone, but for
+    """A batch of sequences on one model. A member's text depends only on its own prompt, settings and state, except for
     the rounding of sums, which differs a little with the size of the batch.
 
     Memory grows with the number of members only, which the caller limits: the state of each has the same size however
@@ -113,10 +114,11 @@ class Engine:
         return len(self._members)
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces of all steps, until no member is left. A loop that was left goes on with the next piece.
+        """The pieces of all steps, until no member is left. After a loop that was left early, a new one goes on with
+        the next piece.
 
         Raises:
-            RunError: the logits of a member are not finite. It has left, and the loop may be begun again.
+            RunError: the logits of a member are not finite. The member has left, and a new loop may be begun.
         """
         while self._to_yield or self._members:
             if not self._to_yield:
@@ -141,7 +143,7 @@ class Engine:
 
         Args:
             prompt: text, or its token ids.
-            sampling: None is that of `Sampling()`.
+            sampling: None is `Sampling()`.
             state: of one sequence, which the prompt goes on with; None is the model's initial state. It is not
                 changed.
             keep_state: return the member's state in its last piece.
@@ -188,9 +190,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
-        """One token for each member whose prompt has been read, and the next part of the prompts of the others.
+        """Writes one token for each member whose prompt has been read, and reads the next part of the others' prompts.
 
-        A piece for each member that got a token or was cancelled. A member whose logits are not finite leaves
+        Returns a piece for each member that got a token or was cancelled. A member whose logits are not finite leaves
         without a token, with the finish "not_finite"; the others are not affected.
         """
         cancelled = [member for member in self._members.values() if member.is_cancelled]
@@ -239,8 +241,9 @@ class Engine:
         return group, logits[:, -1].clone(), state  # the clone lets go of the logits of all other positions
 
     def _read_long_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
-        """Reads as many tokens of each of the other prompts as the one that is nearest to its end has left, or as one
-        forward may have. Returns what `_read_short_prompts` does, of those read to their ends."""
+        """Reads the same number of tokens of each of the other prompts: as many as the one nearest to its end has left,
+        or as fit into one forward. Returns what `_read_short_prompts` does, for the prompts that are now read to the
+        end."""
         group = [m for m in self._waiting if m.state is not None or len(m.unread) > self._max_positions]
         group = group[: self._max_positions]
         if not group:
@@ -249,7 +252,7 @@ class Engine:
         tokens = self._tensor([member.unread[:n_tokens] for member in group])
         state = seq_start = None
         if begun := next((member.state for member in group if member.state is not None), None):
-            # The others begin here: what stands in their rows of the state is not used.
+            # Members without a state begin here: their rows of the state are placeholders, which are not used.
             state = State.cat([member.state or begun for member in group])
             begins = self._tensor([[member.state is None] for member in group])
             seq_start = begins & (torch.arange(n_tokens, device=self._device) == 0)

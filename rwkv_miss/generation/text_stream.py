@@ -8,8 +8,8 @@ from rwkv_miss.data.tokenizers import END, Tokenizer
 
 # What a tokenizer writes for bytes that are not, or not yet, UTF-8.
 _BROKEN = "\ufffd"
-# Tokens that settle the text before them, of which so many are decoded again with each new one. A character has at
-# most 4 bytes, so what the first of them makes of a character that begins before it does not reach the last.
+# How many tokens that settle the text before them are decoded again with each new token. A character has at most
+# 4 bytes, so a character that is cut at the first of these tokens cannot affect the text of the last.
 _CONTEXT = 8
 
 
@@ -45,8 +45,9 @@ class Detokenizer:
         return text[self._returned :]
 
     def _forget(self, text: str) -> None:
-        """Keeps the newest ids alone. `text` is that of all: where the text of those kept begins otherwise, as a
-        first word may, only its length counts, since what follows is the same."""
+        """Forgets all but the newest ids. `text` is the text of all. That of the kept ids may begin otherwise, as a
+        first word may; if it ends in the text that was not returned yet, that does not matter, else nothing is
+        forgotten."""
         settling = [i for i, token in enumerate(self._ids) if self._tokenizer.settles(token)]
         kept = self._ids[settling[-_CONTEXT] :] if len(settling) >= _CONTEXT else self._ids
         unreturned = text[self._returned :]
@@ -58,7 +59,7 @@ class Detokenizer:
 
 class StopStrings:
     """Text up to the first stop string: of those that occur the one that is complete first, and of those complete
-    at the same character the longest. So it does not matter in which pieces the text comes."""
+    at the same character the longest. So it does not matter how the text is cut into pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops

@@ -1,2 +1,2 @@
-"""RWKV models: what all are (base), each version (rwkv6, rwkv7), loaded from checkpoints (recognise, load) or new
-(init), their state, and what runs on them (documents, log_probs)."""
+"""RWKV models: what all have in common (base), each version (rwkv6, rwkv7), loading (recognise, load), new models
+(init), their state (state, initial_state), packed documents (documents), and log-probabilities (log_probs)."""

@@ -1,5 +1,5 @@
-"""What every RWKV is: an embedding, blocks, a head; the parts that the versions share, and the facts that each
-version's own file says about itself.
+"""What every RWKV has: an embedding, blocks and a head; the parts that the versions share, and what each version's own
+file has to define.
 
 B batch, T tokens, C = n_embd.
 """
@@ -21,12 +21,12 @@ from rwkv_miss.ops.log_probs import target_log_probs
 
 
 class Context(NamedTuple):
-    """What every layer may look at beside the activations that it is given.
+    """What every layer may use beside its input activations.
 
-    tokens: int64 (B, T), the model's input: for a layer with an embedding of its own.
-    seq_start: bool (B, T), true where a document begins; None where none begins within these tokens.
+    tokens: int64 (B, T), the model's input, for layers that have an embedding of their own.
+    seq_start: bool (B, T), true where a document begins; None if none begins within these tokens.
     wkv_backend: which kernel computes the recurrence.
-    first: what layer 0's time mix handed on to the layers after it, such as RWKV-7's values; None within layer 0.
+    first: what layer 0's time mix passes to all later layers, such as RWKV-7's values; None within layer 0.
     """
 
     tokens: Tensor
@@ -36,7 +36,7 @@ class Context(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """A layer's part of `State`: att_shift (B, C), wkv (B, H, N, N) or None for the initial one, ffn_shift (B, C)."""
+    """A layer's part of `State`: att_shift (B, C), wkv (B, H, N, N) or None for the initial state, ffn_shift (B, C)."""
 
     att_shift: Tensor
     wkv: Tensor | None
@@ -47,8 +47,8 @@ class TimeMixBase(nn.Module, ABC):
     """The part of a block that mixes over time.
 
     `time_state` is a learned initial state (H, N, N), which only models that were given one have
-    (`rwkv_miss.model.initial_state`). A subclass registers it as None after all its other parameters: checkpoints of
-    runs know an optimizer's parameters by their order.
+    (`rwkv_miss.model.initial_state`). A subclass registers it as None after all its other parameters, because
+    a run's checkpoint identifies the optimizer's parameters by their order.
     """
 
     time_state: nn.Parameter | None
@@ -60,8 +60,8 @@ class TimeMixBase(nn.Module, ABC):
     def forward(
         self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x (B, T, C), the x of the token before (B, C) and the WKV state (None: the initial one) -> the output
-        (B, T, C), the last token's x (B, C), the WKV state (B, H, N, N), and what layer 0 hands on (`Context.first`).
+        """x (B, T, C), the previous token's x (B, C) and the WKV state (B, H, N, N), None for the initial one -> the
+        output (B, T, C), the last token's x (B, C), the new WKV state, and what layer 0 passes on (`Context.first`).
         """
 
 
@@ -73,7 +73,7 @@ class ChannelMixBase(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) and the x of the token before (B, C) -> the output (B, T, C) and the last token's x (B, C)."""
+        """x (B, T, C) and the previous token's x (B, C) -> the output (B, T, C) and the last token's x (B, C)."""
 
 
 def token_shift(x: Tensor, last: Tensor, seq_start: Tensor | None) -> Tensor:
@@ -93,7 +93,7 @@ def matrix(*shape: int) -> nn.Parameter:
 
 
 class Block(nn.Module):
-    """x += att(ln1(x)); x += ffn(ln2(x)); layer 0 normalises the embedding before, with ln0."""
+    """x += att(ln1(x)); x += ffn(ln2(x)); layer 0 first normalises the embedding with ln0."""
 
     def __init__(self, config: ModelConfig, layer: int, att: TimeMixBase, ffn: ChannelMixBase) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(self, x: Tensor, context: Context, before: LayerState) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C) -> the block's output (B, T, C), what its time mix hands on, and its state after the last
-        token."""
+        """x (B, T, C) -> the block's output (B, T, C), what its time mix passes on (`Context.first`), and its state
+        after the last token."""
         if self.layer == 0:
             x = self.ln0(x)
         out, att_shift, wkv, first = self.att(self.ln1(x), context, before.att_shift, before.wkv)
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """The logits of hidden states; given targets, the log-probabilities of these (`rwkv_miss.ops.log_probs`).
+    """Hidden states (B, T, C) -> logits (B, T, V); given targets, their log-probabilities (`rwkv_miss.ops.log_probs`).
 
     Logits that do not fit into memory at once are computed in pieces within one call: under ZeRO-3 every rank must call
     a module the same number of times, but the number of pieces differs between ranks.
@@ -136,7 +136,8 @@ class Head(nn.Linear):
 
 
 class Sizes(NamedTuple):
-    """The sizes that only a version knows how to find in its checkpoints, and the key that says the heads."""
+    """The sizes that each version finds in its checkpoints in its own way. heads_key: the key whose shape is
+    (n_head, head_size)."""
 
     heads_key: str
     n_head: int
@@ -145,8 +146,8 @@ class Sizes(NamedTuple):
 
 
 class RWKV(nn.Module, ABC):
-    """A language model. `config` says its sizes; its state dict has the checkpoint's keys. A version is a subclass that
-    says everything that is true of it alone; nothing else in the package asks which version a model is.
+    """A language model. `config` has its sizes; its state dict has the checkpoint's keys. Each version is a subclass,
+    which holds all that is specific to it; nothing else in the package asks which version a model is.
 
     Args:
         wkv_backend: which kernel computes the recurrence (see `rwkv_miss.ops.BACKENDS`).
@@ -156,7 +157,7 @@ class RWKV(nn.Module, ABC):
     version: ClassVar[int | str]
     """What `ModelConfig.version` is: 6, 7, or a variant's name."""
     op: ClassVar[str]
-    """The recurrence in `rwkv_miss.ops` that it is computed by."""
+    """The name of the version's recurrence in `rwkv_miss.ops`."""
     time_mix: ClassVar[type[TimeMixBase]]
     channel_mix: ClassVar[type[ChannelMixBase]]
     linears: ClassVar[tuple[str, ...]]
@@ -164,15 +165,15 @@ class RWKV(nn.Module, ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Keys that a checkpoint may hold although the model has no use for them."""
     lr_scales: ClassVar[dict[str, float]] = {}
-    """Ends of the names of parameters that are trained with another learning rate than the rest of the base, and how
-    many times that rate."""
+    """Parameters of the base that are trained with another learning rate than the rest: the end of the name -> the
+    factor by which the rate is multiplied."""
     key_first: ClassVar[bool]
-    """Whether the WKV state is (key, value), the transpose of what files of learned states hold."""
+    """Whether the WKV state is (H, N_key, N_value), the transpose of what files of learned states hold."""
     runtimes_find_state: ClassVar[bool]
     """Whether runtimes look for a learned state among the weights in the model's file."""
 
     fingerprint: str
-    """Says which base this is; set by `load_model`."""
+    """Identifies the base (`rwkv_miss.checkpoint.fingerprint`); set by `load_model`."""
     adapter: object | None = None
     """What `rwkv_miss.adapters.inject` has put into the model."""
 
@@ -184,7 +185,8 @@ class RWKV(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def find_sizes(cls, shape: Callable[[str], torch.Size], keys: Collection[str], n_layer: int) -> Sizes:
-        """The sizes that a checkpoint's shapes say. `shape` gives the two dimensions of a key, or raises UserError."""
+        """The sizes that follow from a checkpoint's shapes. `shape` returns the two dimensions of a key's tensor, or
+        raises UserError."""
 
     @classmethod
     @abstractmethod
@@ -203,7 +205,7 @@ class RWKV(nn.Module, ABC):
             layer: the block's number.
 
         Returns:
-            None where every version has the same (norms).
+            None for a parameter whose value is the same in every version (norms).
         """
 
     @classmethod
@@ -230,16 +232,17 @@ class RWKV(nn.Module, ABC):
 
         Args:
             tokens: int64 (B, T), T >= 1.
-            state: what an earlier piece of the same sequences returned; None is the initial state: zeros, or what
-                the model has learned (`rwkv_miss.model.initial_state`).
-            seq_start: bool (B, T), true where a document begins: there the shift starts from zero, and the state from
-                the initial one.
+            state: what the call on the previous piece of the same sequences returned; None is the initial state: zeros,
+                or what the model has learned (`rwkv_miss.model.initial_state`).
+            seq_start: bool (B, T), true where a document begins: there the token shift restarts from zero, and the WKV
+                state from the initial one.
 
         Returns:
             logits (B, T, V) in the model's dtype; the state (its gradient flows back through this call).
 
         Raises:
             UserError: the state is of another version, or its shape, dtype or device is not that of this call.
+            ValueError: tokens are not (B, T) with T >= 1.
         """
         hidden, state = self.hidden(tokens, state, seq_start)
         return self.head(hidden), state
@@ -247,7 +250,7 @@ class RWKV(nn.Module, ABC):
     def hidden(
         self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """As `forward`, but instead of the logits what the head is applied to: (B, T, C)."""
+        """As `forward`, but returns the head's input (B, T, C) instead of the logits."""
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be (B, T) with T >= 1, found {tuple(tokens.shape)}")
         x = self.emb(tokens)

@@ -1,5 +1,6 @@
-"""The recurrence of rows that hold several documents, where a document begins from a learned state. The kernels begin a
-document from zeros; here each document is run as a sequence of its own that begins from the learned state.
+"""The recurrence over rows of several documents when the initial state is learned. The kernels can only begin a
+document within a row from zeros, so each document is run here as a sequence of its own that begins from the learned
+state.
 
 B batch, T tokens, H heads of N.
 """
@@ -25,7 +26,7 @@ def run_from(
     initial: Tensor | None,
     seq_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`op`, but sequences begin from `initial` instead of zeros: where `state` is None, and at each seq_start.
+    """Runs `op` with sequences that begin from `initial` instead of zeros: if `state` is None, and at each seq_start.
 
     Args:
         op: the recurrence; row b of its results depends on row b of its arguments alone.
@@ -54,7 +55,7 @@ def run_from(
     row = first // n_steps
     carried = (is_carried[row] & (first % n_steps == 0)).to(state.device)
 
-    # Documents of about one length run side by side, so that less than half of what runs is padding.
+    # Documents whose lengths differ by less than a factor of 2 run as one batch: less than half of it is padding.
     flat = [x.flatten(0, 1) for x in inputs]
     size = torch.ceil(torch.log2(length.double()))
     y, last, places, order = [], [], [], []

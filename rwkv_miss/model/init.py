@@ -1,8 +1,8 @@
-"""The weights of a model not yet trained, for pre-training from nothing.
+"""The initial weights of a new model, to be trained from scratch.
 
 Every value follows BlinkDL's RWKV-LM: RWKV-v7/train_temp/src/model.py for RWKV-7 (x070), RWKV-v5/src/model.py for
-RWKV-6 (x060): the constructors of the time mix and the channel mix, and `generate_init_weight`, which has the last
-word on the matrices. Every version: emb.weight uniform in +-1e-4; norms 1 and 0, but ln_x.weight
+RWKV-6 (x060): the constructors of the time mix and the channel mix, and `generate_init_weight`, which then overwrites
+the matrices. Every version: emb.weight uniform in +-1e-4; norms have weight 1 and bias 0, but ln_x.weight is
 ((1 + layer) / n_layer) ** 0.7; head.weight orthogonal. The rest is in each version's own file (`RWKV.initial`).
 """
 
@@ -39,10 +39,10 @@ def new_config(
     (`RWKV.default_sizes`).
 
     Args:
-        low_rank: widths to have instead, by their names in `ModelConfig.low_rank`.
+        low_rank: widths that replace the default ones, by their names in `ModelConfig.low_rank`.
 
     Raises:
-        UserError: every size that no model can have.
+        UserError: there is no such version, or no model can have these sizes; the message lists all that are wrong.
     """
     if version not in MODELS:
         raise UserError(f"version is {version}; there are {', '.join(map(str, MODELS))}")
@@ -77,18 +77,18 @@ def init_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """The weights of an untrained model, fp32, with the keys and shapes of its parameters.
 
     Args:
-        config: `low_rank` needs every width of the version.
+        config: its `low_rank` must have every width of the version.
         seed: Seed of the random matrices; the same seed gives the same weights.
     """
     return dict(_weights(parameter_shapes(config), config, seed))
 
 
 def write_initial(config: ModelConfig, seed: int, out: str | os.PathLike, dtype: str | torch.dtype) -> int:
-    """Writes `init_weights` as a .pth in `dtype`, holding one tensor at a time, and after them what the model does not
-    use but other programs ask for (`RWKV.unused_shapes`). Returns the number of parameters.
+    """Writes `init_weights` as a .pth in `dtype`, holding one tensor at a time, and after them the tensors that the
+    model does not use but other programs ask for (`RWKV.unused_shapes`). Returns the number of parameters.
 
     Raises:
-        UserError: `out` exists, does not end in .pth, or cannot be written; the seed is none.
+        UserError: `out` exists, does not end in .pth, or cannot be written; the seed is not from 0 to 2^64 - 1.
     """
     out, dtype = Path(out), parse_dtype(dtype)
     if not 0 <= seed < 2**64:

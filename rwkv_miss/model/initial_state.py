@@ -1,9 +1,8 @@
 """A learned state that sequences begin from instead of zeros: a parameter `att.time_state` (H, N, N) of each layer.
 
-In files, alone or beside a model's weights, it is `blocks.{i}.att.time_state` with the value's index before the key's,
-whatever the version: the `rwkv` package transposes RWKV-6's into its own state, (key, value), and takes RWKV-7's as
-its state, (value, key), as it is; RWKV-PEFT trains both in that layout. In memory it has the layout of the version's
-recurrence (`RWKV.key_first`).
+In files, alone or beside a model's weights, it is `blocks.{i}.att.time_state` (H, N_value, N_key) in every version. The
+`rwkv` package transposes RWKV-6's into its own state, (key, value), and takes RWKV-7's, (value, key), as it is;
+RWKV-PEFT trains both in the files' layout. In memory it has the layout of the version's recurrence (`RWKV.key_first`).
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ def has_initial_state(model: RWKV) -> bool:
 
 
 def add_initial_state(model: RWKV) -> None:
-    """Gives a model without a learned state one of zeros, in place: it computes what it did."""
+    """Adds a learned state of zeros to a model that has none, in place: its results stay the same. The state is fp32
+    (float64 in a float64 model)."""
     like = model.emb.weight
     wide = torch.promote_types(like.dtype, torch.float32)
     for time_mix, shape in zip(model.time_mixes(), state_shapes(model.config).values(), strict=True):
@@ -54,10 +54,10 @@ def add_initial_state(model: RWKV) -> None:
 
 
 def load_initial_state(model: RWKV, path: str | os.PathLike) -> None:
-    """Gives a model without a learned state the one of a .pth or .st file, in place.
+    """Adds the learned state in a .pth or .st file to a model that has none, in place.
 
     Raises:
-        UserError: the model has one already, or the file is none for a model of this size.
+        UserError: the model has one already, or the file does not hold a state for a model of this size.
     """
     if has_initial_state(model):
         raise UserError(f"{path}: the model has a learned initial state already (its own, or its adapter's)")

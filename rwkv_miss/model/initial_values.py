@@ -1,4 +1,4 @@
-"""The shapes of values that the versions' initial weights are made of (`RWKV.initial`)."""
+"""Functions that the versions make their initial weights from (`RWKV.initial`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rwkv_miss.config import ModelConfig
 
 
 def shift(shape: torch.Size, power: float) -> Tensor:
-    """1 - (i / C) ** power for channel i of C: how much of the token before enters the token shift's mix."""
+    """1 - (i / C) ** power for channel i of C: the previous token's weight in the token shift."""
     return 1 - (torch.arange(shape.numel()) / shape.numel()).pow(power).view(shape)
 
 

@@ -1,7 +1,7 @@
-"""The linears of a model, as what is built on them sees them.
+"""The linears of a model, and what an adapter may use of them.
 
-An adapter never takes a linear's weight: it asks the linear. So a base whose weights are kept in another form, such as
-a quantised one, is another subclass of `FrozenLinear`, and no adapter knows.
+An adapter never reads a linear's weight: it calls the linear's methods. So a base whose weights are stored in another
+form, such as a quantised one, needs another subclass of `FrozenLinear`, and no change to the adapters.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T with W (out_features, in_features), without a bias: what an adapter may ask of the linear that it goes
+    """y = x W^T with W (out_features, in_features), without a bias: what an adapter may call of the linear that it goes
     beside. x, y and the results have the dtype that the model runs in.
 
-    A module that does its own backward pass over one calls `linear.forward(x)`, not `linear(x)`: DeepSpeed's ZeRO-3
-    then counts the weight among what that module uses, and gathers it for that module's backward pass too.
+    A module with its own backward pass over a linear must call `linear.forward(x)`, not `linear(x)`: DeepSpeed's ZeRO-3
+    then counts the weight as used by that module, and gathers it for the module's backward pass too.
     """
 
     in_features: int
@@ -35,7 +35,7 @@ class FrozenLinear(nn.Module):
 
 
 class Linear(nn.Linear, FrozenLinear):
-    """A linear whose weight is kept as it is. The model's own linears are of this class."""
+    """A linear whose weight is a plain parameter. The model's own linears are of this class."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

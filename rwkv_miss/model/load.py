@@ -1,4 +1,4 @@
-"""Models, loaded from checkpoints."""
+"""Loads models from checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_model(
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
 ) -> RWKV:
-    """The model in a .pth or .st checkpoint, everything inferred from it.
+    """Loads the model in a .pth or .st checkpoint; its version and sizes are inferred from the file.
 
     Args:
         dtype: of the weights and activations (`bf16`, `fp32` or a torch dtype); None runs a bf16 file as bf16
@@ -31,11 +31,11 @@ def load_model(
         wkv_backend: see `rwkv_miss.ops.BACKENDS`.
 
     Returns:
-        The model; `.config` has its sizes, `.fingerprint` says which base it is.
+        The model; `.config` has its sizes, `.fingerprint` identifies the base.
 
     Raises:
-        UserError: the file cannot be read, is no model that `rwkv_miss.model.versions` has, or its tensors do not fit
-            together.
+        UserError: the file cannot be read, its model is none of those in `rwkv_miss.model.versions`, or its tensors do
+            not fit together.
     """
     return build_model(read_checkpoint(path), path, dtype, device, wkv_backend)
 
@@ -47,7 +47,7 @@ def build_model(
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
 ) -> RWKV:
-    """`load_model` of a checkpoint that has been read: `tensors`, from the file `path`."""
+    """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages)."""
     config = infer_config(tensors, path)
     kind = MODELS[config.version]
     with torch.device("meta"):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.state import State
 
-# Memory that was freed is given back before every so many chunks: each time costs up to a third of a chunk's time.
+# Freed memory is returned to the system once in so many chunks; each time costs up to a third of a chunk's time.
 _TRIM_EVERY = 4
 
 
@@ -28,10 +28,10 @@ def batch_log_probs(
 
     Args:
         batch: `tokens` and `targets` int64 (B, T), `seq_start` bool (B, T), as `rwkv_miss.data.batches` makes them.
-        state: what the columns before these left; None where the rows begin.
-        chunk_len: run this many columns at a time, the state carried on. The result and its gradients are those
-            of the whole, but the backward pass computes every chunk but the last again: it holds the activations
-            of one chunk, and the states between chunks. None runs the batch as it is.
+        state: the state after the columns before these; None at the beginning of the rows.
+        chunk_len: run this many columns at a time and carry the state on. The result and its gradients are the same,
+            but only one chunk's activations and the states between chunks are in memory: the backward pass computes
+            every chunk but the last a second time. None runs the batch whole.
         reduction: "sum" gives their sum, (); "none" each position's own, (B, T), 0 where there is no target.
     """
     columns = (batch[name] for name in ("tokens", "targets", "seq_start"))
@@ -65,8 +65,8 @@ def _chunk_log_probs(
 
 
 def _give_freed_memory_back() -> None:
-    """Asks glibc to return what was freed to the system. The graph's small nodes stay between a chunk's activations,
-    and when those are freed, glibc (2.36) does not find place there for aligned blocks of the same size: from chunk to
-    chunk, what was freed adds up. Other C libraries have no such call."""
+    """Asks glibc to return freed memory to the system. Small nodes of the autograd graph stay between the activations
+    of a chunk; when the activations are freed, glibc (2.36) cannot reuse the gaps for aligned blocks of the same size,
+    so the freed memory adds up from chunk to chunk. Other C libraries have no such call."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

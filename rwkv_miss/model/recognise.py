@@ -17,14 +17,14 @@ from rwkv_miss.model.versions import MODELS
 
 
 def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> ModelConfig:
-    """The sizes of the model that a checkpoint holds (key layout: BlinkDL's RWKV-LM). Its tensors fit them all.
+    """The sizes of the model in a checkpoint (keys: BlinkDL's RWKV-LM), after a check that all tensors fit them.
 
     Args:
         path: the file that the tensors are from, for messages.
 
     Raises:
-        UserError: another architecture or layout, named, with the way out; a key that is missing, that is not a part
-            of the model, or that has another shape than the others say.
+        UserError: the architecture or layout is another (the message names it and says what to do); or a key is
+            missing, is not a part of the model, or has a shape that contradicts the others.
     """
     kind = _recognise(tensors, path)
 

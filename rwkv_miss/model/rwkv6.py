@@ -46,7 +46,7 @@ class TimeMix(TimeMixBase):
     def forward(
         self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `TimeMixBase` says; layer 0 hands nothing on."""
+        """See `TimeMixBase`; layer 0 passes nothing on."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         xx = token_shift(x, last, context.seq_start) - x
@@ -119,9 +119,8 @@ class RWKV6(RWKV):
     def initial(
         cls, part: str, shape: torch.Size, layer: int, config: ModelConfig, rng: torch.Generator
     ) -> Tensor | None:
-        """BlinkDL's values (RWKV-LM, RWKV-v5/src/model.py, x060; its channel mix as since 2024-11). c is the channel
-        from 0 to 1 (i / (C - 1)), i / C the same without its end; "late" goes from 0 in the first layer to 1 in the
-        last, "early" is 1 - layer / n_layer.
+        """BlinkDL's values (RWKV-LM, RWKV-v5/src/model.py, x060; the channel mix is that since 2024-11). For channel i
+        of C, c is i / (C - 1); "late" goes from 0 in the first layer to 1 in the last, "early" is 1 - layer / n_layer.
 
             time_maa_x, _w, _k / _r, _g      1 - (i / C) ** (early / 0.5 early)
             time_maa_v                       1 - (i / C) ** early - 0.3 late

@@ -48,7 +48,7 @@ class TimeMix(TimeMixBase):
     def forward(
         self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `TimeMixBase` says; layer 0 hands on its values (B, T, C)."""
+        """See `TimeMixBase`; layer 0 passes on its values (B, T, C)."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
         xx = token_shift(x, last, context.seq_start) - x
@@ -99,7 +99,7 @@ class RWKV7(RWKV):
     version, op = 7, "wkv7"
     time_mix, channel_mix = TimeMix, ChannelMix
     linears = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
-    # Layer 0 mixes no v_first. BlinkDL's files hold these all the same, and his trainer asks for them.
+    # Layer 0 does not use v_first, but BlinkDL's files hold its parameters all the same, and his trainer asks for them.
     unused = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
     # RWKV-LM, configure_optimizers in RWKV-v7/train_temp/src/model.py.
     lr_scales: ClassVar[dict[str, float]] = {"att.w0": 2.0}
@@ -135,9 +135,9 @@ class RWKV7(RWKV):
     def initial(
         cls, part: str, shape: torch.Size, layer: int, config: ModelConfig, rng: torch.Generator
     ) -> Tensor | None:
-        """BlinkDL's values (RWKV-LM, RWKV-v7/train_temp/src/model.py). c is the channel from 0 to 1 (i / (C - 1)),
-        i / C the same without its end; "late" goes from 0 in the first layer to 1 in the last, "early" is
-        1 - layer / n_layer; zigzag is s |s| with s from -1 to 1 over a head.
+        """BlinkDL's values (RWKV-LM, RWKV-v7/train_temp/src/model.py). For channel i of C, c is i / (C - 1); "late"
+        goes from 0 in the first layer to 1 in the last, "early" is 1 - layer / n_layer; zigzag is s |s| with s from -1
+        to 1 over a head.
 
             x_r, x_g / x_k, x_v / x_w, x_a   1 - (i / C) ** (0.2 / 0.7 / 0.9 early)
             w0                               -5.5 + 6 c ** (1 + late ** 0.3) + 2.5 zigzag

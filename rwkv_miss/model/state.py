@@ -38,7 +38,7 @@ class State:
         return self.att_shift[i], self.wkv[i], self.ffn_shift[i]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
-        """The state of `function` of each tensor, such as `lambda x: x[:, :1]` for the first sequence alone."""
+        """Applies `function` to each tensor, such as `lambda x: x[:, :1]` to keep the first sequence alone."""
         return State(function(self.att_shift), function(self.wkv), function(self.ffn_shift), self.version)
 
     @classmethod
@@ -52,21 +52,21 @@ class State:
         return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        """For a model on that device and of that dtype; `wkv` stays fp32, but float64 for float64."""
+        """The state for a model on that device and of that dtype; `wkv` is fp32, or float64 for a float64 model."""
         wide = None if dtype is None else torch.promote_types(dtype, torch.float32)
         return State(
             self.att_shift.to(device, dtype), self.wkv.to(device, wide), self.ffn_shift.to(device, dtype), self.version
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a .safetensors file; UserError where the disk refuses."""
+        """Writes a .safetensors file. Raises UserError if it cannot be written."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         with atomic_write(path) as part:
             write_safetensors(part, tensors, {"rwkv_version": str(self.version)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> State:
-        """What `save` wrote, on the CPU. UserError: no such file, a damaged one, or one of another kind."""
+        """Loads what `save` wrote to the CPU. Raises UserError if the file is missing, damaged or of another kind."""
         check_is_file(Path(path), "state")
         try:
             with safe_open(path, "pt") as file:

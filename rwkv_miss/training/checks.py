@@ -1,4 +1,4 @@
-"""Everything about a run that can be found wrong before torch is imported or a model is loaded, which take seconds."""
+"""The checks of a run that can be made before torch is imported and a model is loaded, which take seconds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rwkv_miss.training.objective import OBJECTIVES
 OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 """What a run leaves in its folder."""
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
-# whatever is given; the base is told by its fingerprint, since its file may have moved.
+# whatever is given; the base is identified by its fingerprint, since its file may have moved.
 _SAME = (
     *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
     *("val_data", "val_split"),
@@ -33,13 +33,13 @@ _SAME = (
     *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices"),
     "num_nodes",
 )
-# What runs did before they had a setting, where that is not its default now.
+# What runs did before a setting existed, if that differs from its default now.
 _BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
 
 def is_first_process() -> bool:
     """Whether this process is the first of its run. Lightning starts the others by running the command again; only the
-    first looks at the run's folder and speaks."""
+    first checks the run's folder and prints."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
 
 
@@ -47,7 +47,7 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
     """Checks a run's settings, its files' names and its folder.
 
     Returns:
-        The checkpoint to resume from and its optimizer step; None for a run that starts.
+        The checkpoint to resume from and its optimizer step; None for a new run.
 
     Raises:
         UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
@@ -82,7 +82,7 @@ def as_yaml(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_launcher(config: TrainConfig) -> None:
-    """UserError where a run on several machines was not told where they meet: it would wait for ever."""
+    """UserError if a run on several machines was not told where its processes meet: it would wait for ever."""
     launchers = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_NTASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "MPI"}
     if config.num_nodes == 1 or any(name in os.environ for name in launchers):
         return
@@ -93,7 +93,7 @@ def _check_launcher(config: TrainConfig) -> None:
     }
     if missing := [f"{name} ({meaning})" for name, meaning in needed.items() if name not in os.environ]:
         raise UserError(
-            f"num_nodes is {config.num_nodes}, but {', '.join(missing)} not set in the environment; set MASTER_ADDR, "
+            f"num_nodes is {config.num_nodes}, but the environment lacks {', '.join(missing)}; set MASTER_ADDR, "
             "MASTER_PORT and NODE_RANK on every machine and start this same command on each, such as "
             "MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 NODE_RANK=1 rwkv-miss train ... on the second; or start it by "
             f"torchrun ({', '.join(launchers.values())} are recognised)"
@@ -137,7 +137,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings; those that it did not have yet were at their defaults, or as `_BEFORE` says."""
+    """A run's settings. Those that did not exist yet when it ran have their defaults, or what `_BEFORE` says."""
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -26,7 +26,7 @@ class LitRWKV(L.LightningModule):
     after each validation `val_loss` is the mean over all of the validation's terms, on every rank.
     """
 
-    # Checkpoints hold what is trained alone; the frozen weights come from the base's file.
+    # Checkpoints hold only what is trained; the frozen weights come from the base's file.
     strict_loading = False
 
     def __init__(self, model: RWKV, objective: Objective, config: TrainConfig, total_steps: int) -> None:
@@ -55,8 +55,8 @@ class LitRWKV(L.LightningModule):
         check_finite(self.trainer, self.model, share, lambda: self._log_probs(batch, before))
         micro_batches = self.trainer.accumulate_grad_batches
         self.step_loss = share.detach() + (0 if batch_idx % micro_batches == 0 else self.step_loss)
-        # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged; the share is of the
-        # whole step's terms, so both are undone and the gradient is that of the mean over them.
+        # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged. `share` has already
+        # been divided by the terms of the whole step, so both divisions are undone here.
         return share * (micro_batches * self.trainer.world_size)
 
     def on_validation_epoch_start(self) -> None:
@@ -74,8 +74,8 @@ class LitRWKV(L.LightningModule):
         """The sum of the objective's terms in a window, from the state that the window before it left."""
         state, last = self._carried, batch["last"]
         if torch.is_grad_enabled() and not batch["has_loss"] and batch["tokens"].shape[1] > 1:
-            # Only the state is wanted, without a gradient. But DDP and DeepSpeed want a backward pass through all
-            # parameters in every micro-batch: the last column's is enough.
+            # Only the state is needed, without a gradient. But DDP and DeepSpeed need a backward pass through all
+            # parameters in every micro-batch: one through the last column is enough.
             with torch.no_grad():
                 _, state = self._log_probs(_columns(batch, slice(-1)), state)
             batch = batch | _columns(batch, slice(-1, None))

@@ -28,5 +28,5 @@ LOGGERS: dict[str, Callable[[Path, list[str], int], Logger]] = {
     "tensorboard": _tensorboard,
 }
 """What `TrainConfig.loggers` may name: (the run's folder, the names of all figures but the step, the optimizer step
-that the run goes on from) -> a logger. Figures of later steps that an earlier process has written are to be done
-again."""
+that the run goes on from) -> a logger. Figures that an earlier process has written for later steps are
+obsolete: these steps are run again."""

@@ -1,4 +1,4 @@
-"""The start of a run on several machines: all processes have come, or the run ends and says which have not."""
+"""The start of a run on several machines: waits until all processes are there, or ends and says which are missing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rwkv_miss.errors import RunError
 
 
 class Meeting:
-    """Where the processes of a run wait for each other before torch's own process group is made, which waits in
-    silence. It is a TCPStore on MASTER_PORT, and is kept: the process group of the same process shares its port.
+    """Where the processes of a run wait for each other before torch's process group is made, which would wait without a
+    word. It is a TCPStore on MASTER_PORT, and is kept open, so that this process's process group can share the port.
     """
 
     def __init__(self, num_nodes: int, minutes: float) -> None:

@@ -48,7 +48,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
             outputs = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)]
             if found or all(torch.isfinite(t).all() for t in outputs):
                 return
-            # With its name as a path, the parameters of the linear that a method has wrapped are the module's own.
+            # checkpoint_key drops `base_layer`: the parameters of a wrapped linear count as this module's own.
             own = {checkpoint_key(f"x.{n}").removeprefix("x."): p for n, p in child.named_parameters()}
             bad = [n for n, p in own.items() if "." not in n and not torch.isfinite(p).all()]
             found.append(
@@ -57,7 +57,7 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], Any]) -> str:
 
         return hook
 
-    # A parameter that is cast is a module of its own; its value is told with the module that it belongs to.
+    # A parameter that is cast has a module of its own; it is reported with the module that it belongs to.
     modules = {n: m for n, m in model.named_modules() if n and "parametrizations" not in n}
     handles = [m.register_forward_hook(watch(n)) for n, m in modules.items()]
     try:

@@ -1,4 +1,4 @@
-"""What training minimises, and the table of the objectives that there are. Importing this imports no torch."""
+"""What training minimises, and the table of the objectives. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Objective:
         `group_size` the log-probabilities are the sum of log p(target) over the micro-batch, (); with one, those of
         each position, (B, T), 0 where there is no target, and `batch["records"]`, int64 (B, T), says which record a
         position belongs to, -1 where it is padding. The batch is one of `rwkv_miss.data.batches`.
-    group_size: how many records that follow each other in the data make a term, such as 2 for pairs: they are laid
-        into one row. None: the terms are those of the tokens, one by one.
+    group_size: how many consecutive records of the data make one term, such as 2 for pairs; they share a row. None:
+        each token that carries loss is a term.
     """
 
     loss_sum: Callable[[Tensor, Mapping[str, Any]], Tensor]

@@ -34,7 +34,8 @@ def lr_scale(step: int, total: int, config: TrainConfig) -> float:
 
 
 def parameter_groups(model: RWKV, config: TrainConfig) -> dict[Group, dict[str, nn.Parameter]]:
-    """What is trained, by the group that its method puts it into (`Method.group`) and by key, in the model's order."""
+    """The trained parameters by the group that their method puts them into (`Method.group`) and by key, in the model's
+    order."""
     plan = installed(model).plan
     groups: dict[Group, dict[str, nn.Parameter]] = {}
     for key, parameter in trained_parameters(model).items():
@@ -57,9 +58,9 @@ def configure(
 
 
 def lr_columns(groups: Mapping[Group, Any]) -> list[str]:
-    """The column of each group's learning rate in a run's metrics, in the groups' order: `lr` for the run's own,
-    `lr_{name}` for another; groups of the same name have the same. The only or first rate of a run that has no group
-    of the run's own is `lr`."""
+    """The column of each group's learning rate in a run's metrics, in the groups' order: `lr` for the run's own rate,
+    `lr_{name}` for others. Groups of the same name share a column. If no group has the run's own rate, the first
+    group's column is `lr`."""
     names = [group.name for group in groups]
     first = "" if "" in names else names[0]
     return ["lr" if name == first else f"lr_{name}" for name in names]

@@ -29,7 +29,7 @@ from rwkv_miss.training.objective import Objective, find_objective
 @dataclass(frozen=True)
 class Prepared:
     """tensors: the base's, memory-mapped. dtype: what the model runs in. micro_batches: in an optimizer step, on each
-    device. total_steps: the optimizer steps of the whole run."""
+    device; each window of a row is one. total_steps: the optimizer steps of the whole run."""
 
     tensors: Mapping[str, Tensor]
     sizes: ModelConfig
@@ -55,7 +55,7 @@ def prepare(config: TrainConfig) -> Prepared:
     dtype = running_dtype(tensors, None if config.precision == "auto" else config.precision)
     unused = MODELS[sizes.version].unused
     make_plan(config.adapter, sizes, {key: t.shape for key, t in tensors.items() if key not in unused})
-    if is_first_process():  # alone: the others have no business on its GPU
+    if is_first_process():  # only here: the others must not use its GPU
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         check_usable(MODELS[sizes.version].op, config.wkv_backend, device, dtype, sizes.head_size)
     objective = find_objective(config.objective)

@@ -17,9 +17,9 @@ from rwkv_miss.training.progress import TrainingDisplay
 class Reporter(L.Callback):
     """One report every `every` optimizer steps, at the first and the last, and one for each validation.
 
-    `tokens` counts the tokens of the documents in all rows so far, on every rank, `positions` those and the rows'
-    padding; `tokens_per_s` and `positions_per_s` are of the steps since the last report; `seconds` are those of this
-    process.
+    `tokens` counts the documents' tokens in the rows of all ranks so far; `positions` counts the rows' padding too.
+    `tokens_per_s` and `positions_per_s` are averages since the last report. `seconds` counts from when this process
+    began to train.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Reporter(L.Callback):
         rates = list(dict.fromkeys(self.module.lr_columns))
         columns = ["epoch", "tokens", "positions", "loss", "val_loss", *rates]
         columns += ["tokens_per_s", "positions_per_s", "seconds"]
-        # Only here: a logger touches the run's folder, and whatever is wrong is found before.
-        # Lightning's two interfaces for loggers differ in what only checkpoints of its own use.
+        # Not earlier: a logger writes to the run's folder, and all checks have to come before.
+        # The cast is safe: Lightning's Logger adds to Fabric's only what Lightning's own checkpoints use.
         trainer.loggers = [cast(Logger, LOGGERS[name](self.out, columns, trainer.global_step)) for name in self.loggers]
         if trainer.is_global_zero:
             self.display.start(trainer.global_step)
@@ -77,7 +77,7 @@ class Reporter(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # Of the step under way: the schedule goes on with the step's last micro-batch.
+        # The rates of the current step: after its last micro-batch the schedule has gone on to the next.
         self._rates = self.module.learning_rates()
 
     def on_train_batch_end(
@@ -111,7 +111,7 @@ class Reporter(L.Callback):
         self.display.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.display.stop()  # Lightning leaves `teardown` out then, and the bar would hide the cursor for good
+        self.display.stop()  # Lightning skips `teardown` then, and the bar would hide the cursor for good
 
     def _report(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
         step = trainer.global_step

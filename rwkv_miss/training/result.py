@@ -1,4 +1,4 @@
-"""What came of a run."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class TrainResult:
     best_step: int
 
     def validation(self) -> str:
-        """What came of the validations, to put behind a sentence; nothing where there was none."""
+        """The result of the validations, as text to append to a sentence; empty if there was none."""
         if self.best_val_loss is None:
             return ""
         base = f"from {self.base_val_loss:.4f} " if self.base_val_loss is not None else ""
         return f"; validation loss {base}to {self.best_val_loss:.4f} (best, step {self.best_step})"
 
     def warning(self) -> str | None:
-        """What a person should know of a run whose loss did not fall."""
+        """What the user should know if the loss did not fall; None if it did."""
         if self.base_val_loss is not None and self.best_val_loss is not None:
             if self.best_val_loss > self.base_val_loss:
                 return (
@@ -36,6 +36,6 @@ class TrainResult:
         elif self.first_loss is not None and self.last_loss is not None and self.last_loss > self.first_loss:
             return (
                 f"the last step's loss, {self.last_loss:.4f}, is above the first step's, {self.first_loss:.4f}. If "
-                "that is not chance (val_split tells), lower lr"
+                "that is not chance (a validation, --val_split, would tell), lower lr"
             )
         return None

@@ -31,7 +31,7 @@ from rwkv_miss.training.saving import Saver
 
 
 def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:
-    """As `rwkv_miss.train`, whose checks have been made.
+    """As `rwkv_miss.train`, after its first checks (`check_run`).
 
     Args:
         resume: the checkpoint to go on from and its optimizer step.
@@ -59,7 +59,7 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
         "answer_end": config.answer_end,
     }
     saver = Saver(module, out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
-    # The folder is touched as late as can be: what is wrong with the checkpoint or the strategy is found before.
+    # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
     trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
@@ -118,7 +118,7 @@ def _trainer(config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback
         val_check_interval=every or None,
         check_val_every_n_epoch=None if every else 1,
         limit_val_batches=None if validates else 0,
-        # The whole validation before the first step: the base's own loss.
+        # -1: a whole validation before the first step, which gives the base's own loss.
         num_sanity_val_steps=-1 if validates and not resumed else 0,
         callbacks=callbacks,
         logger=False,  # the Reporter sets the loggers once the run has begun

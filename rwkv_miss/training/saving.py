@@ -19,18 +19,18 @@ from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.strategies import gathered
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""What ends a run after a checkpoint: Ctrl-C, a polite kill, a terminal that was closed, and what clusters send before
+"""The signals that end a run after a checkpoint: Ctrl-C, a plain kill, a closed terminal, and what clusters send before
 they take a machine back."""
 
 
 class Saver(L.Callback):
-    """Saves every `every` optimizer steps (0: at each epoch's last), whenever `minutes` have gone by since the last
-    time (0: never for that), after the last step, and on `SIGNALS`.
+    """Saves a checkpoint every `every` optimizer steps (0: at each epoch's last), when `minutes` have gone by since the
+    last one (0: no limit), after the last step, and on `SIGNALS`.
 
     The adapter folder holds the best of the validations so far, or the newest where nothing validates. Only the
     newest checkpoint is kept; it is written beside the last and renamed before the last is removed. Checkpoints
-    are taken in `on_train_batch_end` alone: there Lightning's counts and the stream's position agree, while after
-    an epoch that was stopped in its middle they would call it whole.
+    are taken in `on_train_batch_end` alone: there Lightning's counts and the stream's position agree. Later hooks of
+    an epoch that is stopped in its middle would count it as a whole one.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Saver(L.Callback):
             signal.signal(*self._handlers.popitem())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # Lightning leaves `teardown` out then
+        self.teardown(trainer, pl_module, "fit")  # Lightning skips `teardown` then
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signal = signum

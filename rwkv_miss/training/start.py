@@ -1,4 +1,4 @@
-"""The door to training: what can be found wrong at once is, before torch and Lightning are imported."""
+"""The entry to training: makes the quick checks before torch and Lightning are imported."""
 
 from __future__ import annotations
 

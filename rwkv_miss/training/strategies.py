@@ -22,7 +22,7 @@ _log = logging.getLogger("rwkv_miss")
 
 
 class _KeepDtypes(DeepSpeedPrecision):
-    """The frozen weights stay in the base's dtype beside fp32 trained ones; Lightning's would make all fp32."""
+    """Keeps the frozen weights in the base's dtype beside fp32 trained ones; Lightning's own would make all fp32."""
 
     def __init__(self) -> None:
         super().__init__("32-true")
@@ -31,8 +31,8 @@ class _KeepDtypes(DeepSpeedPrecision):
         return module
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        # Lightning has divided by the number of accumulated micro-batches; DeepSpeed would do it again, and
-        # clip a gradient that is that much too small.
+        # Lightning has divided by the number of accumulated micro-batches; DeepSpeed would divide again, and
+        # clip a gradient that is too small by that factor.
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
@@ -68,7 +68,7 @@ class _CPUDeepSpeed(_DeepSpeed):
 
     def setup_environment(self) -> None:
         assert self.parallel_devices is not None
-        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]  # it wants indices
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]  # it needs indices
         super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA, which is all that was added
 
 
@@ -114,11 +114,11 @@ def _import_deepspeed(strategy: str, on_gpu: bool) -> None:
 
 
 def _load_shared_memory_op() -> None:
-    """Compiles and loads the op by which DeepSpeed's processes on a CPU talk to each other, before it asks for it.
+    """Compiles and loads the op by which DeepSpeed's processes on a CPU communicate, before DeepSpeed asks for it.
 
-    DeepSpeed leaves that to PyTorch, which marks a build by a file: when a build is killed the file stays, and every
-    later process waits for ever for it to go. Here one process at a time builds or loads it, under a lock that ends
-    with its process, in a folder that no other program builds in: so a file that is there is of a dead process.
+    DeepSpeed leaves that to PyTorch, which marks a running build by a file. If the build is killed, the file stays and
+    every later process waits for ever for it to go. Here one process at a time builds or loads the op, under a lock
+    that ends with the process, in a folder that no other program builds in: a file found there is a dead process's.
 
     Raises:
         RunError: it cannot be compiled.

@@ -1,8 +1,9 @@
 """Pre-trains the demo's base model, base.pth, from nothing on a CPU.
 
 It learns to read the sentences of people.py: to copy, to look a fact up, to list facts, to say a sentence in other
-words. It never sees JSON: braces and double quotes occur only as characters of random strings to copy. (There they
-must: a byte that never occurs gets no direction of its own in the head, which stays frozen under an adapter.)
+words. It never sees JSON: braces and double quotes occur only as characters of random strings to copy. (They must
+occur there: a byte that never occurs gets no direction of its own in the head, and a fine-tune with an adapter leaves
+the head frozen.)
 
 2.7 million tokens. A step takes 0.23 s on two cores with little else to do, 5 minutes in all; the committed file
 took 7.5 minutes on two busy ones. The mean loss should be near 1.2 at step 200 (copying found), 0.15 at step 650 and
@@ -58,8 +59,8 @@ LR, WARMUP_STEPS, LR_END, WEIGHT_DECAY = 2.5e-3, 20, 0.05, 0.1
 def make_base(
     out: Path = HERE / "base.pth", seed: int = 0, copy_steps: int = 200, steps: int = 1300, threads: int = 2
 ) -> None:
-    """Trains for `steps` steps, the first `copy_steps` of them on nothing but copying random strings: once a model
-    can copy it learns the rest fast, and mixed with the rest it takes several times as long to find out how."""
+    """Trains for `steps` steps, the first `copy_steps` of them on nothing but copying random strings: a model that
+    can copy learns the rest fast, but takes several times as long to learn copying if it is mixed with the rest."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     rng = Random(seed)

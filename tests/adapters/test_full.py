@@ -110,7 +110,7 @@ def test_time_is_every_parameter_of_the_mixes_that_is_no_linear_norm_or_state(ei
         (AdapterConfig(modules_to_save=["norm"]), "norm matches no part of the model; give ln, time, emb, head"),
         (
             AdapterConfig(r=4, modules_to_save=["ffn.key"]),
-            "ffn.key means blocks.0.ffn.key.weight, beside which the adapter goes",
+            "ffn.key means blocks.0.ffn.key.weight, which gets an adapter already",
         ),
         (AdapterConfig("full", modules_to_save=["ln"]), "modules_to_save is given, but adapter.method full"),
         (AdapterConfig(modules_to_save=[]), "modules_to_save is empty"),
@@ -227,7 +227,7 @@ def folder(either_base, tmp_path):
         (lambda t, k: t.pop(k("blocks.1.ln2.bias")), "says that blocks.1.ln2.bias was trained but"),
         (
             lambda t, k: t.update({k("blocks.0.att.key.weight"): torch.zeros(32, 32)}),
-            "blocks.0.att.key.weight, which is there beside an adapter",
+            "blocks.0.att.key.weight, which is the weight of a linear that has an adapter too",
         ),
     ],
 )

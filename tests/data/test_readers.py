@@ -100,7 +100,10 @@ GOOD = b'{"text": "fine"}\n'
         (b"null", "is null, not an object"),
         (b'{"body": "b", "id": 3}', "found 'body', 'id'; name yours with prompt_field and answer_field"),
         (b'{"text": null}', "found no field that is not null"),
-        (b'{"text": "t", "question": "q", "answer": "a"}', "more than one reading: text and question/answer"),
+        (
+            b'{"text": "t", "question": "q", "answer": "a"}',
+            "fit more than one form: text and question/answer",
+        ),
         (b'{"text": 3}', "field 'text' is a number, not a string"),
         (b'{"text": " \\n"}', "field 'text' is empty"),
         (b'{"question": "q", "answer": ""}', "field 'answer' is empty"),

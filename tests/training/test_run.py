@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from rwkv_miss.config import AdapterConfig
 from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.training import saving
 from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.saving import Saver
@@ -418,6 +420,18 @@ def test_a_run_saves_now_and_then(make_config, monkeypatch):
     saved.clear()
     quiet_train(replace(config, overwrite=True, save_minutes=0.0))
     assert saved == [3]
+
+
+def test_the_clock_starts_again_when_a_run_has_saved(make_config, monkeypatch):
+    """With steps of a minute, and a checkpoint every 2.5 minutes."""
+    saved, clock = [], SimpleNamespace(monotonic=lambda: 60.0 * len(steps))
+    steps: list = []
+    save, end_of_batch = Saver._save, Saver.on_train_batch_end
+    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(Saver, "_save", lambda self, trainer: (saved.append(trainer.global_step), save(self, trainer)))
+    monkeypatch.setattr(Saver, "on_train_batch_end", lambda *x: (steps.append(x), end_of_batch(*x)))
+    quiet_train(make_config(max_steps=8, epochs=8, save_every=1000, save_minutes=2.5))
+    assert saved == [3, 6, 8]
 
 
 def test_the_learning_rates_are_the_optimizers(make_config):

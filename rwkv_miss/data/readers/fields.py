@@ -91,7 +91,7 @@ def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
         )
     if len(fitting) > 1:
         raise UserError(
-            f"{where}: more than one reading: {' and '.join('/'.join(shape) for shape in fitting)}; "
+            f"{where}: the fields fit more than one form: {' and '.join('/'.join(shape) for shape in fitting)}; "
             "choose with prompt_field and answer_field, or remove the fields you do not mean"
         )
     return fitting[0]

@@ -1,4 +1,4 @@
-"""What people bring that no reader reads, and what to do instead."""
+"""Common files and folders that no reader reads, and what the user can do instead."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-# In the sentences FILE stands for the path and OUT for the file to make, both quoted for a shell. Their commands can be
-# pasted into one.
+# In the sentences FILE stands for the path and OUT for the file to make, both quoted for a shell, so that
+# the commands can be pasted into one.
 _TABLE = (
     'a table is not read; write one JSON object a row: python -c "import csv, json, sys; [print(json.dumps(row)) for '
     "row in csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''), delimiter=chr({}))]\" FILE > OUT"
@@ -55,8 +55,8 @@ _HUB = (
 
 
 def instead(path: Path, suffixes: Sequence[str]) -> str | None:
-    """Why `path` cannot be read and what to do instead; None for a file that one of the readers reads, or that would
-    be if it were there.
+    """Why `path` cannot be read and what to do instead; None for a file that one of the readers reads, or would read
+    if it were there.
 
     Args:
         suffixes: the suffixes that have a reader, in lower case.

@@ -1,4 +1,4 @@
-"""Reading a data file: what a reader is, the table of them, and what all have in common."""
+"""Reading a data file: what a reader is, the table of the readers, and what all have in common."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READERS: dict[str, Reader] = {
 one line here."""
 
 _NAMED = 20
-"""Unread fields that a warning names; a file may have any number of them."""
+"""The most unread fields that a warning names."""
 
 _log = logging.getLogger("rwkv_miss")
 
