@@ -86,11 +86,11 @@ def test_several_machines_need_to_be_told_where_they_meet(make_config, monkeypat
     config = make_config(num_nodes=2)
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"is 2, but the environment lacks MASTER_ADDR \(.*\), MASTER_PORT \(.*\), NODE_RANK \(0 on"):
+    with pytest.raises(UserError, match=r"is 2, but the environment lacks MASTER_ADDR .*, MASTER_PORT .*, NODE_RANK "):
         check_run(config)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(UserError, match=r"is 2, but the environment lacks NODE_RANK \(0 on the first machine, 1 on the second"):
+    with pytest.raises(UserError, match=r"is 2, but the environment lacks NODE_RANK \(0 on the first machine"):
         check_run(config)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     check_run(config)
