@@ -11,7 +11,7 @@ import re
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -58,9 +58,28 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as e:
             raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
+    loaded = unpickle(path)
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    ):
+        holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
+        raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
+    return loaded
+
+
+def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """What `torch.save` wrote to a file, memory-mapped where the format allows it. Nothing in the file is executed: it
+    may hold tensors, Python's own containers and values, and objects of the classes `allowed`.
+
+    Raises:
+        UserError: the file is damaged, or holds anything else.
+    """
     try:
         # Only the zip format (PyTorch >= 1.6) can be mapped; older files are read whole.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(e)):
             raise UserError(
@@ -71,14 +90,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
-    ):
-        holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
-        raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
-    return loaded
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -21,17 +20,8 @@ from rwkv_miss.checkpoint import (
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.recognise import infer_config
+from tests.helpers import RunsCode
 from tests.processes import run_process
-
-
-class RunsCode:
-    """Unpickled, this makes a folder: the proof that code ran."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 def assert_refused(path: Path, *words: str) -> None:

@@ -63,8 +63,10 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
     trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
+    if resume:
+        strategies.check_checkpoint(resume[0])
     try:
-        trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=False)
+        trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=True)
     except torch.OutOfMemoryError as e:
         raise RunError(
             f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower batch_size "

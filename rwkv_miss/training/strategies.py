@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
+from rwkv_miss.checkpoint import unpickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import cache_folder, locked
@@ -98,6 +100,20 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         strategy.meeting = Meeting(config.num_nodes, config.meet_minutes)
     return strategy, plugins
+
+
+def check_checkpoint(path: Path) -> None:
+    """UserError if a run's checkpoint is damaged or holds anything that could run code when it is loaded. DeepSpeed
+    unpickles its files without a look."""
+    if path.is_file():
+        unpickle(path)
+        return
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    for file in sorted(path.rglob("*.pt")):
+        unpickle(file, [LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _import_deepspeed(strategy: str, on_gpu: bool) -> None:

@@ -33,6 +33,7 @@ from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.saving import Saver
 from rwkv_miss.training.start import train
+from tests.helpers import RunsCode
 from tests.processes import run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train
 
@@ -115,6 +116,26 @@ def test_resume_gives_the_uninterrupted_run(make_config, strategy, stop, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_checkpoint_that_would_run_code_is_refused(make_config, tmp_path, strategy):
+    config = make_config(max_steps=1, strategy=strategy)
+    assert run_train(config).returncode == 0
+    path, _ = last_checkpoint(Path(config.out) / "checkpoints")
+    marker = tmp_path / "ran"
+    files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
+    assert len(files) == (1 if strategy == "auto" else 2)
+    for file in files:
+        whole = file.read_bytes()
+        torch.save({**torch.load(file, weights_only=False), "extra": RunsCode(marker)}, file)
+        done = run_train(replace(config, max_steps=2, resume="auto"))
+        assert done.returncode == 2 and "nothing was executed" in done.stderr and str(file) in done.stderr, done.stderr
+        assert not marker.exists()
+        file.write_bytes(whole)
+    done = run_train(replace(config, max_steps=2, resume="auto"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_sigterm_saves_a_checkpoint_to_go_on_from(make_config, start_process):
     config = make_config(max_steps=100_000, log_every=1)
     process = start_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)])
