@@ -67,7 +67,7 @@ def test_names_in_square_brackets_are_shown_as_they_are(arguments, make_base, tm
     assert main(arguments(base=base, out=run)) == 0
     assert f"adapter in {run}/adapter" in capsys.readouterr().out
     assert main(["merge", f"--base={base}", f"--adapter={run}", f"--out={merged}"]) == 0
-    assert str(merged) in capsys.readouterr().out
+    assert merged.name in capsys.readouterr().out  # the title of a table, which may break the path before it
 
 
 @pytest.mark.parametrize(
