@@ -38,6 +38,33 @@ def locked(path: Path) -> FileLock:
     return FileLock(path)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A context in which no other process has claimed the folder, which is made. The claim ends with the process, and
+    leaves no file. If nothing was written to the folder, it is removed again, with those above it that were made.
+
+    Raises:
+        UserError: another process has claimed it.
+        OSError: it cannot be made.
+    """
+    import fcntl  # not on Windows, where nothing claims a folder
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing to it; wait for its end, or give another out") from None
+        yield
+    finally:
+        os.close(number)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def check_is_file(path: Path, what: str) -> None:
     """UserError unless `path` is a file; `what` names its role in the message."""
     if path.is_dir():

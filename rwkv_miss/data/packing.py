@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ class AnyRows(Protocol):
     """What batches are made of: rows in memory (`Rows`), or rows that are laid out when they are taken."""
 
     def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str:
+        """A SHA-256 hash (hex) that rows of the same documents in the same order have in common."""
 
     @property
     def width(self) -> int:
@@ -80,6 +84,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.targets, self.seq_start, self.records, self.groups):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     @property
     def loss_tokens(self) -> np.ndarray:

@@ -24,13 +24,18 @@ from rwkv_miss.training.objective import OBJECTIVES
 
 OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 """What a run leaves in its folder."""
+_WRITTEN = re.compile(
+    r"config\.yaml|metrics\.csv|adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
+    r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
+)
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
-# whatever is given; the base is identified by its fingerprint, since its file may have moved.
+# whatever is given; the base and the data are identified by their fingerprints, since their files may have moved.
 _SAME = (
-    *("data", "tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
-    *("val_data", "val_split"),
+    *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
+    "val_split",
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
     *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices"),
+    *("schedule", "warmup_steps", "lr_min", "grad_clip"),
     "num_nodes",
 )
 # What runs did before a setting existed, if that differs from its default now.
@@ -75,6 +80,12 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
     return (max(found)[1], max(found)[0]) if found else None
 
 
+def written_by_runs(out: Path) -> list[Path]:
+    """The files and folders in a run's folder that runs write themselves, and no others: what a new run replaces."""
+    found = [path for name in OURS for path in (out / name, *(out / name).glob("*"))]
+    return [path for path in found if _WRITTEN.fullmatch(path.relative_to(out).as_posix()) and path.exists()]
+
+
 def as_yaml(config: TrainConfig) -> dict[str, Any]:
     """The settings as config.yaml has them, in the order of `TrainConfig`'s arguments."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
@@ -106,6 +117,8 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
         raise UserError(f"{out}: is a file; out must be a folder")
     _check_writable(out)
     found = [name for name in OURS if (out / name).exists()]
+    if config.overwrite:
+        _check_inputs_stay(out, config)
     if not found or config.overwrite:
         return None
     if config.resume != "auto":
@@ -121,6 +134,15 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
     if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
         raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
     return checkpoint
+
+
+def _check_inputs_stay(out: Path, config: TrainConfig) -> None:
+    """UserError if a file that the run reads is among what it would replace."""
+    for name in filter(None, (config.base, config.data, config.val_data, config.tokenizer)):
+        source = Path(name).resolve()
+        for path in written_by_runs(out):
+            if path.resolve() in (source, *source.parents):
+                raise UserError(f"{name}: --overwrite true would remove it with {path}; move it, or give another out")
 
 
 def _check_writable(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -29,8 +30,11 @@ class LitRWKV(L.LightningModule):
     # Checkpoints hold only what is trained; the frozen weights come from the base's file.
     strict_loading = False
 
-    def __init__(self, model: RWKV, objective: Objective, config: TrainConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: RWKV, objective: Objective, config: TrainConfig, total_steps: int, data_fingerprint: str
+    ) -> None:
         super().__init__()
+        self.data_fingerprint = data_fingerprint
         self.model, self.objective, self.config, self.total_steps = model, objective, config, total_steps
         self.step_loss = torch.zeros(())
         self.val_loss: float | None = None
@@ -50,6 +54,8 @@ class LitRWKV(L.LightningModule):
         return {column: group["lr"] for column, group in zip(self.lr_columns, groups, strict=True)}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if self.config.adapter.dropout:
+            self._seed_dropout(batch_idx)
         before = self._carried
         share = self._loss_sum(batch) / self.objective.terms_of_step(batch)
         check_finite(self.trainer, self.model, share, lambda: self._log_probs(batch, before))
@@ -58,6 +64,13 @@ class LitRWKV(L.LightningModule):
         # Lightning and DeepSpeed divide by micro_batches, and the ranks' gradients are averaged. `share` has already
         # been divided by the terms of the whole step, so both divisions are undone here.
         return share * (micro_batches * self.trainer.world_size)
+
+    def _seed_dropout(self, batch_idx: int) -> None:
+        """What is dropped depends on the seed, the micro-batch and the rank alone, so that a resumed run drops the same
+        as one without a stop."""
+        trainer = self.trainer
+        place = trainer.global_step, batch_idx % trainer.accumulate_grad_batches, trainer.global_rank
+        torch.manual_seed(int(np.random.SeedSequence([self.config.seed, *place]).generate_state(1, np.uint64)[0]))
 
     def on_validation_epoch_start(self) -> None:
         self._val_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -92,6 +105,7 @@ class LitRWKV(L.LightningModule):
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["base_fingerprint"] = self.model.fingerprint
+        checkpoint["data_fingerprint"] = self.data_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found, here = checkpoint.get("base_fingerprint"), self.model.fingerprint
@@ -99,6 +113,11 @@ class LitRWKV(L.LightningModule):
             raise UserError(
                 f"{self.config.base}: the checkpoint was trained on another base (fingerprint {found[:12]}; this one "
                 f"has {here[:12]}); resume with the base that the run began with"
+            )
+        if checkpoint.get("data_fingerprint") not in (None, self.data_fingerprint):
+            raise UserError(
+                f"{self.config.data}: the checkpoint was trained on other data, or on what other settings made of it; "
+                "resume with the data that the run began with, or start anew with another out"
             )
 
 

@@ -20,7 +20,7 @@ from rwkv_miss.files import atomic_write, remove
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
 from rwkv_miss.training import strategies
-from rwkv_miss.training.checks import OURS, as_yaml
+from rwkv_miss.training.checks import OURS, as_yaml, written_by_runs
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared, prepare
@@ -48,8 +48,10 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     inject(model, config.adapter, masters=prepared.tensors)
     _introduce(console, model, prepared.report, prepared.val_report)
 
-    module = LitRWKV(model, prepared.objective, config, prepared.total_steps)
     validates = prepared.val_rows is not None
+    rows = [prepared.rows] if prepared.val_rows is None else [prepared.rows, prepared.val_rows]
+    data_fingerprint = " ".join(x.fingerprint() for x in rows)
+    module = LitRWKV(model, prepared.objective, config, prepared.total_steps, data_fingerprint)
     display = TrainingDisplay(console, prepared.total_steps)
     reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
     extra = {
@@ -136,7 +138,10 @@ def _start_folder(trainer: L.Trainer, out: Path, config: TrainConfig) -> None:
     if not trainer.is_global_zero:
         return
     if config.overwrite:
+        for path in written_by_runs(out):
+            remove(path)
         for name in OURS:
-            remove(out / name)
+            if (out / name).is_dir() and not any((out / name).iterdir()):
+                (out / name).rmdir()
     with atomic_write(out / "config.yaml") as part:
         part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(as_yaml(config), sort_keys=False))

@@ -15,6 +15,7 @@ from rwkv_miss.adapters.files import read_facts, save_adapter
 from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.errors import RunError, Stopped
 from rwkv_miss.files import put_in_place, remove
+from rwkv_miss.training.checks import written_by_runs
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.strategies import gathered
 
@@ -114,8 +115,8 @@ class Saver(L.Callback):
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             put_in_place(part, path)
-            for old in folder.glob("*step-*"):
-                if old != path:
+            for old in written_by_runs(self.out):
+                if old.parent == folder and old != path:
                     remove(old)
         self._saved_at = time.monotonic()
 

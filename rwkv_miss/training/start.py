@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+
 from rich.console import Console
 
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.files import claimed
 from rwkv_miss.training.checks import check_run, is_first_process
 from rwkv_miss.training.result import TrainResult
 
@@ -21,8 +25,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         Stopped: a signal ended the run, after a checkpoint.
     """
     resume = check_run(config)
-    from rwkv_miss.training.run import run
-
-    if console is None or not is_first_process():
+    first = is_first_process()
+    if console is None or not first:
         console = Console(quiet=True)
-    return run(config, resume, console)
+    with claimed(Path(config.out)) if first else nullcontext():
+        from rwkv_miss.training.run import run
+
+        return run(config, resume, console)

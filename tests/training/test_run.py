@@ -28,6 +28,7 @@ from rwkv_miss.config import AdapterConfig
 from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.files import claimed
 from rwkv_miss.training import saving
 from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
@@ -116,7 +117,6 @@ def test_resume_gives_the_uninterrupted_run(make_config, strategy, stop, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_a_checkpoint_that_would_run_code_is_refused(make_config, tmp_path, strategy):
     config = make_config(max_steps=1, strategy=strategy)
@@ -136,6 +136,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(make_config, tmp_path, stra
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_to_go_on_from(make_config, start_process):
     config = make_config(max_steps=100_000, log_every=1)
     process = start_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)])
@@ -229,6 +230,40 @@ def test_overwrite_replaces_the_run(make_config):
     assert tree(Path(config.out) / "checkpoints") == {"step-00000001"}
 
 
+def test_overwrite_removes_what_runs_write_and_nothing_else(make_config):
+    config = make_config(max_steps=2)
+    quiet_train(config)
+    out = Path(config.out)
+    kept = [
+        out / name for name in ("notes.txt", "adapter/notes.txt", "checkpoints/keep-step-2", "checkpoints/step-2.bak")
+    ]
+    for path in kept:
+        path.write_text("mine")
+    quiet_train(replace(config, max_steps=1, overwrite=True))
+    assert all(path.read_text() == "mine" for path in kept)
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000001", "step-2.bak"]
+
+
+@pytest.mark.parametrize("name", ["base", "data"])
+def test_overwrite_removes_no_input(make_config, name):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    inside = Path(config.out) / "tensorboard" / f"events.out.tfevents.x{Path(getattr(config, name)).suffix}"
+    shutil.copy(getattr(config, name), inside)
+    with pytest.raises(UserError, match=r"x\.\w+: --overwrite true would remove it with .*move it, or give"):
+        quiet_train(replace(config, overwrite=True, **{name: str(inside)}))
+    assert inside.read_bytes() == Path(getattr(config, name)).read_bytes()
+
+
+def test_one_run_at_a_time_writes_to_a_folder(make_config):
+    config = make_config(max_steps=1)
+    with claimed(Path(config.out)), pytest.raises(UserError, match="run: another run is writing to it; wait"):
+        quiet_train(config)
+    assert not Path(config.out).exists()
+    quiet_train(config)
+    quiet_train(replace(config, max_steps=2, resume="auto"))
+
+
 def test_overwrite_loses_nothing_when_the_input_is_wrong(make_config, tmp_path):
     config = make_config(max_steps=1)
     quiet_train(config)
@@ -253,7 +288,14 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     quiet_train(config)
     kept = Path(config.out, "config.yaml").read_text()
     # lr and weight_decay are restored from the checkpoint: other values would have no effect.
-    for name, value in (("ctx_len", 32), ("lr", 1.0), ("weight_decay", 0.5), ("text_field", "q"), ("devices", 2)):
+    for name, value in (
+        ("ctx_len", 32),
+        ("lr", 1.0),
+        ("weight_decay", 0.5),
+        ("text_field", "q"),
+        ("devices", 2),
+        ("schedule", "wsd"),
+    ):
         with pytest.raises(UserError, match=f"cannot resume with other settings: {name} was .*, is {value}$"):
             quiet_train(replace(config, resume="auto", max_steps=2, **{name: value}))
     with pytest.raises(UserError, match=r"strategy was auto, is deepspeed_stage_2$"):
@@ -261,6 +303,32 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     assert Path(config.out, "config.yaml").read_text() == kept
     with pytest.raises(UserError, match=r"the run is done \(1 of 1 steps\)"):
         quiet_train(replace(config, resume="auto"))
+
+
+def test_a_resumed_run_drops_what_the_uninterrupted_one_drops(make_config, tmp_path):
+    dropping = AdapterConfig(r=4, dropout=0.5)
+    straight = make_config(max_steps=4, adapter=dropping, schedule="constant", batch_size=2, accumulate=2)
+    first = replace(straight, out=str(tmp_path / "parts"), max_steps=2)
+    for config in (straight, first, replace(first, max_steps=4, resume="auto")):
+        torch.manual_seed(1)
+        quiet_train(config)
+    assert losses(first.out) == losses(straight.out)
+    assert all(torch.equal(b, adapter(straight.out)[n]) for n, b in adapter(first.out).items())
+    other = replace(straight, out=str(tmp_path / "other"), adapter=AdapterConfig(r=4))
+    quiet_train(other)
+    assert losses(other.out) != losses(straight.out)
+
+
+def test_resume_refuses_other_data_and_takes_a_copy(make_config, tmp_path):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    copy, other = (tmp_path / f"{name}{Path(config.data).suffix}" for name in ("copy", "other"))
+    text = Path(config.data).read_text()
+    copy.write_text(text)
+    other.write_text(text.replace("1", "2"))
+    with pytest.raises(UserError, match=r"other\.\w+: the checkpoint was trained on other data"):
+        quiet_train(replace(config, max_steps=2, resume="auto", data=str(other)))
+    assert quiet_train(replace(config, max_steps=2, resume="auto", data=str(copy))).steps == 2
 
 
 @pytest.mark.slow
