@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
+from rwkv_miss.adapters.files import read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.packing import PackReport
@@ -39,9 +40,7 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     out = Path(config.out)
     prepared = prepare(config)
     if resume and resume[1] >= prepared.total_steps:
-        raise UserError(
-            f"{out}: the run is done ({resume[1]} of {prepared.total_steps} steps); raise epochs or max_steps to go on"
-        )
+        return _done_already(out, resume[1], prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -83,6 +82,15 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
         saver.best,
         saver.best_step,
     )
+
+
+def _done_already(out: Path, steps: int, total_steps: int, console: Console) -> TrainResult:
+    """The result of a run that has nothing left to do, so that a scheduler may start it again."""
+    done = f"the run is done ({steps} of {total_steps} steps); raise epochs or max_steps to go on"
+    if not (kept := read_facts(out / "adapter")):
+        raise UserError(f"{out}: {done}. It ended before its adapter was saved, which a further step would save")
+    console.print(f"{out}: {done}", highlight=False, soft_wrap=True)
+    return TrainResult(steps, None, None, None, kept.get("val_loss"), kept["step"])
 
 
 def _introduce(console: Console, model: RWKV, report: PackReport, val_report: PackReport | None) -> None:

@@ -283,7 +283,7 @@ def test_overwrite_loses_nothing_where_the_run_cannot_start(make_config, monkeyp
     assert tree(Path(config.out)) == before
 
 
-def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
+def test_resume_refuses_other_settings(make_config):
     config = make_config(max_steps=1)
     quiet_train(config)
     kept = Path(config.out, "config.yaml").read_text()
@@ -301,8 +301,22 @@ def test_resume_refuses_other_settings_and_a_run_that_is_done(make_config):
     with pytest.raises(UserError, match=r"strategy was auto, is deepspeed_stage_2$"):
         quiet_train(replace(config, resume="auto", max_steps=2, strategy="deepspeed_stage_2"))
     assert Path(config.out, "config.yaml").read_text() == kept
-    with pytest.raises(UserError, match=r"the run is done \(1 of 1 steps\)"):
+
+
+def test_a_run_that_is_done_may_be_started_again(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+    said = io.StringIO()
+    result = train(replace(config, resume="auto"), Console(file=said, width=300))
+    assert "run: the run is done (1 of 1 steps); raise epochs or max_steps to go on" in said.getvalue()
+    assert result.steps == 1 and result.warning() is None and not result.validation()
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
+    shutil.rmtree(Path(config.out) / "adapter")
+    with pytest.raises(UserError, match="It ended before its adapter was saved, which a further step would save"):
         quiet_train(replace(config, resume="auto"))
+    quiet_train(replace(config, resume="auto", max_steps=2))
+    assert (Path(config.out) / "adapter" / "rwkv_miss.json").is_file()
 
 
 def test_a_resumed_run_drops_what_the_uninterrupted_one_drops(make_config, tmp_path):
