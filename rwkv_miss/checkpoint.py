@@ -66,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     ):
         holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
         raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
-    return loaded
+    return {name: tensor.detach() for name, tensor in loaded.items()}  # some are saved as parameters
 
 
 def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:

@@ -150,6 +150,9 @@ def merge(
             layers[name] = _write_rows(name, _replacements(W, trained), out)
         else:
             out.copy_(base[name])
+        if spec.dtype == torch.float16 and not torch.isfinite(out).all():
+            largest = torch.finfo(torch.float16).max
+            raise UserError(f"{name}: not finite in fp16, whose largest value is {largest:,.0f}; give --dtype bf16")
         done += 1
         if on_tensor:
             on_tensor(done, total)

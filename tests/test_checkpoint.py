@@ -98,6 +98,14 @@ def test_both_formats_of_pytorch_are_read(tmp_path, random_weights, new_format):
     assert all(torch.equal(loaded[k], t) and loaded[k].dtype == t.dtype for k, t in weights.items())
 
 
+def test_parameters_are_read_as_tensors(tmp_path, random_weights):
+    """Some programs save a model's parameters instead of their values."""
+    weights = random_weights()
+    torch.save({k: torch.nn.Parameter(t) for k, t in weights.items()}, tmp_path / "base.pth")
+    loaded = read_checkpoint(tmp_path / "base.pth")
+    assert all(torch.equal(loaded[k], t) and not loaded[k].requires_grad for k, t in weights.items())
+
+
 # Files that hold something else
 
 

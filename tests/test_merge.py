@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -349,6 +350,21 @@ def test_a_file_is_replaced_only_where_that_is_asked_for(base, folder, tmp_path)
     assert listing(tmp_path) == before
     merge(base, folder, out, overwrite=True)
     assert out.read_bytes() != b"the old file"
+
+
+@pytest.mark.parametrize("key", ["emb.weight", "blocks.1.ffn.value.weight"])
+def test_a_value_that_fp16_cannot_hold_is_named(make_base, tmp_path, key):
+    """Also where no logits of the check tell: in the embedding of one token."""
+    base = make_base()
+    weights = {k: t.clone() for k, t in read_checkpoint(base).items()}
+    weights[key][1, 2] = 1e5
+    torch.save(weights, base)
+    folder = make_adapter(base, tmp_path / "adapter")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(key)}: not finite in fp16, whose largest value is 65,504; give"):
+        merge(base, folder, tmp_path / "out.pth", "fp16")
+    assert listing(tmp_path) == before
+    merge(base, folder, tmp_path / "out.pth", "bf16")
 
 
 def test_a_runs_folder_means_its_adapter(base, folder, tmp_path):
