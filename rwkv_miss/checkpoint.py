@@ -189,6 +189,18 @@ def write_pth(path: Path, specs: Mapping[str, TensorSpec], compute: Callable[[st
         sink.check()
 
 
+def write_pickle(path: Path, content: Any) -> None:
+    """Writes what `unpickle` reads, straight to the file (`torch.save` would end the process if the disk is full).
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with open(path, "wb") as file:
+        sink = _Sink(file)
+        torch.save(content, cast(BinaryIO, sink))
+        sink.check()
+
+
 class _Sink:
     """Passes writes on to a file. `write` never raises, even after the file is closed: `check` raises the first error.
     PyTorch's writer, which writes in its destructor too, ends the whole process if a write raises (torch 2.13,
@@ -205,6 +217,9 @@ class _Sink:
             except BaseException as e:  # also a Ctrl-C that comes here
                 self.error = e
         return len(data)
+
+    def flush(self) -> None:
+        """`torch.save` calls it; closing the file flushes it."""
 
     def check(self) -> None:
         if self.error is not None:

@@ -123,7 +123,6 @@ def _trainer(config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback
         num_nodes=config.num_nodes,
         strategy=strategy,
         plugins=plugins,
-        precision=None if plugins else "32-true",
         max_epochs=-1,
         accumulate_grad_batches=prepared.micro_batches,
         gradient_clip_val=config.grad_clip or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,12 @@ class Saver(L.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             remove(part)
         trainer.strategy.barrier()
-        trainer.save_checkpoint(part)
+        try:
+            trainer.save_checkpoint(part)
+        except OSError as e:
+            with suppress(OSError):
+                remove(part)
+            raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is unchanged") from e
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             put_in_place(part, path)

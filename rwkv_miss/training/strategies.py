@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import unpickle
+from rwkv_miss.checkpoint import unpickle, write_pickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import cache_folder, locked
@@ -36,6 +37,13 @@ class _KeepDtypes(DeepSpeedPrecision):
         # Lightning has divided by the number of accumulated micro-batches; DeepSpeed would divide again, and
         # clip a gradient that is too small by that factor.
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+class _Beside(TorchCheckpointIO):
+    """Writes a checkpoint to its own place alone. Lightning's own goes by way of the folder for temporary files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_pickle(Path(path), checkpoint)
 
 
 class _DDP(DDPStrategy):
@@ -82,13 +90,13 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     """
     several = config.devices * config.num_nodes > 1
     if config.strategy == "auto" and not several:
-        return "auto", []
+        return "auto", [Precision(), _Beside()]
     name = "ddp" if config.strategy == "auto" else config.strategy
     backend = "nccl" if on_gpu else "gloo"
     strategy: _DDP | _DeepSpeed
     plugins: list[Any]
     if name == "ddp":
-        strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), []
+        strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), [Precision(), _Beside()]
     else:
         _import_deepspeed(name, on_gpu)
         cls = _DeepSpeed if on_gpu else _CPUDeepSpeed

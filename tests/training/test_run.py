@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -492,6 +494,28 @@ def test_the_adapter_survives_a_full_disk(make_config):
     assert Path(config.out, "adapter", "adapter_model.safetensors").read_bytes() == before
     assert load_file(Path(config.out, "adapter", "adapter_model.safetensors"))
     assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1
+
+
+def test_a_checkpoint_needs_no_folder_for_temporary_files(make_config, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    assert last_checkpoint(Path(config.out) / "checkpoints")[1] == 1
+
+
+def test_a_checkpoint_on_a_full_disk_ends_the_run_and_leaves_the_last_one(make_config, full_disk):
+    config = make_config(max_steps=1, loggers=("csv",), val_split=0.1)
+    quiet_train(config)
+    folder = Path(config.out) / "checkpoints"
+    path, _ = last_checkpoint(folder)
+    before = path.read_bytes()
+    with full_disk(len(before) - 1), pytest.raises(RunError, match=r"step-00000002: cannot be written: File too large"):
+        quiet_train(replace(config, max_steps=2, resume="auto"))
+    assert [p.name for p in folder.iterdir()] == [path.name] and path.read_bytes() == before
+    assert quiet_train(replace(config, max_steps=2, resume="auto")).steps == 2
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(make_config, monkeypatch):
