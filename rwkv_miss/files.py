@@ -6,6 +6,7 @@ Without torch: everything in the package may use this at once.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from rwkv_miss.errors import UserError
 
+_log = logging.getLogger("rwkv_miss")
 # A name such as BlinkDL/rwkv-7-world: an owner and a model, without the suffix of a file.
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+")
 
@@ -57,6 +59,8 @@ def claimed(folder: Path) -> Iterator[None]:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another run is writing to it; wait for its end, or give another out") from None
+        except OSError as e:  # some network file systems have no locks
+            _log.warning("%s: cannot be locked (%s): see that no other run writes to it", folder, e.strerror)
         yield
     finally:
         os.close(number)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write, cache_folder, put_in_place, remove
+from rwkv_miss.files import atomic_write, cache_folder, claimed, put_in_place, remove
 
 
 def test_atomic_write(tmp_path):
@@ -93,3 +96,14 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "rwkv_miss"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "rwkv_miss"
+
+
+def test_a_folder_that_cannot_be_locked_is_claimed_with_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with caplog.at_level(logging.WARNING, logger="rwkv_miss"), claimed(tmp_path / "out" / "run"):
+        assert (tmp_path / "out" / "run").is_dir()
+    assert "cannot be locked (No locks available)" in caplog.text
+    assert not (tmp_path / "out").exists()

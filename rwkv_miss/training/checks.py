@@ -24,6 +24,7 @@ from rwkv_miss.training.objective import OBJECTIVES
 
 OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 """What a run leaves in its folder."""
+# The paths there of the files and folders that runs write themselves.
 _WRITTEN = re.compile(
     r"config\.yaml|metrics\.csv|adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
