@@ -28,7 +28,8 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     first = is_first_process()
     if console is None or not first:
         console = Console(quiet=True)
-    with claimed(Path(config.out)) if first else nullcontext():
-        from rwkv_miss.training.run import run
+    # Imported before the folder is made: Ctrl-C during an import ends the process at once.
+    from rwkv_miss.training.run import run
 
+    with claimed(Path(config.out)) if first else nullcontext():
         return run(config, resume, console)
