@@ -189,9 +189,11 @@ class TrainConfig(DataOptions):
     log_every: int = 10
     """Optimizer steps between the rows of metrics.csv."""
     save_every: int = 0
-    """Optimizer steps between checkpoints; 0 saves at the end of each epoch."""
+    """Optimizer steps between checkpoints; 0 saves at the end of each epoch. One is also saved before a validation."""
     save_minutes: float = 10.0
     """A checkpoint is also saved when this many minutes have gone by without one; 0 never does so."""
+    keep: int = 1
+    """How many checkpoints are kept, the newest ones."""
     resume: Literal["never", "auto"] = "never"
     """auto goes on from the output folder's last checkpoint, or starts a new run if there is none."""
     overwrite: bool = False
@@ -202,7 +204,7 @@ class TrainConfig(DataOptions):
         found = super().problems()
         if not self.out:
             found.append("out is empty; give a folder")
-        for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
+        for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every", "keep"):
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (

@@ -202,6 +202,12 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     return _read_json(path) if path.is_file() else {}
 
 
+def add_facts(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """Writes further facts to an adapter folder's `rwkv_miss.json`. Raises UserError if it cannot be written."""
+    with atomic_write(Path(folder) / OURS) as part:
+        part.write_text(json.dumps(read_facts(folder) | facts, indent=2) + "\n")
+
+
 def check_fits(
     adapter: AdapterFile,
     sizes: ModelConfig,

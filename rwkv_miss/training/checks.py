@@ -22,11 +22,12 @@ from rwkv_miss.files import check_is_file
 from rwkv_miss.training.loggers import LOGGERS
 from rwkv_miss.training.objective import OBJECTIVES
 
-OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
+OURS = ("adapter", "adapter_last", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
 """What a run leaves in its folder."""
 # The paths there of the files and folders that runs write themselves.
 _WRITTEN = re.compile(
-    r"config\.yaml|metrics\.csv|adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
+    r"config\.yaml|metrics\.csv"
+    r"|adapter(_last)?/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
 )
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,

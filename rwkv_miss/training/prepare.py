@@ -29,7 +29,8 @@ from rwkv_miss.training.objective import Objective, find_objective
 @dataclass(frozen=True)
 class Prepared:
     """tensors: the base's, memory-mapped. dtype: what the model runs in. micro_batches: in an optimizer step, on each
-    device; each window of a row is one. total_steps: the optimizer steps of the whole run."""
+    device; each window of a row is one. steps_an_epoch, total_steps: optimizer steps in an epoch and in the whole
+    run. val_every: those between validations; 0 validates at the end of each epoch."""
 
     tensors: Mapping[str, Tensor]
     sizes: ModelConfig
@@ -40,7 +41,15 @@ class Prepared:
     val_rows: AnyRows | None
     val_report: PackReport | None
     micro_batches: int
+    steps_an_epoch: int
     total_steps: int
+    val_every: int
+
+    def validation_is_due(self, step: int) -> bool:
+        """Whether a validation follows optimizer step `step`."""
+        if self.val_rows is None:
+            return False
+        return step % (self.val_every or self.steps_an_epoch) == 0 or step == self.total_steps
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -65,6 +74,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     rows, report, val_rows, val_report = _read_rows(config, sizes, objective)
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
+    steps_an_epoch = -(-len(rows) // rows_a_step)
     return Prepared(
         tensors,
         sizes,
@@ -75,7 +85,9 @@ def prepare(config: TrainConfig) -> Prepared:
         val_rows,
         val_report,
         micro_batches=config.accumulate * count_windows(rows, config.window_len),
-        total_steps=config.max_steps or config.epochs * -(-len(rows) // rows_a_step),
+        steps_an_epoch=steps_an_epoch,
+        total_steps=config.max_steps or config.epochs * steps_an_epoch,
+        val_every=config.val_every,
     )
 
 

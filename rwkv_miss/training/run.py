@@ -28,7 +28,7 @@ from rwkv_miss.training.prepare import Prepared, prepare
 from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.result import TrainResult
-from rwkv_miss.training.saving import Saver
+from rwkv_miss.training.saving import Saver, validation_is_pending
 
 
 def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:
@@ -39,7 +39,7 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     """
     out = Path(config.out)
     prepared = prepare(config)
-    if resume and resume[1] >= prepared.total_steps:
+    if resume and resume[1] >= prepared.total_steps and not validation_is_pending(out, resume[1], prepared):
         return _done_already(out, resume[1], prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
@@ -47,7 +47,6 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     inject(model, config.adapter, masters=prepared.tensors)
     _introduce(console, model, prepared.report, prepared.val_report)
 
-    validates = prepared.val_rows is not None
     rows = [prepared.rows] if prepared.val_rows is None else [prepared.rows, prepared.val_rows]
     data_fingerprint = " ".join(x.fingerprint() for x in rows)
     module = LitRWKV(model, prepared.objective, config, prepared.total_steps, data_fingerprint)
@@ -59,7 +58,7 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
         "answer_lines": config.answer_lines,
         "answer_end": config.answer_end,
     }
-    saver = Saver(module, out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
+    saver = Saver(module, out, config, prepared, extra)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
     trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)

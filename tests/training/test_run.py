@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rwkv_miss import load_adapter, load_model, merge
+from rwkv_miss.adapters.files import WEIGHTS
 from rwkv_miss.adapters.inject import installed
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
@@ -319,6 +321,40 @@ def test_a_run_that_is_done_may_be_started_again(make_config):
         quiet_train(replace(config, resume="auto"))
     quiet_train(replace(config, resume="auto", max_steps=2))
     assert (Path(config.out) / "adapter" / "rwkv_miss.json").is_file()
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_a_validation_that_did_not_end_is_made_again(make_config, tmp_path, monkeypatch, stop):
+    """Also the last one, after which nothing is left to train; and what it would have saved is saved."""
+    straight = make_config(val_split=0.2, val_every=2, lr=0.5, schedule="constant", out=str(tmp_path / "straight"))
+    quiet_train(straight)
+    config = replace(straight, out=str(tmp_path / "parts"))
+    validate = LitRWKV.validation_step
+
+    def dies(self, batch, batch_idx):
+        if self.trainer.global_step == stop:
+            raise KeyError
+        validate(self, batch, batch_idx)
+
+    monkeypatch.setattr(LitRWKV, "validation_step", dies)
+    with pytest.raises(KeyError):
+        quiet_train(config)
+    monkeypatch.undo()
+    result = quiet_train(replace(config, resume="auto"))
+    assert losses(config.out, "val_loss") == losses(straight.out, "val_loss") and len(losses(config.out)) == 6
+    for name in ("adapter", "adapter_last"):
+        facts = json.loads((Path(config.out) / name / "rwkv_miss.json").read_text())
+        assert facts == json.loads((Path(straight.out) / name / "rwkv_miss.json").read_text())
+        assert facts["step"] == (result.best_step if name == "adapter" else 6)
+        found, expected = (load_file(Path(out) / name / WEIGHTS) for out in (config.out, straight.out))
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert quiet_train(replace(config, resume="auto")).last_loss is None  # nothing is left to do
+
+
+def test_the_newest_checkpoints_are_kept(make_config):
+    config = make_config(save_every=1, keep=3)
+    quiet_train(config)
+    assert tree(Path(config.out) / "checkpoints") == {f"step-0000000{n}" for n in (4, 5, 6)}
 
 
 def test_a_resumed_run_drops_what_the_uninterrupted_one_drops(make_config, tmp_path):
