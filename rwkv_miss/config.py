@@ -177,6 +177,8 @@ class TrainConfig(DataOptions):
     """How processes share the work. auto: one process alone, ddp for several."""
     meet_minutes: float = 10.0
     """Minutes that the processes of several machines wait for each other at the start before the run is given up."""
+    hang_minutes: float = 30.0
+    """Minutes after which a run of several processes, none of which goes on, is given up."""
     wkv_backend: str = "auto"
     """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU that Triton supports),
     cpu (C++), torch, or reference (slow, for checks)."""
@@ -229,7 +231,7 @@ class TrainConfig(DataOptions):
                 found.append(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 <= self.val_split < 1:
             found.append(f"val_split is {self.val_split}; it must be in [0, 1)")
-        for name in ("lr", "lr_state", "meet_minutes"):
+        for name in ("lr", "lr_state", "meet_minutes", "hang_minutes"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 found.append(f"{name} is {value}; it must be above 0")
         if self.val_data and self.val_split:

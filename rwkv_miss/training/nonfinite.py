@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rwkv_miss.adapters.inject import checkpoint_key
 from rwkv_miss.errors import RunError
+from rwkv_miss.training.watch import ElsewhereError
 
 
 def check_finite(trainer: L.Trainer, model: nn.Module, loss: Tensor, again: Callable[[], Any]) -> None:
@@ -30,7 +31,7 @@ def check_finite(trainer: L.Trainer, model: nn.Module, loss: Tensor, again: Call
     culprit = first_nonfinite(model, again)
     where = f"step {trainer.global_step + 1}"
     if finite:
-        raise RunError(f"{where}: the loss is not finite on another rank")
+        raise ElsewhereError(f"{where}: the loss is not finite on another rank")
     raise RunError(
         f"{where}: the loss is {loss.item()}; the first module with an output that is not finite is {culprit}. "
         "Nothing of this step was kept. Lower lr, or add warmup_steps"

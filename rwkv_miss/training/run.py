@@ -29,6 +29,7 @@ from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.result import TrainResult
 from rwkv_miss.training.saving import Saver, validation_is_pending
+from rwkv_miss.training.watch import Watch
 
 
 def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:
@@ -61,18 +62,22 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     saver = Saver(module, out, config, prepared, extra)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
-    trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
+    watch = Watch(config.hang_minutes)
+    model.head.register_forward_hook(lambda *_: watch.moved())
+    callbacks: list[L.Callback] = [starter, reporter, saver]
+    trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
     if resume:
         strategies.check_checkpoint(resume[0])
-    try:
-        trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=True)
-    except torch.OutOfMemoryError as e:
-        raise RunError(
-            f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower batch_size "
-            f"({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
-            "--chunk_len or --gradient_checkpointing true"
-        ) from None
+    with watch.guarding():
+        try:
+            trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=True)
+        except torch.OutOfMemoryError as e:
+            raise RunError(
+                f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower "
+                f"batch_size ({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
+                "--chunk_len or --gradient_checkpointing true"
+            ) from None
     return TrainResult(
         trainer.global_step,
         reporter.first_loss,
@@ -110,10 +115,13 @@ def _introduce(console: Console, model: RWKV, report: PackReport, val_report: Pa
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _trainer(config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback], resumed: bool) -> L.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+def _trainer(
+    config: TrainConfig, prepared: Prepared, callbacks: list[L.Callback], watch: Watch, resumed: bool
+) -> L.Trainer:
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     on_gpu = torch.cuda.is_available()
-    strategy, plugins = strategies.build(config, on_gpu)
+    strategy, plugins = strategies.build(config, on_gpu, watch)
     every = config.val_every * prepared.micro_batches
     validates = prepared.val_rows is not None
     return L.Trainer(

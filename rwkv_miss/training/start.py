@@ -10,6 +10,7 @@ from rich.console import Console
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.files import claimed
 from rwkv_miss.training.checks import check_run, is_first_process
+from rwkv_miss.training.parent import end_with_parent
 from rwkv_miss.training.result import TrainResult
 
 
@@ -24,6 +25,7 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         RunError: the loss was not finite, or the GPU's memory too small.
         Stopped: a signal ended the run, after a checkpoint.
     """
+    end_with_parent()
     resume = check_run(config)
     first = is_first_process()
     if console is None or not first:

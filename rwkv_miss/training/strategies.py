@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor, nn
 
 from rwkv_miss.checkpoint import unpickle, write_pickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import cache_folder, locked
-from rwkv_miss.training.meeting import Meeting
+from rwkv_miss.training.meeting import meet
+from rwkv_miss.training.parent import announce_parent
+from rwkv_miss.training.watch import Watch
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -46,31 +52,51 @@ class _Beside(TorchCheckpointIO):
         write_pickle(Path(path), checkpoint)
 
 
-class _DDP(DDPStrategy):
-    """On several machines, all processes meet before the process group is made."""
+class _Launcher(_SubprocessScriptLauncher):
+    """Starts the other processes of this machine and has them watched. Lightning's own would kill this process too when
+    one of them ends, before it could say why."""
 
-    meeting: Meeting | None = None
+    def __init__(self, environment: ClusterEnvironment, num_processes: int, num_nodes: int, watch: Watch) -> None:
+        super().__init__(environment, num_processes, num_nodes)
+        self.watch = watch
 
-    def setup_distributed(self) -> None:
-        _meet(self)
-        super().setup_distributed()
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            announce_parent()
+            try:
+                self._call_children_scripts()
+            except OSError as e:
+                raise RunError(f"the other processes of the run cannot be started: {e}") from None
+            self.watch.look_after(self.procs)
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
 
 
-class _DeepSpeed(DeepSpeedStrategy):
-    """On several machines, all processes meet before the process group is made."""
+class _Together:
+    """What DDP and DeepSpeed have in common here: their processes meet before the process group is made, and are
+    watched from then on."""
 
-    meeting: Meeting | None = None
+    watch: Watch
+    meet_minutes: float
+    _launcher: Any
 
-    def setup_distributed(self) -> None:
-        _meet(self)
-        super().setup_distributed()
+    def _configure_launcher(self: Any) -> None:
+        self._launcher = _Launcher(self.cluster_environment, self.num_processes, self.num_nodes, self.watch)
+
+    def setup_distributed(self: Any) -> None:
+        self.set_world_ranks()
+        store = meet(self.cluster_environment, self.num_nodes, self.meet_minutes)
+        self.watch.join(store, self.global_rank, self.world_size, self.local_rank)
+        super().setup_distributed()  # type: ignore[misc]
 
 
-def _meet(strategy: _DDP | _DeepSpeed) -> None:
-    if strategy.meeting:
-        strategy.set_world_ranks()
-        assert strategy.cluster_environment is not None
-        strategy.meeting.attend(strategy.cluster_environment)
+class _DDP(_Together, DDPStrategy):
+    """DDP, watched."""
+
+
+class _DeepSpeed(_Together, DeepSpeedStrategy):
+    """DeepSpeed, watched."""
 
 
 class _CPUDeepSpeed(_DeepSpeed):
@@ -82,8 +108,8 @@ class _CPUDeepSpeed(_DeepSpeed):
         super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA, which is all that was added
 
 
-def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]:
-    """Lightning's `strategy` and `plugins` arguments for the run.
+def build(config: TrainConfig, on_gpu: bool, watch: Watch) -> tuple[Strategy | str, list[Any]]:
+    """Lightning's `strategy` and `plugins` arguments for the run, whose processes `watch` looks after.
 
     Raises:
         UserError: DeepSpeed was asked for and is not installed.
@@ -93,20 +119,26 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
         return "auto", [Precision(), _Beside()]
     name = "ddp" if config.strategy == "auto" else config.strategy
     backend = "nccl" if on_gpu else "gloo"
+    timeout = timedelta(minutes=2 * config.hang_minutes)  # the watch, which knows more, comes first
     strategy: _DDP | _DeepSpeed
     plugins: list[Any]
     if name == "ddp":
-        strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), [Precision(), _Beside()]
+        strategy = _DDP(process_group_backend=backend, gradient_as_bucket_view=True, timeout=timeout)
+        plugins = [Precision(), _Beside()]
     else:
         _import_deepspeed(name, on_gpu)
         cls = _DeepSpeed if on_gpu else _CPUDeepSpeed
         strategy = cls(
-            stage=int(name[-1]), exclude_frozen_parameters=True, process_group_backend=backend, logging_level=40
+            stage=int(name[-1]),
+            exclude_frozen_parameters=True,
+            process_group_backend=backend,
+            timeout=timeout,
+            logging_level=40,
         )
         plugins = [_KeepDtypes()]
-    # torchrun's own rendezvous has its own time limit, and its store is not ours to open.
-    if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        strategy.meeting = Meeting(config.num_nodes, config.meet_minutes)
+    strategy.watch = watch
+    # On one machine a process that cannot come has ended, which is seen at once.
+    strategy.meet_minutes = config.meet_minutes if config.num_nodes > 1 else config.hang_minutes
     return strategy, plugins
 
 
