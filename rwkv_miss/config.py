@@ -167,14 +167,21 @@ class TrainConfig(DataOptions):
     """Largest norm of the gradient; 0 does not clip."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of the frozen weights and the activations; auto keeps the base's. What is trained is always fp32."""
+    precision: str = "auto"
+    """Dtype of the frozen weights and the activations: bf16, fp32, or auto, which keeps the base's. What is trained is
+    always fp32."""
     devices: int = 1
     """GPUs to use on each node; processes on a machine without a GPU."""
     num_nodes: int = 1
     """Number of machines."""
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed keeps in the CPU's memory. optimizer: AdamW's state, and its step is computed there; all: also the
+    weights that are not in use (stage 3)."""
+    deepspeed_config: str | None = None
+    """A JSON file of further DeepSpeed settings, such as bucket sizes. What the options here decide is to be left out
+    of it, or "auto"."""
     meet_minutes: float = 10.0
     """Minutes that the processes of several machines wait for each other at the start before the run is given up."""
     hang_minutes: float = 30.0
@@ -240,6 +247,15 @@ class TrainConfig(DataOptions):
             found.append("val_every is given but there is nothing to validate on; give val_data or val_split")
         if self.resume == "auto" and self.overwrite:
             found.append("resume and overwrite are both given; choose one")
+        if self.precision == "fp16":
+            found.append("precision is fp16, whose values end at 65,504, less than training reaches; give bf16 or fp32")
+        elif self.precision not in ("auto", "bf16", "fp32"):
+            found.append(f"precision is {self.precision!r}; it must be auto, bf16 or fp32")
+        for name in ("offload", "deepspeed_config"):
+            if getattr(self, name) not in ("none", None) and not self.strategy.startswith("deepspeed"):
+                found.append(f"{name} is given, but strategy is {self.strategy}; give one of DeepSpeed's")
+        if self.offload == "all" and self.strategy.startswith("deepspeed") and self.strategy[-1] != "3":
+            found.append(f"offload is all, but {self.strategy} keeps whole weights on the GPU; give deepspeed_stage_3")
         if self.wkv_backend not in BACKENDS:
             found.append(f"wkv_backend is {self.wkv_backend!r}; it must be one of {', '.join(BACKENDS)}")
         if self.chunk_len is None:

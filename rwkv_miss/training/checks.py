@@ -19,6 +19,7 @@ from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file
+from rwkv_miss.training.deepspeed_json import read_deepspeed_json
 from rwkv_miss.training.loggers import LOGGERS
 from rwkv_miss.training.objective import OBJECTIVES
 
@@ -67,6 +68,7 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
     if found:
         raise UserError("; ".join(found))
     _check_launcher(config)
+    read_deepspeed_json(config)
     check_is_file(Path(config.base), "checkpoint")
     load_tokenizer(config.tokenizer)
     for path in filter(None, (config.data, config.val_data)):

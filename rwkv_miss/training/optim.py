@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from rwkv_miss.adapters.inject import installed, trained_parameters
@@ -46,14 +46,19 @@ def parameter_groups(model: RWKV, config: TrainConfig) -> dict[Group, dict[str, 
 
 def configure(
     groups: Mapping[Group, Mapping[str, nn.Parameter]], total_steps: int, config: TrainConfig
-) -> tuple[AdamW, LambdaLR]:
+) -> tuple[Optimizer, LambdaLR]:
     """AdamW over the groups of `parameter_groups`, in their order, and its schedule, which is stepped once in each
-    optimizer step."""
+    optimizer step. Where DeepSpeed keeps its state in the CPU's memory, it is DeepSpeed's, which steps there."""
     settings: list[dict[str, Any]] = [
         {"params": list(parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
         for group, parameters in groups.items()
     ]
-    optimizer = AdamW(settings, betas=config.betas)
+    if config.offload == "none":
+        optimizer: Optimizer = AdamW(settings, betas=config.betas)
+    else:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(settings, betas=config.betas)
     return optimizer, LambdaLR(optimizer, lambda step: lr_scale(step, total_steps, config))
 
 

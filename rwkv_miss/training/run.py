@@ -67,8 +67,6 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     callbacks: list[L.Callback] = [starter, reporter, saver]
     trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
-    if resume:
-        strategies.check_checkpoint(resume[0])
     with watch.guarding():
         try:
             trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=True)

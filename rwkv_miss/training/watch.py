@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from rwkv_miss.training.parent import end_parent
 
 SILENCE = 30.0
 """Seconds without a sign of life after which a process is given up."""
+GRACE = 20.0
+"""Seconds that the first process of a machine has to end the others."""
 _KEPT = "what was saved is kept, --resume auto goes on from it"
 # What a collective operation raises if a process at its other end has gone (gloo's errors are plain RuntimeErrors).
 _LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe", re.IGNORECASE)
@@ -89,7 +92,7 @@ class Watch:
         raises that failure, and the others end."""
         try:
             yield
-        except BaseException as e:
+        except Exception as e:
             failure = self._settle(e) if self._thread.is_alive() else e
             if failure is e:
                 raise
@@ -100,25 +103,32 @@ class Watch:
         if self._world_size > 1:  # none may take the end of another one for a failure
             self._parted.wait(SILENCE)
 
-    def _settle(self, error: BaseException) -> BaseException:
+    def _settle(self, error: Exception) -> BaseException:
         """What is to be raised instead of `error`, an exception of this process."""
         self._settling.set()
         if isinstance(error, ElsewhereError) or _is_lost_connection(error):
             self._found.wait(2 * SILENCE)
-            error = self._ending.as_exception() if self._ending else error
+            if self._ending:
+                return self._ending.as_exception()
+        elif isinstance(error, (UserError, RunError)):
+            self._tell("failed", _Ending(f"rank {self._rank}: {error}", 2 if isinstance(error, UserError) else 1))
         elif not isinstance(error, Stopped):  # which all processes are at once
-            status = 2 if isinstance(error, UserError) else 1
-            said = str(error) if isinstance(error, (UserError, RunError)) else repr(error)
-            self._tell("failed", _Ending(f"rank {self._rank}: {said}", status))
-        self._wait_for_the_first()
+            self._tell("failed", _Ending(f"rank {self._rank}: {error!r}"))
+            if self._local_rank:
+                traceback.print_exception(error)
+        if self._local_rank:
+            self._leave(_Ending(str(error)))
         return error
 
-    def _wait_for_the_first(self) -> None:
-        """In a process that is not the first of its machine: the first one says what has happened, and its end is this
-        process's. If that does not come, the first one hangs."""
+    def _leave(self, ending: _Ending) -> None:
+        """Ends this process. The first process of its machine says why, and takes all others with it; if it does not,
+        it hangs, and is ended too."""
         if self._local_rank:
-            time.sleep(10)
-            end_parent()
+            time.sleep(GRACE)
+        if ending.message and self._local_rank <= 1:
+            print(f"rwkv-miss train: {ending.message}", file=sys.stderr, flush=True)
+        end_parent()
+        os._exit(ending.status)
 
     def _run(self) -> None:
         looked_at = time.monotonic()
@@ -140,10 +150,7 @@ class Watch:
         self._found.set()
         if self._settling.wait(3) or self._stop.is_set():
             return
-        self._wait_for_the_first()
-        if ending.message and self._local_rank <= 1:  # 1: the first process hangs
-            print(f"rwkv-miss train: {ending.message}", file=sys.stderr, flush=True)
-        os._exit(ending.status)
+        self._leave(ending)
 
     def _look_at_children(self) -> _Ending | None:
         for local_rank, child in enumerate(self._children, start=1):

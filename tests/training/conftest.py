@@ -12,7 +12,7 @@ import torch
 
 from rwkv_miss.checkpoint import TensorSpec, write_pth
 from rwkv_miss.config import ModelConfig, TrainConfig
-from rwkv_miss.model.init import init_weights
+from rwkv_miss.model.init import init_weights, new_config
 from tests.training.runs import small_config
 
 SIZES = ModelConfig(7, 2, 32, 2, 16, 64, 256, {"w": 8, "a": 8, "g": 8, "v": 8})
@@ -26,6 +26,17 @@ def base(tmp_path_factory) -> Path:
     generator = torch.Generator().manual_seed(1)
     # The initial head and output projections are near zero; noise makes every part affect the logits.
     weights = {k: w + 0.1 * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
+    write_pth(path, {k: TensorSpec(w.shape, w.dtype) for k, w in weights.items()}, weights.__getitem__)
+    return path
+
+
+@pytest.fixture(scope="session", params=[6, 7])
+def any_base(request, tmp_path_factory) -> Path:
+    """A random model of each version in fp32: 2 layers of 32, 2 heads of 16, 256 tokens."""
+    config = new_config(request.param, 2, 32, 256, head_size=16)
+    rng = torch.Generator().manual_seed(1)
+    weights = {k: w + 0.1 * torch.randn(w.shape, generator=rng) for k, w in init_weights(config, seed=0).items()}
+    path = tmp_path_factory.mktemp("any_base") / f"rwkv{request.param}.pth"
     write_pth(path, {k: TensorSpec(w.shape, w.dtype) for k, w in weights.items()}, weights.__getitem__)
     return path
 

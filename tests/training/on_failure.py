@@ -38,12 +38,15 @@ EVENTS: dict[str, Callable[[], Any]] = {
 
 def watch_for(rank: int, stage: str, what: str) -> None:
     """Lets it happen to this process, if it is the one."""
-    if int(os.environ.get("LOCAL_RANK", 0)) != rank:
-        return
-    if stage == "start":
+    is_the_one = int(os.environ.get("LOCAL_RANK", 0)) == rank
+    if is_the_one and stage == "start":
         EVENTS[what]()
-    from rwkv_miss.training import run
+    from rwkv_miss.training import run, watch
     from rwkv_miss.training.lit_module import LitRWKV
+
+    watch.SILENCE, watch.GRACE = 8.0, 10.0  # 30 and 20 seconds, to save time
+    if not is_the_one:
+        return
 
     def before(call: Callable, happens: Callable[..., bool]) -> Callable:
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -63,12 +66,12 @@ def watch_for(rank: int, stage: str, what: str) -> None:
 
         LitRWKV._loss_sum = is_nan
     elif what == "disk":
-        from rwkv_miss.training import strategies
+        from rwkv_miss.training import zero
 
         def refuses(path: Path, content: Any) -> None:
             raise OSError(28, os.strerror(28))
 
-        strategies.write_pickle = refuses
+        zero.write_pickle = refuses
     else:
         LitRWKV.training_step = before(
             LitRWKV.training_step, lambda module, *_: module.trainer.global_step + 1 == int(stage)

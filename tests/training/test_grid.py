@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from rwkv_miss import load_adapter, load_model, merge
-from rwkv_miss.checkpoint import TensorSpec, write_pth
 from rwkv_miss.config import AdapterConfig
-from rwkv_miss.model.init import init_weights, new_config
 from rwkv_miss.model.initial_state import load_initial_state
 from tests.training.runs import losses, quiet_train, small_config
 
@@ -24,17 +22,6 @@ LAYOUTS = {
     "infctx exact": {"packing": True, "chunk_len": 48},
     "infctx truncated": {"packing": True, "chunk_len": 48, "bptt_chunks": 1},
 }
-
-
-@pytest.fixture(scope="session", params=[6, 7])
-def any_base(request, tmp_path_factory) -> Path:
-    """A random model of each version in fp32: 2 layers of 32, 2 heads of 16, 256 tokens."""
-    config = new_config(request.param, 2, 32, 256, head_size=16)
-    rng = torch.Generator().manual_seed(1)
-    weights = {k: w + 0.1 * torch.randn(w.shape, generator=rng) for k, w in init_weights(config, seed=0).items()}
-    path = tmp_path_factory.mktemp("any_base") / f"rwkv{request.param}.pth"
-    write_pth(path, {k: TensorSpec(w.shape, w.dtype) for k, w in weights.items()}, weights.__getitem__)
-    return path
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""DeepSpeed ZeRO 1 to 3, on GPUs and on a CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from rwkv_miss.checkpoint import unpickle, write_pickle
+from rwkv_miss.config import TrainConfig
+from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.files import cache_folder, locked
+from rwkv_miss.training.deepspeed_json import merged, read_deepspeed_json
+from rwkv_miss.training.together import Together
+
+_log = logging.getLogger("rwkv_miss")
+
+_SHARED = Path("/dev/shm")
+
+
+class KeepDtypes(DeepSpeedPrecision):
+    """Keeps the frozen weights in the base's dtype beside fp32 trained ones; Lightning's own would make all fp32."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # Lightning has divided by the number of accumulated micro-batches; DeepSpeed would divide again, and
+        # clip a gradient that is too small by that factor.
+        super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+
+def _deepspeed_files() -> Any:
+    """How DeepSpeed's engine writes and reads its files: to their own place alone, and without running anything."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    class Files(TorchCheckpointEngine):
+        def save(self, state_dict: Any, path: str) -> None:
+            write_pickle(Path(path), state_dict)
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return unpickle(Path(path), [LossScaler, ZeroStageEnum, fragment_address])
+
+    return Files()
+
+
+class _DeepSpeed(Together, DeepSpeedStrategy):
+    """DeepSpeed, watched, with files that are written and read as ours are."""
+
+    def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        engine, optimizer = super()._setup_model_and_optimizer(*args, **kwargs)
+        engine.checkpoint_engine = _deepspeed_files()
+        return engine, optimizer
+
+
+class _CPUDeepSpeed(_DeepSpeed):
+    """DeepSpeed on the CPU over gloo. DeepSpeed supports it; Lightning's strategy refuses (2.6.6)."""
+
+    def setup_environment(self) -> None:
+        assert self.parallel_devices is not None
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices))]  # it needs indices
+        super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA, which is all that was added
+
+
+def make_deepspeed(config: TrainConfig, on_gpu: bool, timeout: timedelta) -> DeepSpeedStrategy:
+    """Lightning's strategy for one of the DeepSpeed strategies of `config`.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or its settings conflict with ours.
+        RunError: what it needs on a CPU is not there.
+    """
+    settings = read_deepspeed_json(config)
+    _import_deepspeed(config, on_gpu)
+    strategy = (_DeepSpeed if on_gpu else _CPUDeepSpeed)(
+        stage=int(config.strategy[-1]),
+        offload_optimizer=config.offload != "none",
+        offload_parameters=config.offload == "all",
+        exclude_frozen_parameters=True,
+        process_group_backend="nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        logging_level=logging.ERROR,
+    )
+    strategy.config = merged(strategy.config or {}, settings)
+    return strategy
+
+
+def _import_deepspeed(config: TrainConfig, on_gpu: bool) -> None:
+    if not on_gpu:
+        _check_shared_memory(config.devices)
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own switch, read when it is imported
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as e:
+        raise UserError(
+            f"strategy is {config.strategy} but deepspeed cannot be imported ({e}); install it or use ddp"
+        ) from None
+    if not on_gpu:
+        _load_op("ShareMemCommBuilder", "communication between processes on a CPU")
+    if config.offload != "none":
+        _load_op("CPUAdamBuilder", "Adam on a CPU")
+
+
+def _check_shared_memory(devices: int) -> None:
+    """RunError unless there is room for what DeepSpeed's processes on a CPU share. DeepSpeed does not look, and the
+    system ends a process that uses more than there is."""
+    each = 66 << 20  # bytes: two small and two large buffers (0.19, csrc/cpu/comm/shm.cpp)
+    try:
+        free = shutil.disk_usage(_SHARED).free
+    except FileNotFoundError:
+        free = 0
+    if devices > 1 and free < devices * each:
+        raise RunError(
+            f"{_SHARED} has {free >> 20} MB free; {devices} processes of DeepSpeed on a CPU need "
+            f"{devices * each >> 20} MB there: give the container more (docker run --shm-size 1g), or use "
+            "--strategy ddp"
+        )
+
+
+def _load_op(builder_name: str, what: str) -> None:
+    """Compiles and loads an op of DeepSpeed's, before DeepSpeed asks for it.
+
+    DeepSpeed leaves that to PyTorch, which marks a running build by a file. If the build is killed, the file stays and
+    every later process waits for ever for it to go. Here one process at a time builds or loads the op, under a lock
+    that ends with the process, in a folder that no other program builds in: a file found there is a dead process's.
+
+    Args:
+        what: what the op is for, for messages.
+
+    Raises:
+        RunError: it cannot be compiled.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = cache_folder() / "deepspeed" / torch.__version__
+    with locked(folder / "build.lock"):
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        if not list(folder.glob(f"{builder.name}/*.so")):
+            _log.info("compiling DeepSpeed's %s (once, about half a minute)", what)
+        before = os.environ.get("TORCH_EXTENSIONS_DIR")
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)  # read by PyTorch when it builds
+        try:
+            builder.load(verbose=False)
+        except Exception as e:  # PyTorch raises what the compiler, the linker or the import say
+            raise RunError(f"DeepSpeed's {what} cannot be compiled ({e}); use --strategy ddp") from None
+        finally:
+            del os.environ["TORCH_EXTENSIONS_DIR"]
+            if before is not None:
+                os.environ["TORCH_EXTENSIONS_DIR"] = before
