@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ _WRITTEN = re.compile(
 _SAME = (
     *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
     "val_split",
-    *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "batch_size", "accumulate", "packing", "seed"),
-    *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas", "strategy", "devices"),
+    *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "packing", "seed"),
+    *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas"),
     *("schedule", "warmup_steps", "lr_min", "grad_clip"),
-    "num_nodes",
 )
+# How the rows of an optimizer step are shared out. With others, a run goes on if a step has as many rows as before.
+_ROWS = ("batch_size", "accumulate", "devices", "num_nodes")
+_SHARING = (*_ROWS, "strategy", "offload")
 # What runs did before a setting existed, if that differs from its default now.
 _BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
@@ -51,11 +54,21 @@ def is_first_process() -> bool:
     return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID"))
 
 
-def check_run(config: TrainConfig) -> tuple[Path, int] | None:
+@dataclass(frozen=True)
+class Resume:
+    """Where a run goes on: its checkpoint and that one's optimizer step. changed: in which way the work was shared then
+    and is shared now, as text for a message; empty if it is the same."""
+
+    path: Path
+    step: int
+    changed: str = ""
+
+
+def check_run(config: TrainConfig) -> Resume | None:
     """Checks a run's settings, its files' names and its folder.
 
     Returns:
-        The checkpoint to resume from and its optimizer step; None for a new run.
+        Where to go on; None for a new run.
 
     Raises:
         UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
@@ -73,9 +86,9 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
     load_tokenizer(config.tokenizer)
     for path in filter(None, (config.data, config.val_data)):
         check_source(path)
-    if not is_first_process():
-        return last_checkpoint(Path(config.out) / "checkpoints") if config.resume == "auto" else None
-    return _check_out(Path(config.out), config)
+    if is_first_process():
+        _check_out(Path(config.out), config)
+    return _find_resume(Path(config.out), config) if config.resume == "auto" else None
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
@@ -115,29 +128,41 @@ def _check_launcher(config: TrainConfig) -> None:
         )
 
 
-def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
-    """The checkpoint to resume from, if any; UserError where the folder may not be used."""
+def _check_out(out: Path, config: TrainConfig) -> None:
+    """UserError where the folder may not be used."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; out must be a folder")
     _check_writable(out)
-    found = [name for name in OURS if (out / name).exists()]
     if config.overwrite:
         _check_inputs_stay(out, config)
-    if not found or config.overwrite:
-        return None
-    if config.resume != "auto":
+    found = [name for name in OURS if (out / name).exists()]
+    if found and not config.overwrite and config.resume != "auto":
         raise UserError(
             f"{out}: holds another run ({', '.join(found)}); give another out, --resume auto to go on with it, or "
             "--overwrite true to replace it"
         )
+
+
+def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
+    """Where to go on; UserError if that cannot be with these settings."""
+    changed = ""
     if (out / "config.yaml").is_file():
         before, now = _read_settings(out / "config.yaml"), as_yaml(config)
-        if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
-            raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
-    checkpoint = last_checkpoint(out / "checkpoints")
-    if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
-        raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
-    return checkpoint
+        if other := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
+            raise UserError(f"{out}: cannot resume with other settings: {'; '.join(other)}")
+        changed = ", ".join(f"{k} {now[k]} (it was {before[k]})" for k in _SHARING if before[k] != now[k])
+        rows = [math.prod(settings[k] for k in _ROWS) for settings in (before, now)]
+        if rows[0] != rows[1]:
+            raise UserError(
+                f"{out}: cannot resume with {changed}: an optimizer step had {rows[0]} rows ({' x '.join(_ROWS)}) and "
+                f"would have {rows[1]}; change accumulate or batch_size so that it has {rows[0]}"
+            )
+    if not (found := last_checkpoint(out / "checkpoints")):
+        return None
+    path, step = found
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not a whole checkpoint (truncated?); start anew with --overwrite true")
+    return Resume(path, step, changed)
 
 
 def _check_inputs_stay(out: Path, config: TrainConfig) -> None:

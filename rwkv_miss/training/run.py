@@ -20,28 +20,28 @@ from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
-from rwkv_miss.training import strategies
-from rwkv_miss.training.checks import OURS, as_yaml, written_by_runs
+from rwkv_miss.training import moving, strategies
+from rwkv_miss.training.checks import OURS, Resume, as_yaml, written_by_runs
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared, prepare
 from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.result import TrainResult
-from rwkv_miss.training.saving import Saver, validation_is_pending
+from rwkv_miss.training.saving import LAST, Saver, validation_is_pending
 from rwkv_miss.training.watch import Watch
 
 
-def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) -> TrainResult:
+def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainResult:
     """As `rwkv_miss.train`, after its first checks (`check_run`).
 
     Args:
-        resume: the checkpoint to go on from and its optimizer step.
+        resume: where to go on, if the run does.
     """
     out = Path(config.out)
     prepared = prepare(config)
-    if resume and resume[1] >= prepared.total_steps and not validation_is_pending(out, resume[1], prepared):
-        return _done_already(out, resume[1], prepared.total_steps, console)
+    if resume and resume.step >= prepared.total_steps and not validation_is_pending(out, resume.step, prepared):
+        return _done_already(out, resume.step, prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -67,9 +67,14 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     callbacks: list[L.Callback] = [starter, reporter, saver]
     trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
+    checkpoint = resume.path if resume else None
+    if resume and resume.changed:
+        newest = out / (LAST if prepared.val_rows is not None else "adapter")
+        trainer.callbacks.append(moving.restore(trainer, module, resume, newest, prepared.steps_an_epoch))  # type: ignore[attr-defined]
+        checkpoint = None
     with watch.guarding():
         try:
-            trainer.fit(module, data, ckpt_path=resume[0] if resume else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except torch.OutOfMemoryError as e:
             raise RunError(
                 f"step {trainer.global_step + 1}: the GPU ran out of memory ({str(e).splitlines()[0]}). Lower "

@@ -68,6 +68,7 @@ class Watch:
         self._found, self._settling, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._wake, self._parted = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._exchanger: threading.Thread | None = None
 
     def look_after(self, children: list[subprocess.Popen]) -> None:
         """Watches the other processes of this machine, which this one has started, in the order of their ranks."""
@@ -78,7 +79,8 @@ class Watch:
         """Watches all processes of the run by a store that they share. It belongs to the watch from now on."""
         self._rank, self._world_size, self._local_rank = rank, world_size, local_rank
         self._moved_at = self._exchanged_at = time.monotonic()
-        threading.Thread(target=self._keep_exchanging, args=(store,), name="exchange", daemon=True).start()
+        self._exchanger = threading.Thread(target=self._keep_exchanging, args=(store,), name="exchange", daemon=True)
+        self._exchanger.start()
         if not self._thread.is_alive():
             self._thread.start()
 
@@ -94,14 +96,15 @@ class Watch:
             yield
         except Exception as e:
             failure = self._settle(e) if self._thread.is_alive() else e
+            self._parted.set()
             if failure is e:
                 raise
             raise failure from None
         finally:
             self._stop.set()
             self._wake.set()
-        if self._world_size > 1:  # none may take the end of another one for a failure
-            self._parted.wait(SILENCE)
+            if self._exchanger:  # until then none may take the end of another one for a failure
+                self._exchanger.join(SILENCE)
 
     def _settle(self, error: Exception) -> BaseException:
         """What is to be raised instead of `error`, an exception of this process."""
@@ -187,6 +190,7 @@ class Watch:
         """The thread that uses the store."""
         while not self._parted.is_set():
             self._wake.wait(0.02 if self._stop.is_set() else 1)
+            self._wake.clear()
             try:
                 self._exchange(store)
             except RuntimeError as e:  # of the store's kinds
@@ -198,7 +202,6 @@ class Watch:
                 return
 
     def _exchange(self, store: dist.Store) -> None:
-        self._wake.clear()
         store.set(f"alive/{self._rank}", f"{time.monotonic()} {self._moves}")
         for key in [*self._to_tell]:  # the first that is told counts
             ending = self._to_tell.pop(key)

@@ -41,19 +41,25 @@ class KeepDtypes(DeepSpeedPrecision):
         super().backward(tensor, model, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def _deepspeed_files() -> Any:
-    """How DeepSpeed's engine writes and reads its files: to their own place alone, and without running anything."""
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+def unpickle_zero(path: Path) -> Any:
+    """`unpickle`, of a file that DeepSpeed has written."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+
+    return unpickle(path, [LossScaler, ZeroStageEnum, fragment_address])
+
+
+def _deepspeed_files() -> Any:
+    """How DeepSpeed's engine writes and reads its files: to their own place alone, and without running anything."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     class Files(TorchCheckpointEngine):
         def save(self, state_dict: Any, path: str) -> None:
             write_pickle(Path(path), state_dict)
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            return unpickle(Path(path), [LossScaler, ZeroStageEnum, fragment_address])
+            return unpickle_zero(Path(path))
 
     return Files()
 
