@@ -188,7 +188,7 @@ class Watch:
 
     def _keep_exchanging(self, store: dist.Store) -> None:
         """The thread that uses the store."""
-        while not self._parted.is_set():
+        while self._to_tell or not self._parted.is_set():
             self._wake.wait(0.02 if self._stop.is_set() else 1)
             self._wake.clear()
             try:

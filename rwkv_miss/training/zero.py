@@ -68,7 +68,16 @@ class _DeepSpeed(Together, DeepSpeedStrategy):
     """DeepSpeed, watched, with files that are written and read as ours are."""
 
     def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        engine, optimizer = super()._setup_model_and_optimizer(*args, **kwargs)
+        from pydantic import ValidationError
+
+        try:
+            engine, optimizer = super()._setup_model_and_optimizer(*args, **kwargs)
+        except ValidationError as e:
+            [error, *_] = e.errors()
+            name = ".".join(map(str, error["loc"]))
+            raise UserError(
+                f"deepspeed_config: DeepSpeed refuses {name} = {error['input']!r}: {error['msg']}"
+            ) from None
         engine.checkpoint_engine = _deepspeed_files()
         return engine, optimizer
 

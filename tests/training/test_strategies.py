@@ -111,10 +111,15 @@ def test_a_deepspeed_json_that_is_none(make_config, tmp_path, content):
 def test_a_deepspeed_json_is_used(make_config, tmp_path):
     path = tmp_path / "ds.json"
     auto = {name: "auto" for name in JSON if name != "zero_optimization"}
-    zero = {"stage": "auto", "stage3_param_persistence_threshold": 7, "offload_param": {"device": "auto"}}
-    path.write_text(json.dumps(auto | {"zero_optimization": zero, "dump_state": True}))
-    done = run_train(make_config(strategy="deepspeed_stage_3", deepspeed_config=str(path), max_steps=1))
-    assert done.returncode == 0 and "threshold" in done.stderr + done.stdout, done.stderr
+    zero = {"stage": "auto", "stage3_param_persistence_threshold": "few", "offload_param": {"device": "auto"}}
+    path.write_text(json.dumps(auto | {"zero_optimization": zero}))
+    config = make_config(strategy="deepspeed_stage_3", deepspeed_config=str(path), max_steps=1)
+    done = run_train(config)
+    assert done.returncode == 2, done.stderr
+    assert "deepspeed_config: DeepSpeed refuses stage3_param_persistence_threshold = 'few'" in done.stderr
+    path.write_text(path.read_text().replace('"few"', "7"))
+    done = run_train(config)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
