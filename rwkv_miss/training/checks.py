@@ -44,9 +44,9 @@ _BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first of its run. Lightning starts the others by running the command again; only the
-    first checks the run's folder and prints."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    """Whether this process is the first of its run. Lightning starts the others by running the command again, or
+    torchrun or SLURM have started them; only the first checks the run's folder and prints."""
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID"))
 
 
 def check_run(config: TrainConfig) -> tuple[Path, int] | None:
