@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
@@ -104,6 +105,9 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
             stage=int(name[-1]), exclude_frozen_parameters=True, process_group_backend=backend, logging_level=40
         )
         plugins = [_KeepDtypes()]
+    # DeepSpeed's launcher sets the variables of torchrun, but not the one by which Lightning recognises it.
+    if "CROSS_RANK" in os.environ:
+        plugins.append(TorchElasticEnvironment())
     # torchrun's own rendezvous has its own time limit, and its store is not ours to open.
     if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         strategy.meeting = Meeting(config.num_nodes, config.meet_minutes)

@@ -3,12 +3,13 @@ one cable."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -98,6 +99,21 @@ def torchrun(host: Host, number: int, config: TrainConfig, first: Host) -> subpr
     return host.start([*launcher, "-m", "rwkv_miss", "train", *as_arguments(config)])
 
 
+def deepspeed(host: Host, number: int, config: TrainConfig, first: Host) -> subprocess.Popen:
+    """What `deepspeed --hostfile` runs on each host, by ssh."""
+    hostfile = base64.urlsafe_b64encode(json.dumps({"first": [0], "second": [0]}).encode()).decode()
+    options = [
+        f"--world_info={hostfile}",
+        f"--node_rank={number}",
+        f"--master_addr={first.address}",
+        "--master_port=29500",
+        "--module",
+        "--no_local_rank",
+    ]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", *options]
+    return host.start([*launcher, "rwkv_miss", "train", *as_arguments(config)], DS_ACCELERATOR="cpu")
+
+
 def slurm(host: Host, number: int, config: TrainConfig, first: Host) -> subprocess.Popen:
     """The variables that srun sets, and that Lightning reads."""
     told = {
@@ -113,7 +129,7 @@ def slurm(host: Host, number: int, config: TrainConfig, first: Host) -> subproce
     return host.start([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], **told)
 
 
-@pytest.mark.parametrize("launch", [plain, torchrun, slurm])
+@pytest.mark.parametrize("launch", [plain, torchrun, deepspeed, slurm])
 def test_two_hosts_give_the_run_of_one(make_config, hosts, tmp_path, launch):
     one = make_config(max_steps=3)
     quiet_train(one)
