@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
@@ -91,7 +91,7 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     """
     several = config.devices * config.num_nodes > 1
     if config.strategy == "auto" and not several:
-        return "auto", [Precision(), _Beside()]
+        return "auto", [Precision(), _Beside(), *_environments()]
     name = "ddp" if config.strategy == "auto" else config.strategy
     backend = "nccl" if on_gpu else "gloo"
     strategy: _DDP | _DeepSpeed
@@ -105,13 +105,23 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
             stage=int(name[-1]), exclude_frozen_parameters=True, process_group_backend=backend, logging_level=40
         )
         plugins = [_KeepDtypes()]
-    # DeepSpeed's launcher sets the variables of torchrun, but not the one by which Lightning recognises it.
-    if "CROSS_RANK" in os.environ:
-        plugins.append(TorchElasticEnvironment())
+    plugins += _environments()
     # torchrun's own rendezvous has its own time limit, and its store is not ours to open.
     if config.num_nodes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         strategy.meeting = Meeting(config.num_nodes, config.meet_minutes)
     return strategy, plugins
+
+
+def _environments() -> list[ClusterEnvironment]:
+    """The launcher, where Lightning does not recognise it or takes more upon itself than is asked."""
+    if (
+        "CROSS_RANK" in os.environ
+    ):  # DeepSpeed's: it sets torchrun's variables, except the one that torchrun is known by
+        return [TorchElasticEnvironment()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeuing would save a checkpoint of its own, beside those of the run.
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def check_checkpoint(path: Path) -> None:

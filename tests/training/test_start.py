@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.training import strategies
 from rwkv_miss.training.checks import check_run
 from tests.processes import run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
@@ -118,6 +120,22 @@ def test_a_shell_of_slurm_is_no_launcher(make_config, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     check_run(make_config(devices=2))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_slurm_s_signal_is_left_to_the_run(make_config, monkeypatch, devices):
+    """Lightning would save a checkpoint of its own and put the job into the queue again."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    told = {"SLURM_NTASKS": str(devices), "SLURM_NTASKS_PER_NODE": str(devices), "SLURM_JOB_NAME": "train"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    _, plugins = strategies.build(make_config(devices=devices), on_gpu=False)
+    [environment] = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
+    assert not environment.auto_requeue
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    _, plugins = strategies.build(make_config(devices=devices), on_gpu=False)
+    assert not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """Training on two machines: two network namespaces, each with an address, a loopback and a cache of its own, joined by
-one cable."""
+one cable. They share the output folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -47,7 +48,7 @@ class Host:
         own = {"XDG_CACHE_HOME": str(self.cache), "GLOO_SOCKET_IFNAME": CABLE}
         return self.start_process(["ip", "netns", "exec", self.name, *command], env=kept | own | environment)
 
-    def link(self, state: str) -> None:
+    def cable(self, state: str) -> None:
         """Plugs the cable in or out: up or down."""
         ip("-n", self.name, "link", "set", CABLE, state)
 
@@ -73,7 +74,7 @@ def hosts(tmp_path, start_process) -> Iterator[list[Host]]:
         for host in hosts:
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", CABLE)
             ip("-n", host.name, "link", "set", "lo", "up")
-            host.link("up")
+            host.cable("up")
         yield hosts
     finally:
         for host in hosts:
@@ -129,7 +130,7 @@ def slurm(host: Host, number: int, config: TrainConfig, first: Host) -> subproce
     return host.start([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], **told)
 
 
-@pytest.mark.parametrize("launch", [plain, torchrun, deepspeed, slurm])
+@pytest.mark.parametrize("launch", [torchrun, deepspeed, slurm])
 def test_two_hosts_give_the_run_of_one(make_config, hosts, tmp_path, launch):
     one = make_config(max_steps=3)
     quiet_train(one)
@@ -137,5 +138,31 @@ def test_two_hosts_give_the_run_of_one(make_config, hosts, tmp_path, launch):
     processes = [launch(host, number, two, hosts[0]) for number, host in enumerate(hosts)]
     printed = finish(*processes, timeout=60)
     assert losses(two.out) == pytest.approx(losses(one.out), rel=1e-5)
-    assert "3 steps done" in printed[0] and "steps" not in printed[1]
+    assert "3 steps done" in printed[0] and "steps done" not in printed[1]
     assert adapter(two.out).keys() == adapter(one.out).keys()
+
+
+@pytest.mark.xfail(reason="processes do not yet notice that others are silent", strict=False)
+def test_a_cut_cable_ends_both_and_the_run_goes_on(make_config, hosts, tmp_path):
+    """The losses before the cut and after it are those of one process."""
+    one = make_config(max_steps=60)
+    quiet_train(one)
+    two = replace(one, out=str(tmp_path / "two"), num_nodes=2, batch_size=4, strategy="deepspeed_stage_2", save_every=5)
+    processes = [plain(host, number, two, hosts[0]) for number, host in enumerate(hosts)]
+    metrics = Path(two.out) / "metrics.csv"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 12):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    hosts[1].cable("down")
+    cut_at = time.monotonic()
+    said = [process.communicate(timeout=max(0, cut_at + 90 - time.monotonic()))[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert not any("Traceback" in errors for errors in said), said
+    for errors, silent in zip(said, ("rank 1", "(rank 0|first process)"), strict=True):
+        [line] = [line for line in errors.splitlines() if line.startswith("rwkv-miss train:")]
+        assert re.search(silent, line)
+    assert len(losses(two.out)) < 60
+
+    hosts[1].cable("up")
+    finish(*(plain(host, n, replace(two, resume="auto"), hosts[0]) for n, host in enumerate(hosts)), timeout=60)
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=1e-5)
