@@ -172,17 +172,19 @@ def _noted() -> Iterator[list[str]]:
     """
     found: list[str] = []
 
-    def hold_back(record: logging.LogRecord) -> bool:
-        found.append(record.getMessage())
-        return False
+    def passes(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.WARNING:
+            found.append(record.getMessage())
+        return record.levelno != logging.WARNING
 
     level = _log.level
-    _log.addFilter(hold_back)
-    _log.setLevel(logging.WARNING)
+    _log.addFilter(passes)
+    if not _log.isEnabledFor(logging.WARNING):
+        _log.setLevel(logging.WARNING)
     try:
         yield found
     finally:
-        _log.removeFilter(hold_back)
+        _log.removeFilter(passes)
         _log.setLevel(level)
         for warning in found:
             _log.warning("%s", warning)

@@ -115,7 +115,7 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
 def _environments() -> list[ClusterEnvironment]:
     """The launcher, where Lightning does not recognise it or takes more upon itself than is asked."""
     if "CROSS_RANK" in os.environ:
-        # DeepSpeed's sets the variables that torchrun does, but not the one by which torchrun is known.
+        # DeepSpeed's launcher sets the variables that torchrun does, but not the one by which torchrun is known.
         return [TorchElasticEnvironment()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning's own requeuing would save a checkpoint of its own, beside those of the run.
