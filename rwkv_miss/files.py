@@ -24,8 +24,8 @@ _HUB_ID = re.compile(r"[\w-]+/[\w-]+")
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept: `rwkv_miss` in the XDG cache folder, which is ~/.cache unless XDG_CACHE_HOME says
-    otherwise."""
+    """Where compiled code and tokenised data are kept: `rwkv_miss` in the XDG cache folder, which is ~/.cache unless
+    XDG_CACHE_HOME says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rwkv_miss"
 
 

@@ -1,4 +1,4 @@
-"""The README and CONTRIBUTING.md are true: their commands exist as written, their files are there."""
+"""The README, CONTRIBUTING.md and cluster.md are true: their commands exist as written, their files are there."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from rwkv_miss import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 CONTRIBUTING_PATHS = sorted(
     {path for path in re.findall(r"`(\.?[\w/.]+\.(?:py|cu|cuh|sh|md)|\.ci/run)`", CONTRIBUTING) if "NAME" not in path}
 )
 
 
-def commands() -> list[str]:
-    """Each command line of the README's sh blocks, continuations joined, comments dropped."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def commands(text: str = README) -> list[str]:
+    """Each command line of the text's sh blocks, continuations joined, comments dropped."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
@@ -43,6 +44,22 @@ def test_a_script_and_its_options_exist(command):
     if script.endswith("merge_miss.sh"):
         text = (ROOT / script).read_text()
         assert all(f"{a}) " in text for a in arguments if a.startswith("--"))
+
+
+@pytest.mark.parametrize("command", [c for c in commands(CLUSTER) if " train " in c])
+def test_a_command_for_a_cluster_is_accepted_as_written(command, tmp_path, monkeypatch):
+    """The launcher's options too, by its own parser."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text("base: a.pth\ndata: a.jsonl\ntokenizer: world\nout: out\n")
+    before, ours = re.fullmatch(r"(.*)rwkv[-_]miss train ([^\"]*)\"?( &)?", command).group(1, 2)
+    cli._parse(["train", *shlex.split(ours)])
+    if before.startswith("torchrun "):
+        launch = pytest.importorskip("torch.distributed.run")
+        assert launch.parse_args([*shlex.split(before)[1:], "rwkv_miss"]).module
+    if before.startswith("deepspeed "):
+        launch = pytest.importorskip("deepspeed.launcher.runner")
+        found = launch.parse_args([*shlex.split(before)[1:], "rwkv_miss", "train"])
+        assert found.module and found.no_local_rank and found.hostfile == "hosts"
 
 
 def test_the_tree_names_every_folder():

@@ -44,6 +44,13 @@ _SAME = (
 # How the rows of an optimizer step are shared out. With others, a run goes on if a step has as many rows as before.
 _ROWS = ("batch_size", "accumulate", "devices", "num_nodes")
 _SHARING = (*_ROWS, "strategy", "offload")
+# What starts all processes of a run itself: a variable by which it is recognised, one with their number, and its name.
+_LAUNCHERS = {
+    "TORCHELASTIC_RUN_ID": ("WORLD_SIZE", "torchrun"),
+    "CROSS_RANK": ("WORLD_SIZE", "deepspeed"),
+    "SLURM_NTASKS": ("SLURM_NTASKS", "SLURM"),
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "MPI"),
+}
 # What runs did before a setting existed, if that differs from its default now.
 _BEFORE = {"answer_lines": "join", "answer_end": "blank_line"}
 
@@ -110,9 +117,20 @@ def as_yaml(config: TrainConfig) -> dict[str, Any]:
 
 
 def _check_launcher(config: TrainConfig) -> None:
-    """UserError if a run on several machines was not told where its processes meet: it would wait for ever."""
-    launchers = {"TORCHELASTIC_RUN_ID": "torchrun", "SLURM_NTASKS": "SLURM", "OMPI_COMM_WORLD_SIZE": "MPI"}
-    if config.num_nodes == 1 or any(name in os.environ for name in launchers):
+    """UserError if a launcher has started another number of processes than the settings say, or if a run on several
+    machines was not told where its processes meet: it would wait for ever."""
+    found = [name for name in _LAUNCHERS if name in os.environ]
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell, in which SLURM starts nothing
+        found = [name for name in found if name != "SLURM_NTASKS"]
+    if found:
+        variable, name = _LAUNCHERS[found[0]]
+        if (wanted := config.devices * config.num_nodes) != (started := int(os.environ[variable])):
+            raise UserError(
+                f"{name} has started {started} processes ({variable}), but devices {config.devices} x num_nodes "
+                f"{config.num_nodes} is {wanted}; make them equal"
+            )
+        return
+    if config.num_nodes == 1:
         return
     needed = {
         "MASTER_ADDR": "the first machine's address",
@@ -124,7 +142,7 @@ def _check_launcher(config: TrainConfig) -> None:
             f"num_nodes is {config.num_nodes}, but the environment lacks {', '.join(missing)}; set MASTER_ADDR, "
             "MASTER_PORT and NODE_RANK on every machine and start this same command on each, such as "
             "MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 NODE_RANK=1 rwkv-miss train ... on the second; or start it by "
-            f"torchrun ({', '.join(launchers.values())} are recognised)"
+            f"one of {', '.join(name for _, name in _LAUNCHERS.values())}"
         )
 
 

@@ -3,20 +3,19 @@ needs no model is made here, before the base's weights are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
-from rwkv_miss.config import ModelConfig, TrainConfig
+from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
-from rwkv_miss.data.corpus import read_documents
-from rwkv_miss.data.documents import Document, split_validation
-from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, make_rows
-from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.data.cache import cached_parts
+from rwkv_miss.data.packing import AnyRows, PackReport, check_losses
+from rwkv_miss.data.parts import PartSettings
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
 from rwkv_miss.model.recognise import infer_config
@@ -95,27 +94,30 @@ def _read_rows(
     config: TrainConfig, sizes: ModelConfig, objective: Objective
 ) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
     """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
-    tokenizer, group_size = load_tokenizer(config.tokenizer), objective.group_size
-    documents = read_documents(config.data, tokenizer, sizes.vocab_size, config)
-    held_out = read_documents(config.val_data, tokenizer, sizes.vocab_size, config) if config.val_data else []
-    if config.val_split:
-        documents, held_out = split_validation(documents, config.val_split, config.seed, group_size)
-    carry = config.long_documents == "carry"
-
-    def fit(documents: Sequence[Document], name: str) -> tuple[AnyRows, PackReport]:
-        rows, report = make_rows(documents, config.ctx_len, config.packing, carry, group_size)
+    settings = PartSettings(
+        data=config.data,
+        tokenizer=config.tokenizer,
+        vocab_size=sizes.vocab_size,
+        ctx_len=config.ctx_len,
+        packing=config.packing,
+        carry=config.long_documents == "carry",
+        group_size=objective.group_size,
+        val_split=config.val_split,
+        seed=config.seed if config.val_split else 0,
+        options=DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)}),
+    )
+    parts = cached_parts(settings)
+    if config.val_data:
+        parts += cached_parts(replace(settings, data=config.val_data))
+    for (_, report), name in zip(parts, (config.data, config.val_data or f"{config.data}, held out"), strict=False):
         check_losses(report, name, config.allow_dropping)
-        return rows, report
-
-    rows, report = fit(documents, config.data)
+    (rows, report), *validation = parts
     if config.chunk_len and report.longest <= config.chunk_len:
         raise UserError(
             f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
             f"{report.longest} tokens); lower chunk_len, or leave it out"
         )
-    if not held_out:
-        return rows, report, None, None
-    return rows, report, *fit(held_out, config.val_data or f"{config.data}, held out")
+    return rows, report, *(validation[0] if validation else (None, None))
 
 
 def _check_devices(config: TrainConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
@@ -43,7 +45,7 @@ def build(config: TrainConfig, on_gpu: bool, watch: Watch) -> tuple[Strategy | s
     """
     several = config.devices * config.num_nodes > 1
     if config.strategy == "auto" and not several:
-        return "auto", [Precision(), _Beside()]
+        return "auto", [Precision(), _Beside(), *_environments()]
     timeout = timedelta(minutes=2 * config.hang_minutes)  # the watch, which knows more, comes first
     strategy: Any
     plugins: list[Any]
@@ -53,10 +55,22 @@ def build(config: TrainConfig, on_gpu: bool, watch: Watch) -> tuple[Strategy | s
         plugins = [Precision(), _Beside()]
     else:
         strategy, plugins = make_deepspeed(config, on_gpu, timeout), [KeepDtypes()]
+    plugins += _environments()
     strategy.watch = watch
     # On one machine a process that cannot come has ended, which is seen at once.
     strategy.meet_minutes = config.meet_minutes if config.num_nodes > 1 else config.hang_minutes
     return strategy, plugins
+
+
+def _environments() -> list[ClusterEnvironment]:
+    """The launcher, where Lightning does not recognise it or takes more upon itself than is asked."""
+    if "CROSS_RANK" in os.environ:
+        # DeepSpeed's launcher sets the variables that torchrun does, but not the one by which torchrun is known.
+        return [TorchElasticEnvironment()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeuing would save a checkpoint of its own, beside those of the run.
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
 
 
 def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContextManager:

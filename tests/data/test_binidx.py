@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_miss.config import DataOptions
 from rwkv_miss.data.binidx import binidx_prefix, read_binidx, write_binidx
+from rwkv_miss.data.corpus import records_to_binidx
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 
 # Megatron-LM's enumeration of dtypes: code, struct's letter, NumPy's name.
@@ -184,6 +189,20 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk):
     with full_disk(1000), pytest.raises(UserError, match=r"p\.bin: cannot be written: .*unchanged"):
         write_binidx(tmp_path / "p", [[1] * 10_000])
     assert documents_of(tmp_path / "p") == DOCUMENTS and len(list(tmp_path.iterdir())) == 2
+
+
+def test_records_are_written_one_at_a_time(tmp_path):
+    """Ten times as many records take no more memory: only the length of each is kept."""
+    peaks = []
+    for count in (50, 500):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("".join(json.dumps({"text": f"{n}" + "tick " * 1000}) + "\n" for n in range(count)))
+        tracemalloc.start()
+        records_to_binidx(path, str(tmp_path / f"{count}"), load_tokenizer("bytes"), DataOptions())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert len(read_binidx(tmp_path / "500").tokens) > 500 * 5000
+    assert peaks[1] < 1.2 * peaks[0] < 1e6
 
 
 def test_what_a_path_means(tmp_path):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rwkv_miss.data import corpus
 from rwkv_miss.errors import UserError
 from tests.training.runs import losses, quiet_train, run_train
 
@@ -60,6 +62,26 @@ def test_warnings_come_from_one_process_alone(make_config, tmp_path):
     done = run_train(make_config(data=str(data), max_steps=1, devices=2, batch_size=4))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("lose their ends to ctx_len 64") == done.stderr.count("'source' (1)") == 1
+
+
+def test_the_data_are_tokenised_once(make_config, data, tmp_path, monkeypatch, caplog):
+    """A second run with other settings of the training has the same rows, losses and messages."""
+    encoded = []
+    encode = corpus.encode_record
+    monkeypatch.setattr(
+        corpus, "encode_record", lambda record, *more: (encoded.append(record), encode(record, *more))[1]
+    )
+    config = make_config(data=str(shutil.copy(data, tmp_path)), max_steps=3, val_split=0.2)
+    results, said = [], []
+    for changes in ({}, {"out": str(tmp_path / "again"), "max_steps": 2, "accumulate": 1}):
+        caplog.clear()
+        results.append(quiet_train(replace(config, **changes)).base_val_loss)
+        said.append([message for message in caplog.messages if "ctx_len" in message])
+    assert len(encoded) == 29
+    assert results[0] == results[1] and said[0] == said[1] and len(said[0]) == 2
+    assert losses(tmp_path / "again")[:2] == losses(config.out)[:2]
+    quiet_train(replace(config, ctx_len=65, overwrite=True))
+    assert len(encoded) == 2 * 29
 
 
 def test_how_answers_were_written_is_recorded_and_kept(make_config, tmp_path):

@@ -14,10 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.training import strategies
 from rwkv_miss.training.checks import check_run
+from rwkv_miss.training.watch import Watch
 from tests.processes import run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
@@ -93,7 +96,47 @@ def test_several_machines_need_to_be_told_where_they_meet(make_config, monkeypat
     with pytest.raises(UserError, match=r"is 2, but the environment lacks NODE_RANK \(0 on the first machine"):
         check_run(config)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     check_run(config)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8"}, r"torchrun has started 8 processes \(WORLD_SIZE\)"),
+        ({"CROSS_RANK": "0", "WORLD_SIZE": "2"}, r"deepspeed has started 2 processes \(WORLD_SIZE\)"),
+        ({"SLURM_NTASKS": "1"}, r"SLURM has started 1 processes \(SLURM_NTASKS\)"),
+    ],
+)
+def test_a_launcher_starts_as_many_processes_as_the_settings_say(make_config, monkeypatch, environment, said):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"^{said}, but devices 2 x num_nodes 2 is 4; make them equal$"):
+        check_run(make_config(devices=2, num_nodes=2))
+
+
+def test_a_shell_of_slurm_is_no_launcher(make_config, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    check_run(make_config(devices=2))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_slurm_s_signal_is_left_to_the_run(make_config, monkeypatch, devices):
+    """Lightning would save a checkpoint of its own and put the job into the queue again."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    told = {"SLURM_NTASKS": str(devices), "SLURM_NTASKS_PER_NODE": str(devices), "SLURM_JOB_NAME": "train"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    _, plugins = strategies.build(make_config(devices=devices), False, Watch(1))
+    [environment] = [plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)]
+    assert not environment.auto_requeue
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    _, plugins = strategies.build(make_config(devices=devices), False, Watch(1))
+    assert not any(isinstance(plugin, SLURMEnvironment) for plugin in plugins)
 
 
 @pytest.mark.slow
