@@ -19,15 +19,21 @@ from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file
-from rwkv_miss.training.loggers import LOGGERS
+from rwkv_miss.training import loggers
+from rwkv_miss.training.figures import read_figures, read_samples
 from rwkv_miss.training.objective import OBJECTIVES
 
-OURS = ("adapter", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
+OURS = (
+    *("adapter", "checkpoints", "tensorboard", "wandb"),
+    *("metrics.csv", "samples.jsonl", "report.html", "run.json", "config.yaml"),
+)
 """What a run leaves in its folder."""
 # The paths there of the files and folders that runs write themselves.
 _WRITTEN = re.compile(
-    r"config\.yaml|metrics\.csv|adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
+    r"config\.yaml|metrics\.csv|samples\.jsonl|report\.html|run\.json"
+    r"|adapter/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
+    r"|wandb/((offline-)?run-\d+_\d+-\w+|latest-run|debug(-internal)?\.log)"
 )
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
 # whatever is given; the base and the data are identified by their fingerprints, since their files may have moved.
@@ -60,7 +66,7 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
             folder.
     """
     found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
-    found += [f"loggers has {name!r}; there are {', '.join(LOGGERS)}" for name in config.loggers if name not in LOGGERS]
+    found += loggers.problems(config.loggers)
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:
@@ -128,9 +134,11 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
             "--overwrite true to replace it"
         )
     if (out / "config.yaml").is_file():
-        before, now = _read_settings(out / "config.yaml"), as_yaml(config)
+        before, now = read_settings(out / "config.yaml"), as_yaml(config)
         if changed := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(changed)}")
+    read_figures(out / "metrics.csv")
+    read_samples(out / "samples.jsonl")
     checkpoint = last_checkpoint(out / "checkpoints")
     if checkpoint and checkpoint[0].is_file() and not zipfile.is_zipfile(checkpoint[0]):
         raise UserError(f"{checkpoint[0]}: not a whole checkpoint (truncated?); start anew with --overwrite true")
@@ -159,8 +167,9 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written{where}: {e.strerror}; give another out") from None
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings. Those that did not exist yet when it ran have their defaults, or what `_BEFORE` says."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings, from its config.yaml. Those that did not exist yet when it ran have their defaults, or what
+    `_BEFORE` says."""
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Prepared:
     val_report: PackReport | None
     micro_batches: int
     total_steps: int
+    samples: list[Document]
+    """The documents that sample answers are asked from."""
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -63,7 +66,7 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(
             f"objective {config.objective} needs whole rows, but bptt_chunks is {config.bptt_chunks}; leave it out"
         )
-    rows, report, val_rows, val_report = _read_rows(config, sizes, objective)
+    rows, report, val_rows, val_report, samples = _read_rows(config, sizes, objective)
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
     return Prepared(
         tensors,
@@ -76,13 +79,15 @@ def prepare(config: TrainConfig) -> Prepared:
         val_report,
         micro_batches=config.accumulate * count_windows(rows, config.window_len),
         total_steps=config.max_steps or config.epochs * -(-len(rows) // rows_a_step),
+        samples=samples,
     )
 
 
 def _read_rows(
     config: TrainConfig, sizes: ModelConfig, objective: Objective
-) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
-    """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
+) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None, list[Document]]:
+    """(rows, their report, the validation's rows, their report, the documents to ask sample answers from); the rows and
+    the report of the validation are None where nothing validates."""
     tokenizer, group_size = load_tokenizer(config.tokenizer), objective.group_size
     documents = read_documents(config.data, tokenizer, sizes.vocab_size, config)
     held_out = read_documents(config.val_data, tokenizer, sizes.vocab_size, config) if config.val_data else []
@@ -101,9 +106,11 @@ def _read_rows(
             f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
             f"{report.longest} tokens); lower chunk_len, or leave it out"
         )
+    asked = (document for document in held_out or documents if len(document.ids) > 1)
+    samples = list(islice(asked, config.sample_count if config.sample_every else 0))
     if not held_out:
-        return rows, report, None, None
-    return rows, report, *fit(held_out, config.val_data or f"{config.data}, held out")
+        return rows, report, None, None, samples
+    return rows, report, *fit(held_out, config.val_data or f"{config.data}, held out"), samples
 
 
 def _check_devices(config: TrainConfig) -> None:
