@@ -110,7 +110,7 @@ class TrainConfig(DataOptions):
     tokenizer: str
     """world, bytes, or the path of a Hugging Face tokenizer.json; with a binidx, the one that made its ids."""
     out: str
-    """Output folder: adapter/, checkpoints/, metrics.csv, tensorboard/, config.yaml."""
+    """Output folder: adapter/, checkpoints/, report.html, metrics.csv, tensorboard/, config.yaml, run.json."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The adapter."""
     packing: bool = True
@@ -194,9 +194,18 @@ class TrainConfig(DataOptions):
     seed: int = 42
     """Seed of the order of the data, the validation split and dropout."""
     loggers: list[str] = field(default_factory=lambda: ["csv", "tensorboard"])
-    """Where the run's figures are written: csv (metrics.csv), tensorboard (tensorboard/)."""
+    """Where the run's figures are written. csv (metrics.csv) and tensorboard (tensorboard/) are there always; wandb
+    adds Weights & Biases, which needs no network with WANDB_MODE=offline."""
     log_every: int = 10
     """Optimizer steps between the rows of metrics.csv."""
+    sample_every: int = 0
+    """Optimizer steps between sample answers of the model, which are shown and written to samples.jsonl, also before
+    the first step and after the last; 0 asks for none."""
+    sample_count: int = 3
+    """How many samples: the first documents of the validation data, or of the training data where nothing validates.
+    Each is answered from its last question, plain text is continued."""
+    sample_tokens: int = 100
+    """The most tokens that a sample answer may have."""
     save_every: int = 0
     """Optimizer steps between checkpoints; 0 saves at the end of each epoch. One is also saved before a validation."""
     save_minutes: float = 10.0
@@ -213,7 +222,10 @@ class TrainConfig(DataOptions):
         found = super().problems()
         if not self.out:
             found.append("out is empty; give a folder")
-        for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every", "keep"):
+        for name in (
+            *("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every", "keep"),
+            *("sample_count", "sample_tokens"),
+        ):
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (
@@ -222,6 +234,7 @@ class TrainConfig(DataOptions):
             "warmup_steps",
             "val_every",
             "save_every",
+            "sample_every",
             "weight_decay",
             "grad_clip",
             "seed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,24 +29,37 @@ class Diagnosis:
     is_native: bool
 
 
-def diagnose() -> Diagnosis:
-    """Looks at the devices and tries every backend, compiling what it needs."""
+def machine() -> list[tuple[str, str]]:
+    """Pairs (what was looked at, what was found): the system, its devices and the libraries. Compiles nothing."""
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     found = [
-        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        (
+            "system",
+            f"{platform.system()} {platform.release()} {platform.machine()}, Python {platform.python_version()}",
+        ),
         ("torch", f"{torch.__version__}, built for {_built_for()}"),
-        ("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("CPU", ", ".join(filter(None, (_cpu_name(), threads)))),
     ]
+    if hasattr(os, "sysconf"):
+        found.append(("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"))
     gpus, error = _gpus()
     for i, gpu in enumerate(gpus):
         chip = gpu.gcnArchName if torch.version.hip else f"sm_{gpu.major}{gpu.minor}"
         found.append((f"GPU {i}", f"{gpu.name}, {chip}, {gpu.total_memory / 2**30:.0f} GiB"))
-    intel = [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+    intel = _intel_gpus()
     found += [(f"GPU xpu:{i}", name) for i, name in enumerate(intel)]
     if error:
         found.append(("GPU", f"torch cannot use it: {error}"))
     elif not gpus and not intel:
         found.append(("GPU", "torch finds none"))
-    found += [(name, _version(name)) for name in _LIBRARIES]
+    return found + [(name, _version(name)) for name in _LIBRARIES]
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the devices and tries every backend, compiling what it needs."""
+    found = machine()
+    gpus, error = _gpus()
+    intel = _intel_gpus()
     folder = cache_folder()
     found.append(("compiled code", f"{folder} ({_writable(folder)})"))
 
@@ -69,6 +83,19 @@ def _gpus() -> tuple[list, str | None]:
         return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())], None
     except RuntimeError as error:
         return [], str(error)
+
+
+def _intel_gpus() -> list[str]:
+    return [torch.xpu.get_device_name(i) for i in range(torch.xpu.device_count())]
+
+
+def _cpu_name() -> str:
+    """The processor's name as Linux tells it; what Python knows of it elsewhere, which may be nothing."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def _reason(backend: str, device: torch.device) -> str | None:

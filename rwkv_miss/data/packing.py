@@ -8,12 +8,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.fitting import cut_groups, enough_ctx_len, split_long, tolerated
+from rwkv_miss.data.tokenizers import END
 from rwkv_miss.errors import UserError
 
 NO_LOSS = -100
@@ -233,6 +235,22 @@ def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
     if not allow_dropping and 2 * (report.truncated + report.dropped) > report.records:
         raise UserError(f"{name}: {said}; raise ctx_len, or give --allow_dropping true to train on what is left")
     _log.warning("%s: %s", name, said)
+
+
+def first_documents(rows: AnyRows, count: int) -> list[Document]:
+    """The first `count` documents in the rows' order, each as far as it lies in one row, with an `END`. Those that have
+    only one token there are left out."""
+    found: list[Document] = []
+    for number in range(len(rows)):
+        row = rows.take(np.array([number]))
+        bounds = [*np.flatnonzero(row.seq_start[0, : row.filled[0]]), row.filled[0]]
+        for start, stop in pairwise(bounds):
+            if len(found) == count:
+                return found
+            if stop - start > 1:
+                ids = np.append(row.tokens[0, start:stop], np.int32(END))
+                found.append(Document(ids, np.append(False, row.targets[0, start:stop] != NO_LOSS)))
+    return found
 
 
 def pad(documents: Sequence[Document], width: int) -> Rows:

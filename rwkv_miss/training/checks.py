@@ -20,17 +20,22 @@ from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file
+from rwkv_miss.training import loggers
 from rwkv_miss.training.deepspeed_json import read_deepspeed_json
-from rwkv_miss.training.loggers import LOGGERS
+from rwkv_miss.training.figures import read_figures, read_samples
 from rwkv_miss.training.objective import OBJECTIVES
 
-OURS = ("adapter", "adapter_last", "checkpoints", "tensorboard", "metrics.csv", "config.yaml")
+OURS = (
+    *("adapter", "adapter_last", "checkpoints", "tensorboard", "wandb"),
+    *("metrics.csv", "samples.jsonl", "report.html", "run.json", "config.yaml"),
+)
 """What a run leaves in its folder."""
 # The paths there of the files and folders that runs write themselves.
 _WRITTEN = re.compile(
-    r"config\.yaml|metrics\.csv"
+    r"config\.yaml|metrics\.csv|samples\.jsonl|report\.html|run\.json"
     r"|adapter(_last)?/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
+    r"|wandb/((offline-)?run-\d+_\d+-\w+|latest-run|debug(-internal)?\.log)"
 )
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
 # whatever is given; the base and the data are identified by their fingerprints, since their files may have moved.
@@ -82,7 +87,7 @@ def check_run(config: TrainConfig) -> Resume | None:
             folder.
     """
     found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
-    found += [f"loggers has {name!r}; there are {', '.join(LOGGERS)}" for name in config.loggers if name not in LOGGERS]
+    found += loggers.problems(config.loggers)
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:
@@ -165,7 +170,7 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
     """Where to go on; UserError if that cannot be with these settings."""
     changed = ""
     if (out / "config.yaml").is_file():
-        before, now = _read_settings(out / "config.yaml"), as_yaml(config)
+        before, now = read_settings(out / "config.yaml"), as_yaml(config)
         if other := [f"{k} was {before[k]}, is {now[k]}" for k in _SAME if before[k] != now[k]]:
             raise UserError(f"{out}: cannot resume with other settings: {'; '.join(other)}")
         changed = ", ".join(f"{k} {now[k]} (it was {before[k]})" for k in _SHARING if before[k] != now[k])
@@ -175,6 +180,8 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
                 f"{out}: cannot resume with {changed}: an optimizer step had {rows[0]} rows ({' x '.join(_ROWS)}) and "
                 f"would have {rows[1]}; change accumulate or batch_size so that it has {rows[0]}"
             )
+    read_figures(out / "metrics.csv")
+    read_samples(out / "samples.jsonl")
     if not (found := last_checkpoint(out / "checkpoints")):
         return None
     path, step = found
@@ -205,8 +212,9 @@ def _check_writable(out: Path) -> None:
         raise UserError(f"{out}: cannot be written{where}: {e.strerror}; give another out") from None
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """A run's settings. Those that did not exist yet when it ran have their defaults, or what `_BEFORE` says."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings, from its config.yaml. Those that did not exist yet when it ran have their defaults, or what
+    `_BEFORE` says."""
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):

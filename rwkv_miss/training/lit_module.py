@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning as L
@@ -82,6 +83,11 @@ class LitRWKV(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss, terms = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum").tolist()
         self.val_loss = loss / terms
+
+    def predict_step(self, work: Callable[[], None]) -> None:
+        """Does `work`. By `trainer.strategy.predict_step` it is a forward pass of the strategy's own: only in one does
+        ZeRO-3 gather weights."""
+        work()
 
     def _loss_sum(self, batch: dict[str, Any]) -> Tensor:
         """The sum of the objective's terms in a window, from the state that the window before it left."""

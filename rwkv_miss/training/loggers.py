@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,34 @@ def _csv(out: Path, columns: list[str], step: int) -> Logger:
 
 
 def _tensorboard(out: Path, columns: list[str], step: int) -> Logger:
-    # Fabric's, since the Trainer's own also writes a file of hyperparameters, which config.yaml has.
-    from lightning.fabric.loggers import TensorBoardLogger
+    from rwkv_miss.training.event_file import EventFile
 
-    return TensorBoardLogger(out, name="tensorboard", version="", purge_step=step + 1)
+    return EventFile(out / "tensorboard", step)
+
+
+def _wandb(out: Path, columns: list[str], step: int) -> Logger:
+    from rwkv_miss.training.wandb_run import WandbRun
+
+    return WandbRun(out, step)
 
 
 LOGGERS: dict[str, Callable[[Path, list[str], int], Logger]] = {
     "csv": _csv,
     "tensorboard": _tensorboard,
+    "wandb": _wandb,
 }
 """What `TrainConfig.loggers` may name: (the run's folder, the names of all figures but the step, the optimizer step
 that the run goes on from) -> a logger. Figures that an earlier process has written for later steps are
-obsolete: these steps are run again."""
+obsolete: these steps are run again. A logger that has Lightning's `log_text` also gets the sample answers."""
+ALWAYS = ("csv", "tensorboard")
+"""The loggers that every run has: metrics.csv is what its report is made of."""
+_PACKAGES = {"wandb": "wandb"}  # what a logger needs that is not installed with rwkv_miss, by pip's name
+
+
+def problems(names: Sequence[str]) -> list[str]:
+    """Every mistake in `TrainConfig.loggers`."""
+    found = [f"loggers has {name!r}; there are {', '.join(LOGGERS)}" for name in names if name not in LOGGERS]
+    for package in (_PACKAGES[name] for name in names if name in _PACKAGES):
+        if importlib.util.find_spec(package) is None:
+            found.append(f"loggers has {package}, which is not installed; install it: pip install {package}")
+    return found

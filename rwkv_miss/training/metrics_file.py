@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,17 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from rwkv_miss.files import atomic_write
+from rwkv_miss.training.appended import AppendedFile
+from rwkv_miss.training.figures import read_figures
 
 
 class MetricsFile(Logger):
-    """Appends rows of `step` and `columns` to `path`, on the first rank. Rows that are there already for steps up to
-    `step` are kept; the others are removed, since their steps are about to be done again."""
+    """Appends rows of `step` and `columns` to `path`, on the first rank. If the run goes on from optimizer step `step`,
+    the rows that are there already up to that step are kept; the others are removed, since their steps are about to be
+    done again. A run that starts at step 0 keeps none.
+
+    Raises RunError where the disk refuses a row.
+    """
 
     def __init__(self, path: Path, columns: list[str], step: int) -> None:
         super().__init__()
@@ -31,22 +39,17 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def _start(self, step: int) -> None:
-        rows: list[dict[str, str]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as f:
-                rows = [row for row in csv.DictReader(f) if int(row["step"]) <= step]
-        with atomic_write(self.path) as part, part.open("w", newline="") as f:
-            # A column that a run had before, and has no more, is left out.
-            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        self._file = self.path.open("a", newline="")
+        rows = [row for row in read_figures(self.path) if int(row["step"]) <= step] if step else []
+        # A column that a run had before, and has no more, is left out.
+        kept = [{column: row.get(column, "") for column in self.columns} for row in rows]
+        with atomic_write(self.path) as part:
+            part.write_text("".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *kept])))
+        self._file = AppendedFile(self.path)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in metrics.items()}
-        csv.DictWriter(self._file, self.columns).writerow({"step": step, **row})
-        self._file.flush()
+        self._file.write(self._line({"step": step, **row}).encode())
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """config.yaml has them."""
@@ -54,3 +57,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self._file.close()
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerow(row)
+        return text.getvalue()

@@ -14,6 +14,7 @@ from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.adapters.method import Group
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.model.base import RWKV
+from rwkv_miss.training.zero import cpu_adam
 
 
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
@@ -48,17 +49,13 @@ def configure(
     groups: Mapping[Group, Mapping[str, nn.Parameter]], total_steps: int, config: TrainConfig
 ) -> tuple[Optimizer, LambdaLR]:
     """AdamW over the groups of `parameter_groups`, in their order, and its schedule, which is stepped once in each
-    optimizer step. Where DeepSpeed keeps its state in the CPU's memory, it is DeepSpeed's, which steps there."""
+    optimizer step. With offload it is DeepSpeed's, which steps on the CPU."""
     settings: list[dict[str, Any]] = [
         {"params": list(parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
         for group, parameters in groups.items()
     ]
-    if config.offload == "none":
-        optimizer: Optimizer = AdamW(settings, betas=config.betas)
-    else:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(settings, betas=config.betas)
+    kind = AdamW if config.offload == "none" else cpu_adam()
+    optimizer = kind(settings, betas=config.betas)  # type: ignore[call-arg]
     return optimizer, LambdaLR(optimizer, lambda step: lr_scale(step, total_steps, config))
 
 

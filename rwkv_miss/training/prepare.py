@@ -14,7 +14,8 @@ from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
 from rwkv_miss.data.cache import cached_parts
-from rwkv_miss.data.packing import AnyRows, PackReport, check_losses
+from rwkv_miss.data.documents import Document
+from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
 from rwkv_miss.data.parts import PartSettings
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
@@ -29,7 +30,8 @@ from rwkv_miss.training.objective import Objective, find_objective
 class Prepared:
     """tensors: the base's, memory-mapped. dtype: what the model runs in. micro_batches: in an optimizer step, on each
     device; each window of a row is one. steps_an_epoch, total_steps: optimizer steps in an epoch and in the whole
-    run. val_every: those between validations; 0 validates at the end of each epoch."""
+    run. val_every: those between validations; 0 validates at the end of each epoch. samples: the documents
+    that sample answers are asked from."""
 
     tensors: Mapping[str, Tensor]
     sizes: ModelConfig
@@ -43,6 +45,7 @@ class Prepared:
     steps_an_epoch: int
     total_steps: int
     val_every: int
+    samples: list[Document]
 
     def validation_is_due(self, step: int) -> bool:
         """Whether a validation follows optimizer step `step`."""
@@ -87,6 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
         steps_an_epoch=steps_an_epoch,
         total_steps=config.max_steps or config.epochs * steps_an_epoch,
         val_every=config.val_every,
+        samples=first_documents(val_rows or rows, config.sample_count if config.sample_every else 0),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 
@@ -15,6 +16,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# Characters of a sample's prompt that are shown: its end.
+_SHOWN = 300
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD for control characters, which a terminal would obey and a page may not hold."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class TrainingDisplay:
@@ -61,6 +70,15 @@ class TrainingDisplay:
         lr = f"  lr {figures['lr']:.2e}" if "lr" in figures else ""
         left = (self._total_steps - step) * a_step
         self._print(f"step {step}/{self._total_steps}  loss {figures['loss']:.4f}{lr}  {speed}  ETA {left:.0f} s")
+
+    def sample(self, step: int, prompt: str, answer: str, expected: str) -> None:
+        """Shows a sample answer, and what the data has in its place."""
+        is_right = answer.strip() == expected.strip()
+        end = prompt.strip()
+        if len(end) > _SHOWN:
+            end = "..." + end[-_SHOWN:]
+        self._print(printable(f"step {step}, sample: {end}{answer.rstrip()}"))
+        self._print("  [right]" if is_right else printable(f"  [expected: {expected.strip()}]"))
 
     def stop(self) -> None:
         """Ends the display; may be called more than once."""

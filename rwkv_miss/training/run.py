@@ -15,7 +15,7 @@ import rwkv_miss
 from rwkv_miss.adapters.files import read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.config import TrainConfig
-from rwkv_miss.data.packing import PackReport
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
 from rwkv_miss.model.base import RWKV
@@ -26,8 +26,10 @@ from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared, prepare
 from rwkv_miss.training.progress import TrainingDisplay
+from rwkv_miss.training.record import Record
 from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.result import TrainResult
+from rwkv_miss.training.samples import Sampler
 from rwkv_miss.training.saving import LAST, Saver, validation_is_pending
 from rwkv_miss.training.watch import Watch
 
@@ -46,7 +48,9 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter, masters=prepared.tensors)
-    _introduce(console, model, prepared.report, prepared.val_report)
+    introduction = _introduction(model, prepared)
+    for line in introduction:
+        console.print(line, highlight=False, soft_wrap=True)
 
     rows = [prepared.rows] if prepared.val_rows is None else [prepared.rows, prepared.val_rows]
     data_fingerprint = " ".join(x.fingerprint() for x in rows)
@@ -64,7 +68,11 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
     watch = Watch(config.hang_minutes)
     model.head.register_forward_hook(lambda *_: watch.moved())
-    callbacks: list[L.Callback] = [starter, reporter, saver]
+    callbacks: list[L.Callback] = [starter, Record(out, prepared.total_steps, introduction), reporter, saver]
+    if prepared.samples:
+        tokenizer = load_tokenizer(config.tokenizer)
+        asked = model, tokenizer, prepared.samples, config.sample_tokens
+        callbacks.append(Sampler(*asked, out, config.sample_every, prepared.total_steps, reporter))
     trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
     checkpoint = resume.path if resume else None
@@ -100,8 +108,8 @@ def _done_already(out: Path, steps: int, total_steps: int, console: Console) -> 
     return TrainResult(steps, None, None, None, kept.get("val_loss"), kept["step"])
 
 
-def _introduce(console: Console, model: RWKV, report: PackReport, val_report: PackReport | None) -> None:
-    """Says what is trained, and on what."""
+def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
+    """What is trained, and on what."""
     sizes = model.config
     trained = sum(p.numel() for p in trained_parameters(model).values())
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -110,12 +118,14 @@ def _introduce(console: Console, model: RWKV, report: PackReport, val_report: Pa
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
         f"{sum(p.numel() for p in frozen):,} parameters frozen{' in ' + ', '.join(dtypes) if dtypes else ''}, "
         f"{trained:,} trained",
-        f"training: {report}",
+        f"training: {prepared.report}",
     ]
-    if val_report:
-        lines.append(f"validation: {val_report}")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+    if prepared.val_report:
+        lines.append(f"validation: {prepared.val_report}")
+    if n := len(prepared.samples):
+        source = "validation data" if prepared.val_report else "training data, since nothing validates"
+        lines.append(f"samples: {n} from the beginning of the {source}")
+    return lines
 
 
 def _trainer(

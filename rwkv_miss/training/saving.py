@@ -20,7 +20,7 @@ from rwkv_miss.files import put_in_place, remove
 from rwkv_miss.training.checks import written_by_runs
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared
-from rwkv_miss.training.strategies import gathered
+from rwkv_miss.training.zero import gathered
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """The signals that end a run after a checkpoint: Ctrl-C, a plain kill, a closed terminal, and what clusters send before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ from typing import Any
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from rwkv_miss.checkpoint import unpickle, write_pickle
 from rwkv_miss.config import TrainConfig
@@ -71,12 +68,3 @@ def _environments() -> list[ClusterEnvironment]:
         # Lightning's own requeuing would save a checkpoint of its own, beside those of the run.
         return [SLURMEnvironment(auto_requeue=False)]
     return []
-
-
-def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContextManager:
-    """A context in which the parameters are whole on every rank; ZeRO-3 keeps them in shards otherwise."""
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(parameters))
-    return nullcontext()

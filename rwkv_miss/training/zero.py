@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rwkv_miss.checkpoint import unpickle, write_pickle
 from rwkv_miss.config import TrainConfig
@@ -22,8 +24,6 @@ from rwkv_miss.training.deepspeed_json import merged, read_deepspeed_json
 from rwkv_miss.training.together import Together
 
 _log = logging.getLogger("rwkv_miss")
-
-_SHARED = Path("/dev/shm")
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -113,9 +113,27 @@ def make_deepspeed(config: TrainConfig, on_gpu: bool, timeout: timedelta) -> Dee
     return strategy
 
 
+def cpu_adam() -> type[Optimizer]:
+    """AdamW whose state is in the CPU's memory, and which steps there."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam
+
+
+def gathered(strategy: Strategy, parameters: Iterable[Tensor]) -> AbstractContextManager:
+    """A context in which the parameters are whole on every rank; ZeRO-3 keeps them in shards otherwise."""
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters))
+    return nullcontext()
+
+
 def _import_deepspeed(config: TrainConfig, on_gpu: bool) -> None:
     if not on_gpu:
-        _check_shared_memory(config.devices)
+        # With this variable, which some launchers set, the processes share memory, of which a container may have too
+        # little. DeepSpeed (0.19) uses it for inference alone.
+        os.environ.pop("LOCAL_SIZE", None)
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's own switch, read when it is imported
     try:
         import deepspeed  # noqa: F401
@@ -127,22 +145,6 @@ def _import_deepspeed(config: TrainConfig, on_gpu: bool) -> None:
         _load_op("ShareMemCommBuilder", "communication between processes on a CPU")
     if config.offload != "none":
         _load_op("CPUAdamBuilder", "Adam on a CPU")
-
-
-def _check_shared_memory(devices: int) -> None:
-    """RunError unless there is room for what DeepSpeed's processes on a CPU share. DeepSpeed does not look, and the
-    system ends a process that uses more than there is."""
-    each = 66 << 20  # bytes: two small and two large buffers (0.19, csrc/cpu/comm/shm.cpp)
-    try:
-        free = shutil.disk_usage(_SHARED).free
-    except FileNotFoundError:
-        free = 0
-    if devices > 1 and free < devices * each:
-        raise RunError(
-            f"{_SHARED} has {free >> 20} MB free; {devices} processes of DeepSpeed on a CPU need "
-            f"{devices * each >> 20} MB there: give the container more (docker run --shm-size 1g), or use "
-            "--strategy ddp"
-        )
 
 
 def _load_op(builder_name: str, what: str) -> None:

@@ -68,16 +68,15 @@ def test_all_end_and_one_message_says_why(make_config, start_process, case):
 
 
 @pytest.mark.slow
-def test_no_room_in_shared_memory_is_said_before_anything_starts(make_config):
+def test_without_shared_memory_deepspeed_trains(make_config):
+    """Although a launcher has set the variable for which DeepSpeed's processes share some."""
     if os.geteuid():
         pytest.skip("only root may mount a file system")
-    config = make_config(strategy="deepspeed_stage_2", devices=2)
+    config = make_config(strategy="deepspeed_stage_2", devices=2, batch_size=4, max_steps=1)
     train = shlex.join([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)])
-    mount = "mount -t tmpfs -o size=64m tmpfs /dev/shm"  # what docker gives
-    done = run_process(["unshare", "--mount", "sh", "-c", f"{mount} && exec {train}"], timeout=TIME)
-    assert done.returncode == 1, done.stderr
-    assert "/dev/shm has 64 MB free; 2 processes of DeepSpeed on a CPU need 132 MB there" in done.stderr
-    assert not (Path(config.out) / "config.yaml").exists()
+    mount = "mount -t tmpfs -o size=4k tmpfs /dev/shm"
+    done = run_process(["unshare", "--mount", "sh", "-c", f"{mount} && LOCAL_SIZE=2 exec {train}"], timeout=TIME)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_port_that_is_taken(make_config, monkeypatch):

@@ -130,7 +130,7 @@ def test_zero_3_of_what_only_a_large_model_has(method_config, tmp_path, method, 
     one = method_config("full", adapter=config, precision="bf16", batch_size=4, max_steps=2)
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_3", devices=2, batch_size=2)
-    two = replace(two, gradient_checkpointing=checkpointing)
+    two = replace(two, gradient_checkpointing=checkpointing, sample_every=9, sample_tokens=2)
     script = tmp_path / "patched.py"
     script.write_text(f"import sys\nfrom rwkv_miss.cli import main\n{PATCHES[patch]}\nsys.exit(main(sys.argv[1:]))\n")
     command = [sys.executable, str(script), "train", *as_arguments(two)]

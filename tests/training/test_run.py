@@ -469,7 +469,7 @@ def test_rows_of_steps_that_are_done_again_leave_metrics_csv(make_config):
     quiet_train(config)
     metrics = Path(config.out) / "metrics.csv"
     kept = metrics.read_text()
-    metrics.write_text(kept + "3,0,999,9.9,,0.1,1,1.0\n")
+    metrics.write_text(kept + "3,0,999,999,9.9,,0.1,1,1,1,1,1.0\n")
     quiet_train(replace(config, max_steps=3, resume="auto"))
     assert metrics.read_text().startswith(kept) and losses(config.out)[2] != 9.9 and len(losses(config.out)) == 3
 

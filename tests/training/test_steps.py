@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.model.load import load_model
+from rwkv_miss.training.figures import read_samples
 from tests.helpers import loss_sum
 from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
@@ -21,11 +26,12 @@ def whole(base, data, tmp_path_factory):
     """The run with each step's 8 rows in one micro-batch of one process."""
     config = small_config(base, data, tmp_path_factory.mktemp("whole"))
     quiet_train(config)
-    return losses(config.out), adapter(config.out)
+    return losses(config.out), adapter(config.out), losses(config.out, "grad_norm")
 
 
 def assert_same_run(out, whole):
     assert losses(out) == pytest.approx(whole[0], rel=2e-5)
+    assert losses(out, "grad_norm") == pytest.approx(whole[2], rel=1e-4)
     for name, block in adapter(out).items():
         torch.testing.assert_close(block, whole[1][name], rtol=2e-3, atol=2e-5)
 
@@ -40,6 +46,21 @@ def test_the_first_loss_is_the_mean_over_the_steps_tokens(make_config, whole):
     with torch.no_grad():
         mean = loss_sum(model, batch)[0] / (batch["targets"] >= 0).sum()
     assert whole[0][0] == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_the_gradient_norm_is_that_of_the_mean_loss_before_clipping(make_config, whole):
+    """Against PyTorch's own gradients in float64; the largest norm let through is 2.5."""
+    config = make_config()
+    model = inject(load_model(config.base), config.adapter).double()
+    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    rows, _ = make_rows(documents, config.ctx_len, packing=False)
+    settings = dict(batch_size=8, accumulate=1, rank=0, world_size=1, seed=config.seed, shuffle=True, trim=False)
+    batch = next(iter(BatchStream(rows, **settings)))
+    loss = F.cross_entropy(model(batch["tokens"])[0].flatten(0, 1), batch["targets"].flatten())
+    loss.backward()
+    squares = [float(p.grad.square().sum()) for p in trained_parameters(model).values()]
+    assert math.sqrt(sum(squares)) > 2.5
+    assert whole[2][0] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size, accumulate", [(4, 2), (1, 8)])
@@ -63,9 +84,13 @@ def test_strategies_give_the_run_of_one_process(make_config, whole, strategy, de
     if strategy == "ddp" and devices == 1:
         pytest.skip("one process of ddp is the run of one process")
     config = make_config(strategy=strategy, devices=devices, batch_size=4 // devices, accumulate=2)
+    config = replace(config, sample_every=4, sample_tokens=3)
     done = run_train(config)
     assert done.returncode == 0, done.stderr
     assert_same_run(config.out, whole)
+    assert [sample["step"] for sample in read_samples(Path(config.out) / "samples.jsonl")] == [0] * 3 + [4] * 3 + [
+        6
+    ] * 3
 
 
 def test_a_bf16_base_keeps_its_dtype_and_the_adapter_is_fp32(make_config, whole):
