@@ -65,6 +65,15 @@ class _DeepSpeed(DeepSpeedStrategy):
         _meet(self)
         super().setup_distributed()
 
+    def _setup_model_and_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Every rank has read the frozen weights from the same file. DeepSpeed would write rank 0's over them, which
+        # gives each process on a CPU a copy of the mapped file. It leaves out parameters with this mark (stage 3
+        # does not, whose shards are copies anyway).
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.ds_optim_param = True
+        return super()._setup_model_and_optimizer(model, *args, **kwargs)
+
 
 def _meet(strategy: _DDP | _DeepSpeed) -> None:
     if strategy.meeting:
@@ -96,7 +105,10 @@ def build(config: TrainConfig, on_gpu: bool) -> tuple[Strategy | str, list[Any]]
     strategy: _DDP | _DeepSpeed
     plugins: list[Any]
     if name == "ddp":
-        strategy, plugins = _DDP(process_group_backend=backend, gradient_as_bucket_view=True), [Precision(), _Beside()]
+        # init_sync: every rank has built the same model, from the same file and seed. DDP would write rank 0's weights
+        # over it, which gives each process on a CPU a copy of the mapped file.
+        strategy = _DDP(process_group_backend=backend, gradient_as_bucket_view=True, init_sync=False)
+        plugins = [Precision(), _Beside()]
     else:
         _import_deepspeed(name, on_gpu)
         cls = _DeepSpeed if on_gpu else _CPUDeepSpeed
