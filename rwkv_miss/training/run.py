@@ -18,6 +18,7 @@ from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.packing import PackReport
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
+from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
 from rwkv_miss.training import strategies
@@ -43,6 +44,7 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
         return _done_already(out, resume[1], prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
+    model.fingerprint = fingerprint(prepared.tensors, config.base)
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter, masters=prepared.tensors)
     _introduce(console, model, prepared.report, prepared.val_report)

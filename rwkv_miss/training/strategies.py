@@ -71,7 +71,7 @@ class _DeepSpeed(DeepSpeedStrategy):
         # does not, whose shards are copies anyway).
         for p in model.parameters():
             if not p.requires_grad:
-                p.ds_optim_param = True
+                setattr(p, "ds_optim_param", True)  # noqa: B010 (the type has no such attribute)
         return super()._setup_model_and_optimizer(model, *args, **kwargs)
 
 
