@@ -14,8 +14,8 @@ from rwkv_miss.plain_reads import Reader
 
 @contextmanager
 def block_by_block(model: RWKV, reader: Reader) -> Iterator[None]:
-    """In the context, the frozen weights of each block, of the embedding and of the head are read from their file before
-    it runs, and given up after it. Trained ones have other values than the file, and stay as they are.
+    """In the context, the frozen weights of each block, of the embedding and of the head are read from their file
+    before it runs, and given up after it. Trained ones have other values than the file, and stay as they are.
 
     Args:
         reader: of the model's tensors.
