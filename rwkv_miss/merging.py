@@ -96,8 +96,9 @@ def merge(
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
     the base's keys, shapes and order. A learned state that the base lacks comes last, in the layout of state files.
 
-    The base is memory-mapped and one tensor is held at a time. Each sum is taken in fp32 and cast once. The file
-    is then opened and its logits are compared with those of base + adapter; only then does it get its name.
+    The files are read in pieces and one tensor is held at a time, in the check one block. Each sum is taken in fp32 and
+    cast once. What was written is read back, and its logits are compared with those of base + adapter; only then does
+    the file get its name.
 
     Args:
         dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are always fp32.
@@ -107,7 +108,8 @@ def merge(
             is read back.
 
     Raises:
-        UserError: the adapter was made for another base, does not fit, or a file cannot be read or written.
+        UserError: the adapter was made for another base, does not fit, or a file cannot be read or written; or the base
+            or what is written has values that are not finite.
         RunError: the written file does not compute what base + adapter computes.
     """
     base_path, out_path = Path(base_path), Path(out_path)
@@ -140,9 +142,8 @@ def merge(
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
     with atomic_write(out_path) as part:
-        layers = _write(part, target, sizes, specs, base, base_path, plan, adapter, on_tensor)
+        layers, written = _write(part, target, sizes, specs, base, base_path, plan, adapter, on_tensor)
         del adapter  # the check reads it again
-        written = target.read(part)
         error, effect = _verify(base, base_path, mark, adapter_folder, written, part, state_only)
     names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
@@ -158,11 +159,12 @@ def _write(
     plan: Plan,
     adapter: AdapterFile,
     on_tensor: Report | None,
-) -> list[MergedLayer]:
-    """Writes the merged tensors to `part`, and reads them back."""
+) -> tuple[list[MergedLayer], Mapping[str, Tensor]]:
+    """Writes the merged tensors to `part`, and reads them back. Returns what merging did, and the file's tensors."""
     kind = MODELS[sizes.version]
     layers: dict[str, MergedLayer] = {}
     checksums: dict[str, Future[int]] = {}
+    pending: list[Future[int]] = []  # the one that still reads the buffer
     done = 0
     # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
     # the number of tensors (glibc).
@@ -175,7 +177,7 @@ def _write(
             on_tensor(done, 2 * len(specs))
 
     def compute(name: str) -> Tensor:
-        wait(checksums.values())  # they read the buffer
+        wait(pending)
         spec = specs[name]
         out = buffer[: spec.shape.numel() * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
         path = name.removesuffix(".weight")
@@ -191,12 +193,13 @@ def _write(
                 out_rows.copy_(reader.read(rows))
         if not _is_finite(out):
             if name in base and not _is_finite(base[name]):
-                raise UserError(f"{base_path}: {name} has values that are not finite; the file is damaged")
+                raise UserError(f"{base_path}: {name} has values that are not finite; give a base that is sound")
             [dtype] = [short for short, dtype in DTYPES.items() if dtype == spec.dtype]
             wider = "bf16" if dtype == "fp16" else "fp32"
             largest = torch.finfo(spec.dtype).max
             raise UserError(f"{name}: not finite in {dtype}, whose largest value is {largest:,g}; give --dtype {wider}")
         checksums[name] = threads.submit(_checksum, out, reader)  # while the tensor is written
+        pending[:] = [checksums[name]]
         count()
         return out
 
@@ -211,7 +214,7 @@ def _write(
                 if (tensor.shape, tensor.dtype, checksum) != facts:
                     raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
                 count()
-    return list(layers.values())
+    return list(layers.values()), written
 
 
 def _check_out(out: Path, base: Path, overwrite: bool) -> None:
