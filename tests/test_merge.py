@@ -409,6 +409,7 @@ def test_a_value_that_bf16_cannot_hold(make_base, tmp_path):
         merge(base, folder, tmp_path / "out.pth", "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["written", "checked"])
 def test_a_base_that_is_cut_while_it_is_merged(base, folder, tmp_path, when):
     """In a process of its own, which reading through the map would end."""
@@ -497,7 +498,7 @@ def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
         path.write_bytes(data)
 
     monkeypatch.setattr(pth, "write_pth", corrupting)
-    assert_refused(tmp_path, base, folder, out, "nothing was written", error=RunError)
+    assert_refused(tmp_path, base, folder, out, "blocks.1.ffn.key.weight was read back changed", error=RunError)
 
 
 @pytest.mark.slow
@@ -553,5 +554,4 @@ print(resident("VmHWM") - before)
         result = run_process([sys.executable, "-c", code, *arguments], timeout=120)
         assert result.returncode == 0, result.stderr
         assert base.stat().st_size > n_layer * 25 * 2**20
-        print(n_layer, result.stdout)
         assert float(result.stdout) < 130, f"{float(result.stdout):.0f} MB"
