@@ -76,12 +76,11 @@ def plain_reads(tensors: Iterable[Tensor]) -> Iterator[Reader]:
             addressed, _, offset, _, inode, *path = line.split(maxsplit=5)
             start, stop = (int(x, 16) for x in addressed.split("-"))
             first = bisect_left(addresses, start)
-            if not path or first == len(addresses) or addresses[first] >= stop:  # none of the tensors is in it
+            if first == len(addresses) or addresses[first] >= stop:  # none of the tensors is in it
                 continue
-            try:
-                file = os.open(path[0], os.O_RDONLY)
-            except OSError:  # not a file, such as [heap], or a file that has no name any more
+            if not path or not os.path.isfile(path[0]):  # memory such as [heap], a device, or a file that was removed
                 continue
+            file = os.open(path[0], os.O_RDONLY)
             files.callback(os.close, file)
             if os.fstat(file).st_ino == int(inode):  # not another file that has the name now
                 places.append(_Place(start, stop, int(offset, 16), path[0], file))

@@ -64,3 +64,12 @@ def test_a_file_that_another_has_replaced(make_base, tmp_path):
     os.replace(make_base("other.pth", seed=1), path)
     with plain_reads(tensors.values()) as reader:
         assert torch.equal(reader.read(tensors["emb.weight"]), expected)
+
+
+def test_a_file_that_was_removed(make_base):
+    path = make_base()
+    tensors = read_checkpoint(path)
+    expected = tensors["emb.weight"].clone()
+    path.unlink()
+    with plain_reads(tensors.values()) as reader:
+        assert torch.equal(reader.read(tensors["emb.weight"]), expected)
