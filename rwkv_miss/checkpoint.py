@@ -3,7 +3,6 @@ a time."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
@@ -90,24 +89,6 @@ def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 hash (hex) that identifies a base: of every key, shape and dtype, and of 16 evenly spaced pieces of
-    1 KiB of every tensor's bytes, so that a large file is recognised without being read whole."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data = tensor.reshape(-1).view(torch.uint8)
-        piece, pieces = 1024, 16
-        if data.numel() <= piece * pieces:
-            digest.update(data.numpy().tobytes())
-            continue
-        step = (data.numel() - piece) // (pieces - 1)
-        for i in range(pieces):
-            digest.update(data[i * step : i * step + piece].numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -213,7 +194,8 @@ class _Sink:
     def write(self, data: bytes) -> int:
         if self.error is None:
             try:
-                self.file.write(data)
+                for start in range(0, len(data), 2**20):  # 3.2 s for 1.3 GB in one call, 0.5 s in pieces (Linux 6)
+                    self.file.write(memoryview(data)[start : start + 2**20])
             except BaseException as e:  # also a Ctrl-C that comes here
                 self.error = e
         return len(data)

@@ -10,7 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, read_adapter
-from rwkv_miss.checkpoint import fingerprint, read_checkpoint
+from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.initial_state import is_state
 from rwkv_miss.model.recognise import infer_config
 
@@ -56,7 +57,7 @@ def _model(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> dict[str, 
         "low rank": ", ".join(f"{k} {v}" for k, v in sizes.low_rank.items()),
         "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
         "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
-        "fingerprint": fingerprint(tensors)[:12],
+        "fingerprint": fingerprint(tensors, path)[:12],
     }
 
 

@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +18,20 @@ from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
 from rwkv_miss.adapters.plan import Plan
-from rwkv_miss.checkpoint import DTYPES, TensorSpec, fingerprint, parse_dtype, read_checkpoint
+from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
+from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import target_of
 from rwkv_miss.export.target import Target, Weights
 from rwkv_miss.files import atomic_write
+from rwkv_miss.fingerprints import fingerprint
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.block_by_block import block_by_block
 from rwkv_miss.model.initial_state import file_layout, is_state, load_initial_state, state_shapes
-from rwkv_miss.model.load import build_model, load_model
+from rwkv_miss.model.load import build_model
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
+from rwkv_miss.plain_reads import Reader, plain_reads
 from rwkv_miss.progress import Report
 
 _log = logging.getLogger("rwkv_miss")
@@ -32,9 +39,10 @@ _log = logging.getLogger("rwkv_miss")
 # The largest difference allowed between the logits of the merged file and of base + adapter: its root mean square
 # relative to that of the logits. The two round differently, more so in bf16 and fp16.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-_VERIFY_TOKENS = 128
-# Elements of a weight that are handled in fp32 at a time.
-_PIECE = 2**14
+_VERIFY_TOKENS = 32
+# Elements of a weight that are handled in fp32 at a time: as many as PyTorch leaves to one thread. Several threads that
+# share so little wait for each other longer than they work, beside other busy processes many times as long.
+_PIECE = 2**15
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,9 @@ def merge(
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
     the base's keys, shapes and order. A learned state that the base lacks comes last, in the layout of state files.
 
-    The base is memory-mapped and one tensor is held at a time. Each sum is taken in fp32 and cast once. The file
-    is then opened and its logits are compared with those of base + adapter; only then does it get its name.
+    The files are read in pieces and one tensor is held at a time, in the check one block. Each sum is taken in fp32 and
+    cast once. What was written is read back, and its logits are compared with those of base + adapter; only then does
+    the file get its name.
 
     Args:
         dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are always fp32.
@@ -99,7 +108,8 @@ def merge(
             is read back.
 
     Raises:
-        UserError: the adapter was made for another base, does not fit, or a file cannot be read or written.
+        UserError: the adapter was made for another base, does not fit, or a file cannot be read or written; or the base
+            or what is written has values that are not finite.
         RunError: the written file does not compute what base + adapter computes.
     """
     base_path, out_path = Path(base_path), Path(out_path)
@@ -110,7 +120,8 @@ def merge(
     sizes = infer_config(base, base_path)
     kind = MODELS[sizes.version]
     adapter = read_adapter(adapter_folder)
-    plan = check_fits(adapter, sizes, {key: t.shape for key, t in base.items()}, fingerprint(base), adapter_folder)
+    mark = fingerprint(base, base_path)
+    plan = check_fits(adapter, sizes, {key: t.shape for key, t in base.items()}, mark, adapter_folder)
     states = {key: shape for key, shape in state_shapes(sizes).items() if key in plan.whole}
     if state_only and not states:
         raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
@@ -130,42 +141,80 @@ def merge(
     }
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
+    with atomic_write(out_path) as part:
+        layers, written = _write(part, target, sizes, specs, base, base_path, plan, adapter, on_tensor)
+        del adapter  # the check reads it again
+        error, effect = _verify(base, base_path, mark, adapter_folder, written, part, state_only)
+    names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
+    return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
+
+
+def _write(
+    part: Path,
+    target: Target,
+    sizes: ModelConfig,
+    specs: Mapping[str, TensorSpec],
+    base: Mapping[str, Tensor],
+    base_path: Path,
+    plan: Plan,
+    adapter: AdapterFile,
+    on_tensor: Report | None,
+) -> tuple[list[MergedLayer], Mapping[str, Tensor]]:
+    """Writes the merged tensors to `part`, and reads them back. Returns what merging did, and the file's tensors."""
+    kind = MODELS[sizes.version]
     layers: dict[str, MergedLayer] = {}
-    total, done = 2 * len(specs), 0
+    checksums: dict[str, Future[int]] = {}
+    pending: list[Future[int]] = []  # the one that still reads the buffer
+    done = 0
     # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
     # the number of tensors (glibc).
     buffer = torch.empty(max(s.shape.numel() * s.dtype.itemsize for s in specs.values()), dtype=torch.uint8)
 
-    def compute(name: str) -> Tensor:
+    def count() -> None:
         nonlocal done
+        done += 1
+        if on_tensor:
+            on_tensor(done, 2 * len(specs))
+
+    def compute(name: str) -> Tensor:
+        wait(pending)
         spec = specs[name]
         out = buffer[: spec.shape.numel() * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
         path = name.removesuffix(".weight")
         if path in plan.linears:
-            layers[path] = _write_rows(path, _sums(base[name], path, plan, adapter), out)
+            layers[path] = _write_rows(path, _sums(base[name], path, plan, adapter, reader), out)
         elif name in plan.whole:
             trained = adapter.tensors[name]
             trained = file_layout(trained, kind) if is_state(name) else trained
             W = base.get(name, torch.zeros(()).expand(trained.shape))
-            layers[name] = _write_rows(name, _replacements(W, trained), out)
+            layers[name] = _write_rows(name, _replacements(W, trained, reader), out)
         else:
-            out.copy_(base[name])
-        if spec.dtype == torch.float16 and not torch.isfinite(out).all():
-            largest = torch.finfo(torch.float16).max
-            raise UserError(f"{name}: not finite in fp16, whose largest value is {largest:,.0f}; give --dtype bf16")
-        done += 1
-        if on_tensor:
-            on_tensor(done, total)
+            for rows, out_rows in zip(_rows(base[name]), _rows(out), strict=True):
+                out_rows.copy_(reader.read(rows))
+        if not _is_finite(out):
+            if name in base and not _is_finite(base[name]):
+                raise UserError(f"{base_path}: {name} has values that are not finite; give a base that is sound")
+            [dtype] = [short for short, dtype in DTYPES.items() if dtype == spec.dtype]
+            wider = "bf16" if dtype == "fp16" else "fp32"
+            largest = torch.finfo(spec.dtype).max
+            raise UserError(f"{name}: not finite in {dtype}, whose largest value is {largest:,g}; give --dtype {wider}")
+        checksums[name] = threads.submit(_checksum, out, reader)  # while the tensor is written
+        pending[:] = [checksums[name]]
+        count()
         return out
 
-    with atomic_write(out_path) as part:
-        target.write(part, Weights(sizes, specs, compute))
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with plain_reads(base.values()) as reader:
+            target.write(part, Weights(sizes, specs, compute))
         written = target.read(part)
-        if wrong := [name for name, t in written.items() if not _same_bits(t, compute(name))]:
-            raise RunError(f"{out_path}: {wrong[0]} was read back changed (a faulty disk?); nothing was written")
-        error, effect = _verify(base_path, adapter_folder, written, part, target, state_only)
-    names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
-    return MergeReport(out_path, ", ".join(sorted(names)), list(layers.values()), error, effect)
+        with plain_reads(written.values()) as reader:
+            found = threads.map(lambda tensor: _checksum(tensor, reader), written.values())
+            for (name, tensor), checksum in zip(written.items(), found, strict=True):
+                facts = specs[name].shape, specs[name].dtype, checksums[name].result()
+                if (tensor.shape, tensor.dtype, checksum) != facts:
+                    raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
+                count()
+    return list(layers.values()), written
 
 
 def _check_out(out: Path, base: Path, overwrite: bool) -> None:
@@ -180,11 +229,17 @@ def _check_out(out: Path, base: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: exists already; give another name, or --overwrite true to replace it")
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal in shape, dtype and every bit, NaNs included."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+def _checksum(tensor: Tensor, reader: Reader) -> int:
+    """The CRC-32 of a tensor's bytes."""
+    found = 0
+    for piece in tensor.contiguous().view(-1).view(torch.uint8).split(2**20):
+        found = zlib.crc32(reader.read(piece).numpy().data, found)
+    return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a temporary tensor of its size, which `torch.isfinite` needs."""
+    return all(bool(torch.isfinite(x)) for x in tensor.aminmax())
 
 
 def _rows(x: Tensor) -> tuple[Tensor, ...]:
@@ -193,60 +248,72 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _PIECE // x.shape[1]))
 
 
-def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile) -> Iterable[tuple[Tensor, Tensor]]:
+def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile, reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
     """(dW, W + dW) of each piece of the rows of a linear's weight."""
     method = plan.linears[path]
     tensors = {name: adapter.tensors[f"{path}.{name}"] for name in method.names}
-    start = 0
-    for rows in _rows(W):
-        wide = rows.float()
-        delta = method.delta(wide, start, tensors, adapter.config)
-        start += len(rows)
-        yield delta, wide + delta
+    all_rows, start = _rows(W), 0
+    # Used for every piece: new memory for each takes twice the time, because it is in no cache.
+    stored, wide = torch.empty_like(all_rows[0]), torch.empty_like(all_rows[0], dtype=torch.float32)
+    for rows in all_rows:
+        n = len(rows)
+        exact = wide[:n].copy_(reader.read(rows, stored[:n]))
+        delta = method.delta(exact, start, tensors, adapter.config)
+        start += n
+        yield delta, exact.add_(delta)
 
 
-def _replacements(W: Tensor, trained: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+def _replacements(W: Tensor, trained: Tensor, reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
     """(trained - W, trained) of each piece of the rows of a tensor that was trained directly."""
     for W_rows, trained_rows in zip(_rows(W), _rows(trained), strict=True):
         exact = trained_rows.float()
-        yield exact - W_rows.float(), exact
+        yield exact - reader.read(W_rows).float(), exact
 
 
 def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
     """Writes the second tensor of each pair to `out`; the first is its difference from the base."""
     delta_squares = lost_squares = 0.0
+    lost = torch.empty_like(_rows(out)[0], dtype=torch.float32)
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
         out_rows.copy_(exact)
-        delta_squares += delta.square().sum().item()
-        lost_squares += (out_rows.float() - exact).square().sum().item()
+        delta_squares += torch.linalg.vector_norm(delta).item() ** 2
+        lost_squares += torch.linalg.vector_norm(torch.sub(out_rows, exact, out=lost[: len(exact)])).item() ** 2
     loss = math.sqrt(lost_squares / delta_squares) if delta_squares else 0.0
     return MergedLayer(name, math.sqrt(delta_squares), loss)
 
 
 @torch.no_grad()
 def _verify(
+    base: Mapping[str, Tensor],
     base_path: Path,
+    mark: str,
     adapter_folder: str | os.PathLike,
     written: Mapping[str, Tensor],
     part: Path,
-    target: Target,
     state_only: bool,
 ) -> tuple[float, float]:
     """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
-    model = load_model(base_path).eval()
+    model = build_model(base, base_path).eval().requires_grad_(False)
+    model.fingerprint = mark
     vocab_size = model.config.vocab_size
     tokens = torch.randint(vocab_size, (1, _VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
-    base_logits = model(tokens)[0].float()
-    adapted = load_adapter(model, adapter_folder)(tokens)[0].float()
-    if state_only:  # the file's state in place of the adapter's: the numbers must be the same
-        for time_mix in model.time_mixes():
-            time_mix.time_state = None
-        load_initial_state(model, part)
-        merged, tolerance = model(tokens)[0].float(), 0.0
-    else:
-        merged = build_model(written, part).eval()(tokens)[0].float()
-        # The coarser of the two files' dtypes says how far rounding may carry them apart.
-        tolerance = max(_TOLERANCE[t.dtype] for file in (read_checkpoint(base_path), written) for t in file.values())
+
+    def logits_of(model: RWKV) -> Tensor:
+        with block_by_block(model, reader):
+            return model(tokens)[0].float()
+
+    with plain_reads([*base.values(), *written.values()]) as reader:
+        base_logits = logits_of(model)
+        adapted = logits_of(load_adapter(model, adapter_folder))
+        if state_only:  # the file's state in place of the adapter's: the numbers must be the same
+            for time_mix in model.time_mixes():
+                time_mix.time_state = None
+            load_initial_state(model, part)
+            merged, tolerance = logits_of(model), 0.0
+        else:
+            merged = logits_of(build_model(written, part).eval().requires_grad_(False))
+            # The coarser of the two files' dtypes says how far rounding may carry them apart.
+            tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
         if not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")

@@ -22,7 +22,8 @@ MODULES = {
 LAYERS = [
     {"errors"},
     {"config", "files", "progress"},
-    {"checkpoint", "ops"},
+    {"plain_reads"},
+    {"checkpoint", "fingerprints", "ops"},
     {"model"},
     {"adapters"},
     {"export", "generation", "doctor", "describe"},

@@ -29,6 +29,7 @@ from rwkv_miss.checkpoint import write_safetensors
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import atomic_write
+from rwkv_miss.fingerprints import is_of_base
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import is_state, state_shapes
 from rwkv_miss.model.versions import MODELS
@@ -225,9 +226,9 @@ def check_fits(
     Raises:
         UserError: the adapter does not fit.
     """
-    if adapter.base_fingerprint not in (None, base_mark):
+    if (recorded := adapter.base_fingerprint) is not None and not is_of_base(recorded, base_mark):
         raise UserError(
-            f"{folder}: the adapter was trained on another base (fingerprint {adapter.base_fingerprint[:12]}; this one "
+            f"{folder}: the adapter was trained on another base (fingerprint {recorded[:12]}; this one "
             f"has {base_mark[:12]}); give the base it was trained on"
         )
     unused = MODELS[sizes.version].unused

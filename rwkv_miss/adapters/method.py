@@ -82,7 +82,7 @@ class LinearMethod(Method, ABC):
             tensors: the linear's trained tensors by their names in `names`.
 
         Returns:
-            fp32 (M, in_features).
+            fp32 (M, in_features), in memory of its own.
         """
 
     @abstractmethod

@@ -45,7 +45,7 @@ def delta_weight(D: Tensor, in_features: int) -> Tensor:
     """dW (out, in) with dW[o, c] = D[c mod r, o]: what merging adds to W. Given only some columns of D
     (r, out), it returns the same rows of dW."""
     r = D.shape[0]
-    return D.T.repeat(1, -(-in_features // r))[:, :in_features]
+    return torch.cat([D.T.contiguous()] * -(-in_features // r), 1)[:, :in_features]
 
 
 class _MissFunction(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.benchmarks.common import Table
+from rwkv_miss.benchmarks.common import Table, resident
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import RunError
 from rwkv_miss.model.init import init_weights
@@ -65,9 +65,9 @@ def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | 
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh: proc_pid_clear_refs(5)
     except OSError as e:
         raise RunError(f"bench: this system does not say a process's peak memory ({e})") from e
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     _step(model, length, chunk_len, bptt_chunks)
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) -> None:
@@ -82,9 +82,3 @@ def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) ->
         log_prob, state = batch_log_probs(model, batch, state, chunk_len)
         (-log_prob).backward()
         state = state.detach()
-
-
-def _resident(name: str) -> int:
-    """A figure of this process's memory in bytes (Linux: proc_pid_status(5))."""
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024

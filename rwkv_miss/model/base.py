@@ -173,7 +173,7 @@ class RWKV(nn.Module, ABC):
     """Whether runtimes look for a learned state among the weights in the model's file."""
 
     fingerprint: str
-    """Identifies the base (`rwkv_miss.checkpoint.fingerprint`); set by `load_model`."""
+    """Identifies the base (`rwkv_miss.fingerprints`); set by `load_model`."""
     adapter: object | None = None
     """What `rwkv_miss.adapters.inject` has put into the model."""
 

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rwkv_miss.checkpoint import fingerprint, parse_dtype, read_checkpoint
+from rwkv_miss.checkpoint import parse_dtype, read_checkpoint
 from rwkv_miss.errors import UserError
+from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state, file_layout, is_state
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
+from rwkv_miss.plain_reads import plain_reads
 
 
 def load_model(
@@ -37,7 +39,10 @@ def load_model(
         UserError: the file cannot be read, its model is none of those in `rwkv_miss.model.versions`, or its tensors do
             not fit together.
     """
-    return build_model(read_checkpoint(path), path, dtype, device, wkv_backend)
+    tensors = read_checkpoint(path)
+    model = build_model(tensors, path, dtype, device, wkv_backend)
+    model.fingerprint = fingerprint(tensors, path)
+    return model
 
 
 def build_model(
@@ -47,23 +52,23 @@ def build_model(
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
 ) -> RWKV:
-    """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages)."""
+    """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages). The
+    model's `fingerprint` is left to the caller."""
     config = infer_config(tensors, path)
     kind = MODELS[config.version]
     with torch.device("meta"):
         model = kind(config, wkv_backend)
         if any(map(is_state, tensors)):
             add_initial_state(model)
-    mark = fingerprint(tensors)
     dtype = running_dtype(tensors, dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    weights = {
-        key: file_layout(t, kind).to(wide) if is_state(key) else t.to(dtype)
-        for key, t in tensors.items()
-        if key not in kind.unused
-    }
+    with plain_reads(tensors.values()) as reader:  # what is converted is needed no longer
+        weights = {
+            key: file_layout(t, kind).to(wide) if is_state(key) else t if t.dtype == dtype else reader.read(t).to(dtype)
+            for key, t in tensors.items()
+            if key not in kind.unused
+        }
     model.load_state_dict(weights, assign=True)
-    model.fingerprint = mark
     return model.to(device)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.fingerprints import is_of_base
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.model.state import State
@@ -115,7 +116,7 @@ class LitRWKV(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found, here = checkpoint.get("base_fingerprint"), self.model.fingerprint
-        if found not in (None, here):  # None: from before it was recorded
+        if found is not None and not is_of_base(found, here):  # None: from before it was recorded
             raise UserError(
                 f"{self.config.base}: the checkpoint was trained on another base (fingerprint {found[:12]}; this one "
                 f"has {here[:12]}); resume with the base that the run began with"

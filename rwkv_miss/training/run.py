@@ -18,6 +18,7 @@ from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
+from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
 from rwkv_miss.training import moving, strategies
@@ -46,6 +47,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
         return _done_already(out, resume.step, prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
+    model.fingerprint = fingerprint(prepared.tensors, config.base)
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter, masters=prepared.tensors)
     introduction = _introduction(model, prepared)

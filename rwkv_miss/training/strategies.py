@@ -47,8 +47,10 @@ def build(config: TrainConfig, on_gpu: bool, watch: Watch) -> tuple[Strategy | s
     strategy: Any
     plugins: list[Any]
     if config.strategy in ("auto", "ddp"):
-        backend = "nccl" if on_gpu else "gloo"
-        strategy = _DDP(process_group_backend=backend, gradient_as_bucket_view=True, timeout=timeout)
+        # init_sync: every rank has built the same model, from the same file and seed. DDP would write rank 0's weights
+        # over it, which gives each process on a CPU a copy of the mapped file.
+        settings: dict[str, Any] = {"gradient_as_bucket_view": True, "init_sync": False}
+        strategy = _DDP(process_group_backend="nccl" if on_gpu else "gloo", timeout=timeout, **settings)
         plugins = [Precision(), _Beside()]
     else:
         strategy, plugins = make_deepspeed(config, on_gpu, timeout), [KeepDtypes()]

@@ -67,11 +67,17 @@ def _deepspeed_files() -> Any:
 class _DeepSpeed(Together, DeepSpeedStrategy):
     """DeepSpeed, watched, with files that are written and read as ours are."""
 
-    def _setup_model_and_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+    def _setup_model_and_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         from pydantic import ValidationError
 
+        # Every rank has read the frozen weights from the same file. DeepSpeed would write rank 0's over them, which
+        # gives each process on a CPU a copy of the mapped file. It leaves out parameters with this mark (stage 3 does
+        # not, whose shards are copies anyway).
+        for p in model.parameters():
+            if not p.requires_grad:
+                setattr(p, "ds_optim_param", True)  # noqa: B010 (the type has no such attribute)
         try:
-            engine, optimizer = super()._setup_model_and_optimizer(*args, **kwargs)
+            engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
         except ValidationError as e:
             [error, *_] = e.errors()
             name = ".".join(map(str, error["loc"]))

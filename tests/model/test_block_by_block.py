@@ -1,0 +1,35 @@
+"""A forward pass that holds a part of the model at a time computes what the model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rwkv_miss import AdapterConfig, inject
+from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.model.block_by_block import block_by_block
+from rwkv_miss.model.load import build_model
+from rwkv_miss.plain_reads import plain_reads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "trained", [AdapterConfig(r=4), AdapterConfig("state"), AdapterConfig(r=4, modules_to_save=["time"])]
+)
+def test_the_logits_are_the_models(either_base, trained):
+    tensors = read_checkpoint(either_base)
+    model = inject(build_model(tensors, either_base), trained)
+    for p in trained_parameters(model).values():
+        p += 0.01
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens)[0]
+    before = [p.data_ptr() for p in model.parameters()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    with plain_reads(tensors.values()) as reader:
+        for p in frozen:
+            p.zero_()  # in the map alone: the file is what is read
+        for _ in range(2):
+            with block_by_block(model, reader):
+                assert torch.equal(model(tokens)[0], expected)
+            assert [p.data_ptr() for p in model.parameters()] == before
