@@ -11,14 +11,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rwkv_miss.adapters import method
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import check_is_file
+from rwkv_miss.files import check_is_file, check_name, read_yaml
 from rwkv_miss.training.loggers import LOGGERS
 from rwkv_miss.training.objective import OBJECTIVES
 
@@ -114,6 +112,7 @@ def _check_launcher(config: TrainConfig) -> None:
 
 def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
     """The checkpoint to resume from, if any; UserError where the folder may not be used."""
+    check_name(out, "a folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; out must be a folder")
     _check_writable(out)
@@ -161,10 +160,7 @@ def _check_writable(out: Path) -> None:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     """A run's settings. Those that did not exist yet when it ran have their defaults, or what `_BEFORE` says."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
+    found = read_yaml(path)
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
         raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
