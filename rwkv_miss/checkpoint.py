@@ -119,6 +119,18 @@ def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
 
 
+def check_sums(path: Path) -> None:
+    """UserError unless every byte that PyTorch wrote to a zip is as it was: the zip has a sum of each of its parts, at
+    which PyTorch does not look. The whole file is read."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()
+    except Exception as e:  # damaged bytes make anything of the archive
+        damaged = str(e) or type(e).__name__
+    if damaged:
+        raise UserError(f"{path}: is damaged ({damaged}); start anew, or from a copy of it")
+
+
 def _is_mappable(path: Path) -> bool:
     """Whether the bytes of tensors stand in the file as they are in memory. They do in PyTorch's zip format (1.6 and
     later), unless another program has compressed it; older files are pickles."""

@@ -13,6 +13,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as e:
         _say(f"rwkv-miss {command}: {e}")
         return 1
+    except MemoryError as e:
+        _say(f"rwkv-miss {command}: there is not enough memory ({_one_line(str(e))})")
+        return 1
     except Stopped as e:
         _say(f"rwkv-miss {command}: stopped by {e} after saving a checkpoint; go on with --resume auto")
         return 128 + e.signum
@@ -108,7 +112,10 @@ def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
     """The options of the command that was given, and its name."""
     for path in _configs(arguments):
         read_yaml(Path(path))  # the parser reads it again, as it is
-    found = _parser().parse_args(_as_meant(arguments))
+    try:
+        found = _parser().parse_args(_as_meant(arguments))
+    except (ValueError, OverflowError, RecursionError) as e:  # of a value that has the right type and cannot be taken
+        raise UserError(f"an option cannot be read ({e}); give a plain value") from None
     command, options = found.subcommand, found[found.subcommand]
     while "subcommand" in options:
         command, options = f"{command} {options.subcommand}", options[options.subcommand]
@@ -117,9 +124,8 @@ def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
 
 def _configs(arguments: list[str]) -> list[str]:
     """The files that --config names."""
-    following = zip(arguments, arguments[1:], strict=False)
     return [
-        *(value for name, value in following if name == "--config"),
+        *(value for name, value in pairwise(arguments) if name == "--config"),
         *(argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")),
     ]
 
@@ -173,6 +179,8 @@ def _arguments(function: Callable[..., int], options: jsonargparse.Namespace) ->
         own = {field.name: values.pop(field.name) for field in dataclasses.fields(cls)}
         for field_name, kind in typing.get_type_hints(cls).items():
             if dataclasses.is_dataclass(kind):
+                if not isinstance(own[field_name], dict):
+                    raise UserError(f"{field_name} is {own[field_name]!r}; give its settings by their names")
                 own[field_name] = kind(**own[field_name])  # type: ignore[operator]
         values[argument] = cls(**own)
     return values

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
+
+
+# No number of the settings is larger, but for the seed; beyond it fp32 and arrays' sizes overflow.
+_LARGEST = 1e9
+_MOST_DEVICES = 1024
+
+
+def number_problems(config: Any, prefix: str = "") -> list[str]:
+    """What is wrong with the numbers among a dataclass's values, whatever they mean: one that is missing (null in a
+    YAML file), not finite, or larger than any of its kind."""
+    found = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type in ("int", "float") and value is None:
+            found.append(f"{prefix}{f.name} is null; give a number, or leave it out")
+        elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST and f.name != "seed":
+            found.append(f"{prefix}{f.name} is {value!r:.20}; it must be a number of at most {_LARGEST:.0e}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,11 @@ class TrainConfig(DataOptions):
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
+        if found := number_problems(self) + number_problems(self.adapter, "adapter."):
+            return found  # the comparisons that follow need numbers
         found = super().problems()
+        if self.devices > _MOST_DEVICES:
+            found.append(f"devices is {self.devices}; no machine has more than {_MOST_DEVICES}")
         if not self.out:
             found.append("out is empty; give a folder")
         for name in ("ctx_len", "batch_size", "accumulate", "epochs", "devices", "num_nodes", "log_every"):
@@ -288,6 +310,8 @@ class EvalConfig(DataOptions):
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
+        if found := number_problems(self):
+            return found
         found = super().problems()
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:

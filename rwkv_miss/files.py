@@ -117,12 +117,15 @@ def read_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST_YAML:
-                what = f"nested deeper than {_DEEPEST_YAML}" if depth > _DEEPEST_YAML else f"*{event.anchor}, an alias"
-                raise UserError(f"{path}:{event.start_mark.line + 1}: {what}; write plain values")
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path}: *{event.anchor} is an alias; write what it stands for")
+            if depth > _DEEPEST_YAML:
+                raise UserError(f"{path}: is nested deeper than {_DEEPEST_YAML}; settings are not")
         return yaml.safe_load(text)
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: is not UTF-8 ({e.reason}); convert the file to UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
     except (yaml.YAMLError, ValueError) as e:  # ValueError: a date or a number that does not exist
         if isinstance(e, UserError):
             raise

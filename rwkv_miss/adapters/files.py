@@ -33,6 +33,8 @@ from rwkv_miss.model.versions import MODELS
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
+# What is read of the facts in `OURS`, all of which may be missing.
+_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
 _OUR_TYPE = "RWKV_MISS"
 
 
@@ -196,7 +198,13 @@ def adapter_folder(path: str | os.PathLike) -> Path:
 def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of `rwkv_miss.json` in an adapter folder: base, tokenizer, ...; empty for an adapter made by PEFT."""
     path = Path(folder) / OURS
-    return _read_json(path) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    facts = _read_json(path)
+    for name, kind in _FACTS.items():
+        if not isinstance(value := facts.get(name), (kind, type(None))) or value != value:
+            raise UserError(f"{path}: {name} is {value!r:.80}; the file is damaged")
+    return facts
 
 
 def check_fits(

@@ -116,6 +116,9 @@ def _check_out(out: Path, config: TrainConfig) -> tuple[Path, int] | None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; out must be a folder")
     _check_writable(out)
+    ours = [out, *(out / name for name in OURS)]
+    if dead := [path for path in ours if path.is_symlink() and not path.exists()]:
+        raise UserError(f"{dead[0]}: links to {os.readlink(dead[0])}, which is not there; make it, or remove the link")
     found = [name for name in OURS if (out / name).exists()]
     if config.overwrite:
         _check_inputs_stay(out, config)

@@ -61,7 +61,14 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
     }
     saver = Saver(module, out, config.save_every, config.save_minutes, prepared.total_steps, validates, extra)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
-    starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
+    has_begun = False
+
+    def begin(trainer: L.Trainer, _: L.LightningModule) -> None:
+        nonlocal has_begun
+        has_begun = True
+        _start_folder(trainer, out, config)
+
+    starter = LambdaCallback(on_train_start=begin)
     trainer = _trainer(config, prepared, [starter, reporter, saver], resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
     if resume:
@@ -74,6 +81,13 @@ def run(config: TrainConfig, resume: tuple[Path, int] | None, console: Console) 
             f"({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
             "--chunk_len or --gradient_checkpointing true"
         ) from None
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+        if has_begun or not resume or isinstance(e, (UserError, RunError)):
+            raise
+        raise UserError(
+            f"{resume[0]}: cannot be gone on from, is it damaged? ({type(e).__name__}: {e}); start anew with "
+            "--overwrite true"
+        ) from e
     return TrainResult(
         trainer.global_step,
         reporter.first_loss,
@@ -90,7 +104,7 @@ def _done_already(out: Path, steps: int, total_steps: int, console: Console) -> 
     if not (kept := read_facts(out / "adapter")):
         raise UserError(f"{out}: {done}. It ended before its adapter was saved, which a further step would save")
     console.print(f"{out}: {done}", highlight=False, soft_wrap=True)
-    return TrainResult(steps, None, None, None, kept.get("val_loss"), kept["step"])
+    return TrainResult(steps, None, None, None, kept.get("val_loss"), kept.get("step") or 0)
 
 
 def _introduce(console: Console, model: RWKV, report: PackReport, val_report: PackReport | None) -> None:
@@ -148,7 +162,7 @@ def _start_folder(trainer: L.Trainer, out: Path, config: TrainConfig) -> None:
         for path in written_by_runs(out):
             remove(path)
         for name in OURS:
-            if (out / name).is_dir() and not any((out / name).iterdir()):
+            if (out / name).is_dir() and not (out / name).is_symlink() and not any((out / name).iterdir()):
                 (out / name).rmdir()
     with atomic_write(out / "config.yaml") as part:
         part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(as_yaml(config), sort_keys=False))

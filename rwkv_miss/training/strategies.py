@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from rwkv_miss.checkpoint import unpickle, write_pickle
+from rwkv_miss.checkpoint import check_sums, unpickle, write_pickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import cache_folder, locked
@@ -114,13 +114,17 @@ def check_checkpoint(path: Path) -> None:
     """UserError if a run's checkpoint is damaged or holds anything that could run code when it is loaded. DeepSpeed
     unpickles its files without a look."""
     if path.is_file():
+        check_sums(path)
         unpickle(path)
         return
+    if not (files := sorted(path.rglob("*.pt"))):
+        raise UserError(f"{path}: there is no checkpoint in it; remove it, or start anew with --overwrite true")
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    for file in sorted(path.rglob("*.pt")):
+    for file in files:
+        check_sums(file)
         unpickle(file, [LossScaler, ZeroStageEnum, fragment_address])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import pytest
 import tokenizers
 import torch
 import yaml
@@ -88,8 +86,8 @@ def arguments(command: str, changes: Mapping[str, Any]) -> list[str]:
     return [*name.split(), *file, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def make_kit(folder: Path) -> None:
-    """Writes all of the files into the folder, which becomes the current one."""
+def make_kit() -> None:
+    """Writes all of the files into the current folder."""
     weights = {k: w + 0.1 for k, w in init_weights(SIZES, seed=0).items()}
     torch.save(weights, "base.pth")
     torch.save(weights, "old.pth", _use_new_zipfile_serialization=False)
