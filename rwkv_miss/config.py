@@ -14,14 +14,14 @@ _LARGEST = 1e9
 _MOST_DEVICES = 1024
 
 
-def number_problems(config: Any, prefix: str = "") -> list[str]:
-    """What is wrong with the numbers among a dataclass's values, whatever they mean: one that is missing (null in a
-    YAML file), not finite, or larger than any of its kind."""
+def value_problems(config: Any, prefix: str = "") -> list[str]:
+    """What is wrong with a dataclass's values, whatever they mean: one that is missing (null in a YAML file), or a
+    number that is not finite or larger than any."""
     found = []
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.type in ("int", "float") and value is None:
-            found.append(f"{prefix}{f.name} is null; give a number, or leave it out")
+        if value is None and "None" not in str(f.type):
+            found.append(f"{prefix}{f.name} is null; give a value, or leave it out")
         elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST and f.name != "seed":
             found.append(f"{prefix}{f.name} is {value!r:.20}; it must be a number of at most {_LARGEST:.0e}")
     return found
@@ -217,8 +217,6 @@ class TrainConfig(DataOptions):
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
-        if found := number_problems(self) + number_problems(self.adapter, "adapter."):
-            return found  # the comparisons that follow need numbers
         found = super().problems()
         if self.devices > _MOST_DEVICES:
             found.append(f"devices is {self.devices}; no machine has more than {_MOST_DEVICES}")
@@ -310,7 +308,7 @@ class EvalConfig(DataOptions):
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
-        if found := number_problems(self):
+        if found := value_problems(self):
             return found
         found = super().problems()
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):

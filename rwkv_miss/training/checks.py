@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_miss.adapters import method
-from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.config import AdapterConfig, TrainConfig, value_problems
 from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
@@ -57,6 +57,8 @@ def check_run(config: TrainConfig) -> tuple[Path, int] | None:
         UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
             folder.
     """
+    if found := value_problems(config) + value_problems(config.adapter, "adapter."):
+        raise UserError("; ".join(found))  # what follows needs values
     found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
     found += [f"loggers has {name!r}; there are {', '.join(LOGGERS)}" for name in config.loggers if name not in LOGGERS]
     if config.objective not in OBJECTIVES:

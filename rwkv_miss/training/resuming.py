@@ -1,4 +1,5 @@
-"""What a checkpoint must hold so that a run can go on from it: all that is trained, and the optimizer's state of it."""
+"""What a checkpoint must hold so that a run can go on from it: all that is trained, and the state of the
+optimizer, the schedule and Lightning's loops."""
 
 from __future__ import annotations
 
@@ -38,17 +39,18 @@ def check_complete(
         if problem := _problem(found.get(name), parameter):
             raise refuse(f"{name} {problem}")
     try:
-        [optimizer] = checkpoint["optimizer_states"]
+        [optimizer], [schedule] = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
         states = [optimizer["state"][i] for i in range(len(in_optimizer))]
         moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-        steps = [float(state["step"]) for state in states]
+        steps = [float(state["step"]) for state in states] + [float(schedule["last_epoch"])]
+        checkpoint["loops"]["fit_loop"]["state_dict"]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
-        raise refuse("the optimizer's state is not whole") from None
+        raise refuse("the state of the optimizer, the schedule or the loops is not whole") from None
     for moment, parameter in zip(moments, (p for p in in_optimizer for _ in range(2)), strict=True):
         if problem := _problem(moment, parameter):
             raise refuse(f"a moment of the optimizer {problem}")
     if not all(1 <= step < float("inf") for step in steps):
-        raise refuse("the optimizer has counted no steps")
+        raise refuse("the optimizer or the schedule has counted no steps")
 
 
 def _problem(found: Any, parameter: Tensor) -> str | None:
