@@ -9,8 +9,8 @@ BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 
 
-# No number of the settings is larger, but for the seed; beyond it fp32 and arrays' sizes overflow.
-_LARGEST = 1e9
+# No number of the settings is larger, but for the seed; beyond it the sizes of arrays, and fp32, overflow.
+_LARGEST = {int: 1e9, float: 1e30}
 _MOST_DEVICES = 1024
 
 
@@ -22,8 +22,8 @@ def value_problems(config: Any, prefix: str = "") -> list[str]:
         value = getattr(config, f.name)
         if value is None and "None" not in str(f.type):
             found.append(f"{prefix}{f.name} is null; give a value, or leave it out")
-        elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST and f.name != "seed":
-            found.append(f"{prefix}{f.name} is {value!r:.20}; it must be a number of at most {_LARGEST:.0e}")
+        elif (limit := _LARGEST.get(type(value))) and not abs(value) <= limit and f.name != "seed":
+            found.append(f"{prefix}{f.name} is {value!r:.20}; it must be a number of at most {limit:.0e}")
     return found
 
 

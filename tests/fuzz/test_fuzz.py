@@ -287,7 +287,7 @@ def test_an_extreme_setting(fresh, command, name):
         answer([command, "--config=settings.yaml"])
 
 
-@pytest.mark.parametrize("lr", [1e9, 1e38])
+@pytest.mark.parametrize("lr", [1e30, 1e38])
 @pytest.mark.parametrize("more", [{}, {"adapter.method": "full"}, {"adapter.method": "state"}, {"grad_clip": 0}])
 def test_a_rate_that_is_far_too_high(fresh, lr, more):
     fresh()
