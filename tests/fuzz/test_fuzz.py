@@ -25,7 +25,7 @@ from tests.fuzz.kit import COMMANDS, READ_BY, TRAIN, answer, arguments
 from tests.helpers import RunsCode
 
 bounded = settings(
-    max_examples=12,
+    max_examples=10,
     derandomize=True,
     deadline=None,
     database=None,
@@ -70,7 +70,7 @@ ACCEPTED: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("change", [*REFUSED, *ACCEPTED])
-@pytest.mark.parametrize("key", ["emb.weight", "blocks.1.att.r_k", "blocks.0.ffn.key.weight"])
+@pytest.mark.parametrize("key", ["emb.weight", "blocks.1.att.r_k"])
 def test_a_tensor_of_the_base(fresh, key, change):
     for command, options in READ_BY["base.pth"].items():
         fresh()
@@ -195,10 +195,11 @@ VALUES = {
     "name", ["adapter/adapter_config.json", "adapter/rwkv_miss.json", "run/adapter/rwkv_miss.json", "tokenizer.json"]
 )
 def test_a_value_in_a_json_file(fresh, name, value):
-    """In place of each of its values, and of the whole."""
+    """In place of the whole, and of every third of its values: of others with another value."""
     fresh()
     content = json.loads(Path(name).read_text())
-    texts = [json.dumps({**content, key: "HERE"}).replace('"HERE"', VALUES[value]) for key in content]
+    keys = [*content][[*VALUES].index(value) % 3 :: 3]
+    texts = [json.dumps({**content, key: "HERE"}).replace('"HERE"', VALUES[value]) for key in keys]
     commands = [*READ_BY[name]]
     for i, text in enumerate([VALUES[value], *texts]):
         fresh()
@@ -259,10 +260,11 @@ def test_settings_in_yaml(fresh, name):
 
 # Settings
 
-EXTREMES: list[Any] = [
-    *(None, True, "", "a", "\0", "€", "a\nb", "x" * 5000, [], [None], {}, {"a": 1}, [[[1]]]),
-    *(0, -1, 2.5, 1e-320, 1e38, 1e308, float("nan"), float("inf"), float("-inf"), [float("nan")] * 2, [0.0, 0.0]),
-    *(2**31, 2**63, 2**64, 10**400),
+EXTREMES: list[Any] = [None, float("nan"), 1e38, -1, 2**64]
+# Of these each setting gets a third.
+MORE: list[Any] = [
+    *(True, "", "a", "\0", "€", "a\nb", "x" * 5000, [], [None], {}, {"a": 1}, [[[1]]], 0, 2.5, 1e-320, 1e308),
+    *(float("inf"), float("-inf"), [float("nan")] * 2, [0.0, 0.0], 2**31, 2**63, 10**400),
 ]
 # What is right but takes long.
 _LONG = {"max_steps", "epochs", "accumulate", "max_tokens", "warmup_steps"}
@@ -275,7 +277,7 @@ _FIELDS = [
 
 @pytest.mark.parametrize(("command", "name"), _FIELDS)
 def test_an_extreme_setting(fresh, command, name):
-    for value in EXTREMES:
+    for value in EXTREMES + MORE[_FIELDS.index((command, name)) % 3 :: 3]:
         if name in _LONG and isinstance(value, int) and value > 100:
             continue
         fresh()
