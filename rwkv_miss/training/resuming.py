@@ -3,7 +3,7 @@ optimizer, the schedule and Lightning's loops."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,25 @@ def check_complete(
         states = [optimizer["state"][i] for i in range(len(in_optimizer))]
         moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
         steps = [float(state["step"]) for state in states] + [float(schedule["last_epoch"])]
-        checkpoint["loops"]["fit_loop"]["state_dict"]
+        counts = [*_leaves(checkpoint["loops"]["fit_loop"]["state_dict"]), *_leaves(checkpoint["loops"])]
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError):
         raise refuse("the state of the optimizer, the schedule or the loops is not whole") from None
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise refuse("the counts of the loops are no numbers")
     for moment, parameter in zip(moments, (p for p in in_optimizer for _ in range(2)), strict=True):
         if problem := _problem(moment, parameter):
             raise refuse(f"a moment of the optimizer {problem}")
     if not all(1 <= step < float("inf") for step in steps):
         raise refuse("the optimizer or the schedule has counted no steps")
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    """What is in dicts and lists of dicts and lists."""
+    if not isinstance(content, (dict, list)):
+        yield content
+        return
+    for part in content.values() if isinstance(content, dict) else content:
+        yield from _leaves(part)
 
 
 def _problem(found: Any, parameter: Tensor) -> str | None:
