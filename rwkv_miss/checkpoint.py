@@ -48,16 +48,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     when it is used. Nothing in the file is executed.
 
     Raises:
-        UserError: no such file, a folder, a damaged file, a pickle that holds code, or not a flat state dict.
+        UserError: no such file, a folder, a damaged file, a pickle that holds code, not a flat state dict, or a tensor
+            that is none of plain numbers in one of `DTYPES`.
     """
     path = Path(path)
     check_is_file(path, "checkpoint")
-    if path.suffix in (".st", ".safetensors"):
-        try:
-            return load_file(path)
-        except SafetensorError as e:
-            raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
-    loaded = unpickle(path)
+    loaded = read_safetensors(path) if path.suffix in (".st", ".safetensors") else unpickle(path)
     if (
         not isinstance(loaded, dict)
         or not loaded
@@ -65,7 +61,39 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     ):
         holds = f"keys {', '.join(map(str, list(loaded)[:5]))}" if isinstance(loaded, dict) else type(loaded)
         raise UserError(f"{path}: holds {holds}; expected a flat state dict of tensors (emb.weight, ...)")
+    check_plain(loaded, path)
     return {name: tensor.detach() for name, tensor in loaded.items()}  # some are saved as parameters
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file, memory-mapped; UserError if it is damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as e:  # KeyError: a dtype that this PyTorch does not have
+        raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
+
+
+def check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """UserError unless all of a file's tensors are plain numbers in one of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if oddity := _oddity(tensor):
+            raise UserError(f"{path}: {name} {oddity}; convert it to plain numbers in {', '.join(DTYPES)}")
+
+
+def _oddity(tensor: Tensor) -> str | None:
+    """What there is about a tensor that a weight cannot have: numbers that are not there, not in order, or of a dtype
+    that no RWKV has. PyTorch saves and loads them all."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "is not dense (a sparse, nested or otherwise packed tensor)"
+    if tensor.dtype not in DTYPES.values():
+        return f"has dtype {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.device.type != "cpu":
+        return "has a shape and no numbers (a tensor of PyTorch's meta device)"
+    if tensor.is_neg():
+        return "is a negated view of other numbers"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"has shape {tuple(tensor.shape)} but fewer numbers than that (an expanded tensor)"
+    return None
 
 
 def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
@@ -76,9 +104,8 @@ def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
         UserError: the file is damaged, or holds anything else.
     """
     try:
-        # Only the zip format (PyTorch >= 1.6) can be mapped; older files are read whole.
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
     except pickle.UnpicklingError as e:
         if code := re.search(r"GLOBAL (\S+)|unrecognized function (.+)", str(e)):
             raise UserError(
@@ -86,9 +113,30 @@ def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
                 "executed. Use a checkpoint that holds tensors alone, or convert it where you trust its origin"
             ) from None
         raise UserError(f"{path}: not a PyTorch checkpoint; expected a .pth or .st file of weights") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
+    except Exception as e:  # damaged bytes ask the unpickler for anything
         reason = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
+
+
+def check_sums(path: Path) -> None:
+    """UserError unless every byte that PyTorch wrote to a zip is as it was: the zip has a sum of each of its parts, at
+    which PyTorch does not look. The whole file is read."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()
+    except Exception as e:  # damaged bytes make anything of the archive
+        damaged = str(e) or type(e).__name__
+    if damaged:
+        raise UserError(f"{path}: is damaged ({damaged}); start anew, or from a copy of it")
+
+
+def _is_mappable(path: Path) -> bool:
+    """Whether the bytes of tensors stand in the file as they are in memory. They do in PyTorch's zip format (1.6 and
+    later), unless another program has compressed it; older files are pickles."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as z:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in z.infolist())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -13,6 +13,8 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TextIO
 
 import jsonargparse
@@ -20,6 +22,7 @@ import jsonargparse
 from rwkv_miss import __version__
 from rwkv_miss.commands import COMMANDS, GROUPS
 from rwkv_miss.errors import RunError, Stopped, UserError
+from rwkv_miss.files import read_yaml
 
 # What other trainers call some of our options: RWKV-PEFT, RWKV-LM, Hugging Face's Trainer and PEFT.
 _ELSEWHERE = {
@@ -54,6 +57,8 @@ _ELSEWHERE = {
 }
 
 
+# The most characters of a message.
+_LONGEST = 1500
 # What Lightning 2.6 and DeepSpeed 0.19 call that torch 2.13 deprecates, and that a checkpoint of ZeRO-3 is a folder.
 _NOT_THE_USERS = r".*(LeafSpec|torch\.distributed\.\w+).*is deprecated|When saving the DeepSpeed Stage 3 checkpoint"
 
@@ -74,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except RunError as e:
         _say(f"rwkv-miss {command}: {e}")
+        return 1
+    except MemoryError as e:
+        _say(f"rwkv-miss {command}: there is not enough memory ({_one_line(str(e))})")
         return 1
     except Stopped as e:
         _say(f"rwkv-miss {command}: stopped by {e} after saving a checkpoint; go on with --resume auto")
@@ -102,11 +110,24 @@ def _let_go_of(stream: TextIO) -> None:
 
 def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
     """The options of the command that was given, and its name."""
-    found = _parser().parse_args(_as_meant(arguments))
+    for path in _configs(arguments):
+        read_yaml(Path(path))  # the parser reads it again, as it is
+    try:
+        found = _parser().parse_args(_as_meant(arguments))
+    except (ValueError, OverflowError, RecursionError) as e:  # of a value that has the right type and cannot be taken
+        raise UserError(f"an option cannot be read ({e}); give a plain value") from None
     command, options = found.subcommand, found[found.subcommand]
     while "subcommand" in options:
         command, options = f"{command} {options.subcommand}", options[options.subcommand]
     return options, command
+
+
+def _configs(arguments: list[str]) -> list[str]:
+    """The files that --config names."""
+    return [
+        *(value for name, value in pairwise(arguments) if name == "--config"),
+        *(argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")),
+    ]
 
 
 def _parser() -> jsonargparse.ArgumentParser:
@@ -158,6 +179,8 @@ def _arguments(function: Callable[..., int], options: jsonargparse.Namespace) ->
         own = {field.name: values.pop(field.name) for field in dataclasses.fields(cls)}
         for field_name, kind in typing.get_type_hints(cls).items():
             if dataclasses.is_dataclass(kind):
+                if not isinstance(own[field_name], dict):
+                    raise UserError(f"{field_name} is {own[field_name]!r}; give its settings by their names")
                 own[field_name] = kind(**own[field_name])  # type: ignore[operator]
         values[argument] = cls(**own)
     return values
@@ -244,4 +267,6 @@ def _option_names(arguments: list[str]) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """A message as one line that a terminal shows as it is and that can be read: what it quotes may be anything."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"

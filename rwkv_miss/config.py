@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
+
+
+# No number of the settings is larger, but for the seed; beyond it the sizes of arrays, and fp32, overflow.
+_LARGEST = {int: 1e9, float: 1e30}
+_MOST_DEVICES = 1024
+
+
+def value_problems(config: Any, prefix: str = "") -> list[str]:
+    """What is wrong with a dataclass's values, whatever they mean: one that is missing (null in a YAML file), or a
+    number that is not finite or larger than any."""
+    found = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None and "None" not in str(f.type):
+            found.append(f"{prefix}{f.name} is null; give a value, or leave it out")
+        elif (limit := _LARGEST.get(type(value))) and not abs(value) <= limit and f.name != "seed":
+            found.append(f"{prefix}{f.name} is {value!r:.20}; it must be a number of at most {limit:.0e}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -220,6 +238,8 @@ class TrainConfig(DataOptions):
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
         found = super().problems()
+        if self.devices > _MOST_DEVICES:
+            found.append(f"devices is {self.devices}; no machine has more than {_MOST_DEVICES}")
         if not self.out:
             found.append("out is empty; give a folder")
         for name in (
@@ -321,6 +341,8 @@ class EvalConfig(DataOptions):
 
     def problems(self) -> list[str]:
         """Every mistake that can be told without opening a file."""
+        if found := value_problems(self):
+            return found
         found = super().problems()
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:

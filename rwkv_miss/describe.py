@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, read_adapter
 from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.files import check_name
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.initial_state import is_state
 from rwkv_miss.model.recognise import infer_config
@@ -22,6 +23,7 @@ def describe(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         UserError: it cannot be read, or is none of the three.
     """
+    check_name(Path(path), "a file")
     if Path(path).is_dir():
         return _adapter(read_adapter(path))
     tensors = read_checkpoint(path)

@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock
 
 from rwkv_miss.errors import UserError
@@ -21,6 +23,9 @@ from rwkv_miss.errors import UserError
 _log = logging.getLogger("rwkv_miss")
 # A name such as BlinkDL/rwkv-7-world: an owner and a model, without the suffix of a file.
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+")
+# A run's settings take about 2 kB, and are nested 3 deep.
+_LARGEST_YAML = 100_000
+_DEEPEST_YAML = 20
 
 
 def cache_folder() -> Path:
@@ -69,8 +74,20 @@ def claimed(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def check_name(path: Path, what: str) -> None:
+    """UserError if no file can have that name; `what` names its role in the message."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as e:  # too long, a link to itself, a NUL, half of a surrogate pair
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"{path}: cannot be the name of {what}: {reason}") from None
+
+
 def check_is_file(path: Path, what: str) -> None:
     """UserError unless `path` is a file; `what` names its role in the message."""
+    check_name(path, f"a {what}")
     if path.is_dir():
         hint = ""
         if (path / "config.json").is_file():
@@ -80,7 +97,39 @@ def check_is_file(path: Path, what: str) -> None:
         hint = ""
         if _HUB_ID.fullmatch(str(path)):
             hint = "; if this is the name of a model on a hub, download its .pth and give that file"
+        if path.exists():
+            hint = "; this is a pipe or a device: copy what comes out of it to a file"
         raise UserError(f"{path}: no such file ({what}){hint}")
+
+
+def read_yaml(path: Path) -> Any:
+    """What a file of settings in YAML holds: Python's own values, and nothing that grows when it is read.
+
+    Raises:
+        UserError: it is no file, no YAML, larger or nested deeper than settings are, or has aliases (`*name`), of which
+            a few lines can make a value that fills the memory.
+    """
+    check_is_file(path, "settings")
+    if (size := path.stat().st_size) > _LARGEST_YAML:
+        raise UserError(f"{path}: has {size:,} bytes, too many for settings (at most {_LARGEST_YAML:,})")
+    depth = 0
+    try:
+        text = path.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{path}: *{event.anchor} is an alias; write what it stands for")
+            if depth > _DEEPEST_YAML:
+                raise UserError(f"{path}: is nested deeper than {_DEEPEST_YAML}; settings are not")
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is not UTF-8 ({e.reason}); convert the file to UTF-8") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: a date or a number that does not exist
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path}: is not YAML ({e})") from None
 
 
 def part_path(path: Path) -> Path:

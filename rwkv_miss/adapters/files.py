@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import rwkv_miss
@@ -25,10 +23,10 @@ from rwkv_miss.adapters.method import METHODS, LinearMethod, find_methods
 from rwkv_miss.adapters.plan import Plan, is_target, linear_shapes
 from rwkv_miss.adapters.whole import METHOD as WHOLE
 from rwkv_miss.adapters.whole import matches
-from rwkv_miss.checkpoint import write_safetensors
+from rwkv_miss.checkpoint import check_plain, read_safetensors, write_safetensors
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, check_name
 from rwkv_miss.fingerprints import is_of_base
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import is_state, state_shapes
@@ -36,6 +34,8 @@ from rwkv_miss.model.versions import MODELS
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
+# What is read of the facts in `OURS`, all of which may be missing.
+_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
 _OUR_TYPE = "RWKV_MISS"
 
 
@@ -137,10 +137,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
             else "the adapter folder is incomplete"
         )
         raise UserError(f"{folder / WEIGHTS}: no such file; {hint}")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as e:
-        raise UserError(f"{folder / WEIGHTS}: not a readable safetensors file ({e}); is it truncated?") from None
+    tensors = read_safetensors(folder / WEIGHTS)
+    check_plain(tensors, folder / WEIGHTS)
     if strange := [key for key in tensors if not key.startswith(_PREFIX)]:
         raise UserError(f"{folder / WEIGHTS}: key {strange[0]} is not a part of an adapter; expected {_PREFIX}...")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
@@ -189,6 +187,7 @@ def adapter_folder(path: str | os.PathLike) -> Path:
         UserError: there is no such folder.
     """
     folder = Path(path)
+    check_name(folder, "a folder")
     if folder.is_file():
         raise UserError(f"{folder}: is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}, such as RUN/adapter")
     if not folder.is_dir():
@@ -200,7 +199,13 @@ def adapter_folder(path: str | os.PathLike) -> Path:
 def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of `rwkv_miss.json` in an adapter folder: base, tokenizer, ...; empty for an adapter made by PEFT."""
     path = Path(folder) / OURS
-    return _read_json(path) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    facts = _read_json(path)
+    for name, kind in _FACTS.items():
+        if not isinstance(value := facts.get(name), (kind, type(None))) or value != value:
+            raise UserError(f"{path}: {name} is {value!r:.80}; the file is damaged")
+    return facts
 
 
 def add_facts(folder: str | os.PathLike, facts: dict[str, Any]) -> None:
@@ -338,8 +343,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the adapter folder is incomplete")
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:  # also a number of too many digits, and nesting too deep
         raise UserError(f"{path}: not JSON ({e})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected an object")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, check_name
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -72,6 +72,7 @@ def read_binidx(prefix: str | Path) -> BinIdx:
     prefix = str(prefix)
     idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, data):
+        check_name(path, "a binidx")
         if not path.is_file():
             raise UserError(f"{path}: no such file; a binidx needs both {idx.name} and {data.name}")
     try:

@@ -17,6 +17,7 @@ from rwkv_miss.data.readers.instead import instead
 from rwkv_miss.data.readers.reader import READERS, read_records
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import check_name
 
 
 def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Sequence[Document]:
@@ -35,6 +36,7 @@ def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, opti
 
 def check_source(path: str | Path) -> None:
     """Raises UserError if `path` is missing or of a kind that `read_documents` does not read. Does not open it."""
+    check_name(Path(path), "data")
     if binidx_prefix(path) is not None:
         return
     if said := instead(Path(path), [*READERS]):
@@ -60,6 +62,7 @@ def records_to_binidx(path: str | Path, prefix: str, tokenizer: Tokenizer, optio
         UserError: as `read_records` and `encode_record`, or the pair cannot be written or is there already. Nothing is
             left then.
     """
+    check_name(Path(f"{prefix}.bin"), "a binidx")
     if prefix.endswith((".bin", ".idx")) or prefix.rpartition("/")[2] in ("", ".", ".."):
         raise UserError(f"out is {prefix!r}; give what comes before .bin and .idx in the names of the files to write")
     for file in (f"{prefix}.bin", f"{prefix}.idx"):

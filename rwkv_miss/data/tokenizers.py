@@ -12,6 +12,7 @@ import tokenizers
 from pyrwkv_tokenizer import RWKVTokenizer
 
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import check_name
 
 END = 0
 """The token that ends a document."""
@@ -88,6 +89,7 @@ def _join(pieces: list[bytes], ids: list[int]) -> str:
 
 def _hugging_face(name: str) -> Tokenizer:
     path = Path(name)
+    check_name(path, "a tokenizer")
     if not path.is_file():
         raise UserError(f"tokenizer {name!r}: no such file; give world, bytes, or the path of a tokenizer.json")
     try:

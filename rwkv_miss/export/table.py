@@ -7,6 +7,7 @@ from pathlib import Path
 from rwkv_miss.errors import UserError
 from rwkv_miss.export import pth
 from rwkv_miss.export.target import Target
+from rwkv_miss.files import check_name
 
 TARGETS: dict[str, Target] = {"pth": pth.TARGET}
 
@@ -17,6 +18,7 @@ def target_of(path: Path) -> Target:
     Raises:
         UserError: there is none.
     """
+    check_name(path, "a file")
     for target in TARGETS.values():
         if path.name.endswith(target.suffix):
             return target

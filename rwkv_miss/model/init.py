@@ -20,7 +20,7 @@ from torch import Tensor
 from rwkv_miss.checkpoint import TensorSpec, parse_dtype, write_pth
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, check_name
 from rwkv_miss.model.initial_values import orthogonal
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
@@ -95,6 +95,7 @@ def write_initial(config: ModelConfig, seed: int, out: str | os.PathLike, dtype:
         raise UserError(f"seed is {seed}; it must be at least 0 and below 2**64")
     if out.suffix != ".pth":
         raise UserError(f"{out}: the model is written as .pth; give a name that ends so")
+    check_name(out, "a model")
     if out.exists():
         raise UserError(f"{out}: exists already; give another name, or remove it first")
     shapes = parameter_shapes(config) | MODELS[config.version].unused_shapes(config)

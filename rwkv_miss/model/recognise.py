@@ -35,10 +35,11 @@ def infer_config(tensors: Mapping[str, Tensor], path: str | os.PathLike) -> Mode
             raise UserError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, expected two dimensions")
         return tensors[key].shape
 
-    layers = {int(m.group(1)) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
-    if layers != set(range(len(layers))):
-        missing = min(set(range(max(layers))) - layers)
-        raise UserError(f"{path}: blocks.{missing}.* is missing between 0 and {max(layers)}")
+    layers = {m.group(1) for key in tensors if (m := re.match(r"blocks\.(\d+)\.", key))}
+    # As text: a key may hold any number of digits, and any script's.
+    if missing := [i for i in range(len(layers)) if str(i) not in layers]:
+        last = max(layers, key=lambda number: (len(number), number))
+        raise UserError(f"{path}: blocks.{missing[0]}.* is missing, although there is blocks.{last}.*")
     found = kind.find_sizes(shape, tensors.keys(), len(layers))
     vocab_size, n_embd = shape("emb.weight")
     if found.n_head * found.head_size != n_embd:

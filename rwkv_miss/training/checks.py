@@ -12,14 +12,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rwkv_miss.adapters import method
-from rwkv_miss.config import AdapterConfig, TrainConfig
+from rwkv_miss.config import AdapterConfig, TrainConfig, value_problems
 from rwkv_miss.data.corpus import check_source
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import check_is_file
+from rwkv_miss.files import check_is_file, check_name, read_yaml
 from rwkv_miss.training import loggers
 from rwkv_miss.training.deepspeed_json import read_deepspeed_json
 from rwkv_miss.training.figures import read_figures, read_samples
@@ -86,6 +84,8 @@ def check_run(config: TrainConfig) -> Resume | None:
         UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
             folder.
     """
+    if found := value_problems(config) + value_problems(config.adapter, "adapter."):
+        raise UserError("; ".join(found))  # what follows needs values
     found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
     found += loggers.problems(config.loggers)
     if config.objective not in OBJECTIVES:
@@ -153,9 +153,13 @@ def _check_launcher(config: TrainConfig) -> None:
 
 def _check_out(out: Path, config: TrainConfig) -> None:
     """UserError where the folder may not be used."""
+    check_name(out, "a folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; out must be a folder")
     _check_writable(out)
+    ours = [out, *(out / name for name in OURS)]
+    if dead := [path for path in ours if path.is_symlink() and not path.exists()]:
+        raise UserError(f"{dead[0]}: links to {os.readlink(dead[0])}, which is not there; make it, or remove the link")
     if config.overwrite:
         _check_inputs_stay(out, config)
     found = [name for name in OURS if (out / name).exists()]
@@ -215,10 +219,7 @@ def _check_writable(out: Path) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """A run's settings, from its config.yaml. Those that did not exist yet when it ran have their defaults, or what
     `_BEFORE` says."""
-    try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        found = None
+    found = read_yaml(path)
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
         raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
     defaults = {f.name: f.default for f in fields(TrainConfig)}

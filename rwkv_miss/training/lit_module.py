@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -20,6 +21,7 @@ from rwkv_miss.model.state import State
 from rwkv_miss.training import optim
 from rwkv_miss.training.nonfinite import check_finite
 from rwkv_miss.training.objective import Objective
+from rwkv_miss.training.resuming import check_complete
 
 
 class LitRWKV(L.LightningModule):
@@ -115,17 +117,27 @@ class LitRWKV(L.LightningModule):
         checkpoint["data_fingerprint"] = self.data_fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint, self.trainer.ckpt_path or "")
+
+    def check_checkpoint(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """UserError unless the run can go on from the checkpoint, which is in `path`."""
         found, here = checkpoint.get("base_fingerprint"), self.model.fingerprint
         if found is not None and not is_of_base(found, here):  # None: from before it was recorded
             raise UserError(
-                f"{self.config.base}: the checkpoint was trained on another base (fingerprint {found[:12]}; this one "
-                f"has {here[:12]}); resume with the base that the run began with"
+                f"{self.config.base}: the checkpoint was trained on another base (fingerprint {str(found)[:12]}; this "
+                f"one has {here[:12]}); resume with the base that the run began with"
             )
         if checkpoint.get("data_fingerprint") not in (None, self.data_fingerprint):
             raise UserError(
                 f"{self.config.data}: the checkpoint was trained on other data, or on what other settings made of it; "
                 "resume with the data that the run began with, or start anew with another out"
             )
+        if "state_dict" in checkpoint:  # DeepSpeed reads its own
+            trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            in_optimizer = [
+                p for group in optim.parameter_groups(self.model, self.config).values() for p in group.values()
+            ]
+            check_complete(checkpoint, trained, in_optimizer, path)
 
 
 def _columns(batch: dict[str, Any], wanted: slice) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.result import TrainResult
 from rwkv_miss.training.samples import Sampler
 from rwkv_miss.training.saving import LAST, Saver, validation_is_pending
-from rwkv_miss.training.watch import Watch
+from rwkv_miss.training.watch import Watch, is_lost_connection
 
 
 def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainResult:
@@ -67,7 +67,14 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     }
     saver = Saver(module, out, config, prepared, extra)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
-    starter = LambdaCallback(on_train_start=lambda trainer, _: _start_folder(trainer, out, config))
+    has_begun = False
+
+    def begin(trainer: L.Trainer, _: L.LightningModule) -> None:
+        nonlocal has_begun
+        has_begun = True
+        _start_folder(trainer, out, config)
+
+    starter = LambdaCallback(on_train_start=begin)
     watch = Watch(config.hang_minutes)
     model.head.register_forward_hook(lambda *_: watch.moved())
     callbacks: list[L.Callback] = [starter, Record(out, prepared.total_steps, introduction), reporter, saver]
@@ -91,6 +98,13 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
                 f"batch_size ({config.batch_size}; accumulate makes up for it) or ctx_len ({config.ctx_len}), or give "
                 "--chunk_len or --gradient_checkpointing true"
             ) from None
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
+            if has_begun or not resume or isinstance(e, (UserError, RunError)) or is_lost_connection(e):
+                raise
+            raise UserError(
+                f"{resume.path}: cannot be gone on from, is it damaged? ({type(e).__name__}: {e}); start anew with "
+                "--overwrite true"
+            ) from e
     return TrainResult(
         trainer.global_step,
         reporter.first_loss,
@@ -107,7 +121,7 @@ def _done_already(out: Path, steps: int, total_steps: int, console: Console) -> 
     if not (kept := read_facts(out / "adapter")):
         raise UserError(f"{out}: {done}. It ended before its adapter was saved, which a further step would save")
     console.print(f"{out}: {done}", highlight=False, soft_wrap=True)
-    return TrainResult(steps, None, None, None, kept.get("val_loss"), kept["step"])
+    return TrainResult(steps, None, None, None, kept.get("val_loss"), kept.get("step") or 0)
 
 
 def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
@@ -170,7 +184,7 @@ def _start_folder(trainer: L.Trainer, out: Path, config: TrainConfig) -> None:
         for path in written_by_runs(out):
             remove(path)
         for name in OURS:
-            if (out / name).is_dir() and not any((out / name).iterdir()):
+            if (out / name).is_dir() and not (out / name).is_symlink() and not any((out / name).iterdir()):
                 (out / name).rmdir()
     with atomic_write(out / "config.yaml") as part:
         part.write_text(f"# rwkv-miss {rwkv_miss.__version__}\n" + yaml.safe_dump(as_yaml(config), sort_keys=False))

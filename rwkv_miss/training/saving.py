@@ -56,7 +56,7 @@ class Saver(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = time.monotonic()
         if trainer.global_step and (kept := read_facts(self.out / "adapter")):  # resumed
-            self.best, self.best_step = kept.get("val_loss"), kept["step"]
+            self.best, self.best_step = kept.get("val_loss"), kept.get("step") or 0
         self._handlers = {n: signal.signal(n, self._on_signal) for n in SIGNALS}
         if trainer.global_step and validation_is_pending(self.out, trainer.global_step, self.prepared):
             _validate(trainer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
 
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.errors import RunError
 from rwkv_miss.files import claimed
 from rwkv_miss.training.checks import check_run, is_first_process
 from rwkv_miss.training.parent import end_with_parent
@@ -34,4 +36,10 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     from rwkv_miss.training.run import run
 
     with claimed(Path(config.out)) if first else nullcontext():
-        return run(config, resume, console)
+        try:
+            return run(config, resume, console)
+        except BrokenPipeError:
+            raise  # the reader of what is printed has gone
+        except OSError as e:
+            where = os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else config.out
+            raise RunError(f"{where}: {e.strerror or e}; what was saved before is kept") from e

@@ -109,7 +109,7 @@ class Watch:
     def _settle(self, error: Exception) -> BaseException:
         """What is to be raised instead of `error`, an exception of this process."""
         self._settling.set()
-        if isinstance(error, ElsewhereError) or _is_lost_connection(error):
+        if isinstance(error, ElsewhereError) or is_lost_connection(error):
             self._found.wait(2 * SILENCE)
             if self._ending:
                 return self._ending.as_exception()
@@ -231,7 +231,8 @@ class Watch:
             self._wake.set()
 
 
-def _is_lost_connection(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether the error says that a process at the other end of a collective operation has gone."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and not isinstance(error, RunError) and bool(_LOST.search(str(error)))
     )

@@ -286,7 +286,7 @@ def test_a_folder_of_nothing_that_is_read(tmp_path):
         ("openai/gsm8k.jsonl", "cannot be read: No such file"),
         ("openai/gsm8k.csv", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
         ("a" * 5000, "no such file or folder; give a .jsonl"),
-        ("a" * 5000 + ".jsonl", "cannot be read: File name too long"),
+        ("a" * 5000 + ".jsonl", "cannot be the name of data: File name too long"),
         ("a/b/c", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
     ],
 )

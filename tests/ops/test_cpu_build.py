@@ -110,6 +110,19 @@ def test_a_change_of_the_source_compiles_again(tiny, tmp_path):
     assert build.load_library(tiny, cache=cache).answer() == 43
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_library_that_was_cut_off_is_compiled_again(tiny, tmp_path, start_process, share):
+    """Loaded, it would end the process by SIGBUS or SIGSEGV."""
+    cache = tmp_path / "cache"
+    assert finish(load_in_another_process(start_process, tiny, cache)) == ["compiled\n"]
+    [library] = cache.glob("*.so")
+    content = library.read_bytes()
+    library.write_bytes(content[: int(len(content) * share)])
+    assert finish(load_in_another_process(start_process, tiny, cache)) == ["compiled\n"]
+    assert finish(load_in_another_process(start_process, tiny, cache)) == [""]
+
+
 def test_a_cache_that_cannot_be_made_is_done_without(tiny, tmp_path, caplog):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")

@@ -69,6 +69,8 @@ def instead(path: Path, suffixes: Sequence[str]) -> str | None:
         return _filled(said, path, path.resolve().name + (".txt" if name == "*.txt" else ".jsonl"))
     if not os.path.exists(path) and re.search(r"[*?\[]", str(path)):
         return f"a pattern of names is not expanded; join the files into one: cat {path} > all{suffix or '.jsonl'}"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "is a pipe or a device; copy what comes out of it to a file"
     if suffix in suffixes:
         return None
     if suffix in BY_SUFFIX and os.path.exists(path):

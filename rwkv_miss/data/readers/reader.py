@@ -15,6 +15,7 @@ from rwkv_miss.data.readers.txt import read_txt
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import STOP, holds_stop
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import check_name
 
 Reader = Callable[[Path, BinaryIO, DataOptions], Iterator[Record]]
 """A reader of one format: (path, file, options) -> the file's records in its order.
@@ -52,6 +53,7 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
     path = Path(path)
     if said := instead(path, [*READERS]):
         raise UserError(f"{path}: {said}")
+    check_name(path, "data")
     unread: Counter[str] = Counter()
     records = stopped = 0
     first_stopped = ""

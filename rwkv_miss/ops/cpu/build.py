@@ -34,9 +34,9 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     """Loads the library of a C++ source, after compiling it if it is not in the cache.
 
     The library in the cache is named by a hash of all that goes into it (the source, the headers beside it, the
-    options, the compiler and the machine), so that it is never out of date. Of several processes that need it at once
-    one compiles and the others wait; if that one is killed, the next compiles. Where nothing can be written to the
-    cache, the library is used without it, with a warning.
+    options, the compiler and the machine), so that it is never out of date, and compiled again if it is damaged. Of
+    several processes that need it at once one compiles and the others wait; if that one is killed, the next
+    compiles. Where nothing can be written to the cache, the library is used without it, with a warning.
 
     Args:
         source: a .cpp file.
@@ -53,20 +53,31 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache or cache_folder()
     library = cache / f"{source.stem}-{digest}.so"
-    if library.exists():
+    if _is_whole(library):
         return ctypes.CDLL(str(library))
     made = None
     with tempfile.TemporaryDirectory(prefix="rwkv_miss-") as folder:
         try:
             with locked(cache / "build.lock"):
-                if not library.exists():
+                if not _is_whole(library):
                     made = _compile(source, flags, Path(folder))
+                    content = made.read_bytes()
                     with replacing(library) as part:
-                        part.write_bytes(made.read_bytes())
+                        part.write_bytes(content + hashlib.sha256(content).digest())
         except OSError as error:
             warn_without_cache(source, error)
             return ctypes.CDLL(str(made or _compile(source, flags, Path(folder))))
     return ctypes.CDLL(str(library))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library of the cache is there as it was written: ended by its checksum, which the loader does not see.
+    A damaged one would end the process."""
+    if not library.exists():
+        return False
+    content = library.read_bytes()
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _compiler_version() -> str:
