@@ -189,7 +189,7 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
     if not (found := last_checkpoint(out / "checkpoints")):
         return None
     path, step = found
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):
         raise UserError(f"{path}: not a whole checkpoint (truncated?); start anew with --overwrite true")
     return Resume(path, step, changed)
 

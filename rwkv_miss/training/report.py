@@ -43,7 +43,7 @@ def write_report(out: Path) -> Path:
     facts = _read_facts(out / "run.json")
     path = out / "report.html"
     with atomic_write(path) as part:
-        part.write_text(_page(out.resolve().name, settings, rows, samples, facts), encoding="utf-8")
+        part.write_text(_page(out.resolve().name, settings, rows, samples, facts), encoding="utf-8", errors="replace")
     return path
 
 

@@ -113,6 +113,7 @@ class Watch:
             self._found.wait(2 * SILENCE)
             if self._ending:
                 return self._ending.as_exception()
+            error = RunError(f"the processes have lost each other ({_first_line(error)}); {_KEPT}")
         elif isinstance(error, (UserError, RunError)):
             self._tell("failed", _Ending(f"rank {self._rank}: {error}", 2 if isinstance(error, UserError) else 1))
         elif not isinstance(error, Stopped):  # which all processes are at once
