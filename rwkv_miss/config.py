@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+Strategy = Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+Offload = Literal["none", "optimizer", "all"]
+STRATEGIES, OFFLOADS = get_args(Strategy), get_args(Offload)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 
@@ -192,9 +195,9 @@ class TrainConfig(DataOptions):
     """GPUs to use on each node; processes on a machine without a GPU."""
     num_nodes: int = 1
     """Number of machines."""
-    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
+    strategy: Strategy = "auto"
     """How processes share the work. auto: one process alone, ddp for several."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Offload = "none"
     """What DeepSpeed keeps in the CPU's memory. optimizer: AdamW's state, and its step is computed there; all: also the
     weights that are not in use (stage 3)."""
     deepspeed_config: str | None = None

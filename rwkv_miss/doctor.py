@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import combinations as some_of
+from itertools import product
 from pathlib import Path
 
 import torch
 
+from rwkv_miss.adapters.method import METHODS, problems
+from rwkv_miss.adapters.plan import make_plan
+from rwkv_miss.config import OFFLOADS, STRATEGIES, AdapterConfig, TrainConfig
+from rwkv_miss.errors import UserError
 from rwkv_miss.files import cache_folder
+from rwkv_miss.model.init import new_config
+from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.ops.dispatch import NATIVE, unusable
 
 _LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "fla-core", "rwkv")
@@ -71,9 +80,38 @@ def diagnose() -> Diagnosis:
         "torch": None,
     }
     found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
+    found += combinations()
     # Commands run on the GPUs that torch calls cuda (NVIDIA's and AMD's), or on the CPU.
     chosen = next((name for name in NATIVE["cuda" if gpus else "cpu"] if not reasons[name]), "torch")
     return Diagnosis(found, chosen, chosen != "torch")
+
+
+def combinations() -> list[tuple[str, str]]:
+    """For each way to share the work, what can be trained in it, by the checks that a run makes of its settings."""
+    names = ["+".join(names) for count in range(1, len(METHODS) + 1) for names in some_of(METHODS, count)]
+    adapters = {name: AdapterConfig(name) for name in names}
+    adapters |= {f"{name} with modules_to_save": AdapterConfig(name, modules_to_save=["ln"]) for name in names}
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    found = []
+    for strategy, offload in product(STRATEGIES, OFFLOADS):
+        way = {"strategy": strategy, "offload": offload}
+        config = TrainConfig(base="", data="", tokenizer="", out=".", **way)
+        if config.problems():
+            continue
+        works = ", ".join(name for name, adapter in adapters.items() if _combine(adapter, config))
+        if strategy.startswith("deepspeed") and not has_deepspeed:
+            works = "no: deepspeed is not installed"
+        found.append((f"strategy {strategy}" + (f", offload {offload}" if offload != "none" else ""), works))
+    return [*found, ("precision", "bf16, fp32 (fp16 is for files)")]
+
+
+def _combine(adapter: AdapterConfig, config: TrainConfig) -> bool:
+    sizes = new_config(7, n_layer=1, n_embd=64, vocab_size=256)
+    try:
+        make_plan(adapter, sizes, parameter_shapes(sizes))
+    except UserError:
+        return False
+    return not adapter.problems() + problems(adapter, config)
 
 
 def _gpus() -> tuple[list, str | None]:

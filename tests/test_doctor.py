@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -24,6 +25,23 @@ def test_on_this_machine(capsys):
         assert facts["found"]["backend cuda"] == facts["found"]["backend fla"] == "no: there is no GPU"
         assert facts["chosen"] == ("torch" if facts["found"]["backend cpu"] != "works" else "cpu")
     assert facts["is_native"] == (facts["chosen"] != "torch") and status == (0 if facts["is_native"] else 1)
+
+
+def test_what_combines_is_what_the_checks_let_through(capsys, monkeypatch):
+    names = ["miss", "state", "full", "miss+state", "state+full"]
+    trained = ", ".join(names + [f"{name} with modules_to_save" for name in names if name != "full"])
+    ways = ["auto", "ddp"]
+    for stage in (1, 2, 3):
+        ways += [f"deepspeed_stage_{stage}", f"deepspeed_stage_{stage}, offload optimizer"]
+    ways += ["deepspeed_stage_3, offload all"]
+    expected = {f"strategy {way}": trained for way in ways}
+    assert dict(doctor.combinations()) == expected | {"precision": "bf16, fp32 (fp16 is for files)"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without = dict(doctor.combinations())
+    assert without["strategy ddp"] == trained
+    assert without["strategy deepspeed_stage_3, offload all"] == "no: deepspeed is not installed"
+    main(["doctor"])
+    assert "no: deepspeed is not installed" in capsys.readouterr().out
 
 
 def test_without_a_compiler(capsys, monkeypatch):

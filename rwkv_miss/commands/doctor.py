@@ -17,6 +17,6 @@ def run(json: bool = False) -> int:
         print(json_format.dumps(facts))
     else:
         for name, text in diagnosis.found:
-            print(f"{name:<16} {text}")
-        print(f"{'auto takes':<16} {diagnosis.chosen}")
+            print(f"{name:<45} {text}")
+        print(f"{'auto takes':<45} {diagnosis.chosen}")
     return 0 if diagnosis.is_native else 1

@@ -33,6 +33,7 @@ _WRITTEN = re.compile(
     r"config\.yaml|metrics\.csv|samples\.jsonl|report\.html|run\.json"
     r"|adapter(_last)?/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
+    r"|(adapter(_last)?/)?\.[\w.]+\.\d+\.part"
     r"|wandb/((offline-)?run-\d+_\d+-\w+|latest-run|debug(-internal)?\.log)"
 )
 # What a resumed run must have in common with the run that it goes on with. AdamW's settings come from the checkpoint,
@@ -111,7 +112,7 @@ def last_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 def written_by_runs(out: Path) -> list[Path]:
     """The files and folders in a run's folder that runs write themselves, and no others: what a new run replaces."""
-    found = [path for name in OURS for path in (out / name, *(out / name).glob("*"))]
+    found = [path for name in OURS for path in (out / name, *(out / name).glob("*"))] + [*out.glob(".*.part")]
     return [path for path in found if _WRITTEN.fullmatch(path.relative_to(out).as_posix()) and path.exists()]
 
 
@@ -220,7 +221,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """A run's settings, from its config.yaml. Those that did not exist yet when it ran have their defaults, or what
     `_BEFORE` says."""
     found = read_yaml(path)
-    if not isinstance(found, dict) or not isinstance(found.get("adapter"), dict):
+    is_settings = isinstance(found, dict) and isinstance(found.get("adapter"), dict)
+    if not is_settings or any(type(found.get(name, 1)) is not int for name in _ROWS):
         raise UserError(f"{path}: not the settings of a run; remove the file, or start anew with --overwrite true")
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     return defaults | _BEFORE | found | {"adapter": asdict(AdapterConfig()) | found["adapter"]}

@@ -19,7 +19,8 @@ from rwkv_miss.training.figures import read_figures
 class MetricsFile(Logger):
     """Appends rows of `step` and `columns` to `path`, on the first rank. If the run goes on from optimizer step `step`,
     the rows that are there already up to that step are kept; the others are removed, since their steps are about to be
-    done again. A run that starts at step 0 keeps none.
+    done again. A run that starts at step 0 keeps none. A validation of `step` that is made again, because it was not
+    known to have ended, has no second row.
 
     Raises RunError where the disk refuses a row.
     """
@@ -40,6 +41,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def _start(self, step: int) -> None:
         rows = [row for row in read_figures(self.path) if int(row["step"]) <= step] if step else []
+        self._validated = step if any(int(row["step"]) == step and row.get("val_loss") for row in rows) else None
         # A column that a run had before, and has no more, is left out.
         kept = [{column: row.get(column, "") for column in self.columns} for row in rows]
         with atomic_write(self.path) as part:
@@ -48,6 +50,8 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "val_loss" in metrics and step == self._validated:
+            return
         row = {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in metrics.items()}
         self._file.write(self._line({"step": step, **row}).encode())
 

@@ -177,9 +177,13 @@ def _trainer(
 
 
 def _start_folder(trainer: L.Trainer, out: Path, config: TrainConfig) -> None:
-    """Removes what an earlier run left, where it is to be replaced, and writes the settings."""
+    """Removes what an earlier run left, where it is to be replaced or was being written when that run was killed, and
+    writes the settings."""
     if not trainer.is_global_zero:
         return
+    for path in written_by_runs(out):
+        if path.suffix == ".part":
+            remove(path)
     if config.overwrite:
         for path in written_by_runs(out):
             remove(path)

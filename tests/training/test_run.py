@@ -348,6 +348,34 @@ def test_a_validation_that_did_not_end_is_made_again(make_config, tmp_path, monk
     assert quiet_train(replace(config, resume="auto")).last_loss is None  # nothing is left to do
 
 
+def test_a_validation_that_is_made_again_has_one_row(make_config, tmp_path, monkeypatch):
+    """If the run was killed after its row was written, and before it was known to have ended."""
+    config = make_config(val_split=0.2, max_steps=2)
+
+    def dies(*_):
+        raise KeyError
+
+    monkeypatch.setattr(saving, "add_facts", dies)
+    with pytest.raises(KeyError):
+        quiet_train(config)
+    found = losses(config.out, "val_loss")
+    monkeypatch.undo()
+    quiet_train(replace(config, resume="auto"))
+    assert losses(config.out, "val_loss") == found and len(found) == 2
+
+
+def test_what_a_killed_run_was_writing_is_removed(make_config):
+    config = make_config(max_steps=1)
+    quiet_train(config)
+    out = Path(config.out)
+    names = (".metrics.csv.7.part", "adapter/.adapter_model.safetensors.123.part", "checkpoints/.step-00000002.part")
+    kept = [out / name for name in ("adapter/.mine.part", ".mine.part", "tensorboard/.a.7.part")]
+    for path in (*kept, *(out / name for name in names)):
+        path.write_bytes(b"half")
+    quiet_train(replace(config, max_steps=2, resume="auto"))
+    assert [path for path in out.rglob("*.part")] and set(out.rglob("*.part")) == set(kept)
+
+
 def test_the_newest_checkpoints_are_kept(make_config):
     config = make_config(save_every=1, keep=3)
     quiet_train(config)
@@ -409,7 +437,7 @@ def test_a_run_from_before_a_setting_was_there_resumes(make_config):
     assert quiet_train(replace(config, max_steps=2, resume="auto")).steps == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"a: [b", b"- 1", b"adapter: 1", b"\x80"])
+@pytest.mark.parametrize("content", [b"", b"a: [b", b"- 1", b"adapter: 1", b"\x80", b"adapter: {}\ndevices: x"])
 def test_resume_with_broken_settings(make_config, content):
     config = make_config(max_steps=1)
     quiet_train(config)
