@@ -100,3 +100,9 @@ def test_the_python_example_names_what_the_package_has():
 
     names = set(re.findall(r"rwkv_miss\.(\w+)\(", README))
     assert names and all(hasattr(rwkv_miss, name) for name in names)
+
+
+def test_each_promise_has_its_test():
+    found = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    missing = [f"{file}::{name}" for file, name in found if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert len(found) > 40 and not missing

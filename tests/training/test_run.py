@@ -31,7 +31,7 @@ from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.tokenizers import load_tokenizer
-from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.errors import RunError, Stopped, UserError
 from rwkv_miss.files import claimed
 from rwkv_miss.training import saving
 from rwkv_miss.training.checks import last_checkpoint
@@ -346,6 +346,29 @@ def test_a_validation_that_did_not_end_is_made_again(make_config, tmp_path, monk
         found, expected = (load_file(Path(out) / name / WEIGHTS) for out in (config.out, straight.out))
         assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
     assert quiet_train(replace(config, resume="auto")).last_loss is None  # nothing is left to do
+
+
+def test_a_signal_in_a_validation_ends_the_run_at_once(make_config, tmp_path, monkeypatch):
+    straight = make_config(val_split=0.5, val_every=2, batch_size=2, max_steps=4, out=str(tmp_path / "straight"))
+    quiet_train(straight)
+    config = replace(straight, out=str(tmp_path / "parts"))
+    validate, batches = LitRWKV.validation_step, []
+
+    def is_told_to_stop(self, batch, batch_idx):
+        validate(self, batch, batch_idx)
+        if self.trainer.global_step == 2:
+            batches.append(batch_idx)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(LitRWKV, "validation_step", is_told_to_stop)
+    with pytest.raises(Stopped):
+        quiet_train(config)
+    assert batches == [0]
+    monkeypatch.undo()
+    quiet_train(replace(config, resume="auto"))
+    for column in ("loss", "val_loss"):
+        assert losses(config.out, column) == losses(straight.out, column)
+    assert all(torch.equal(b, adapter(straight.out)[n]) for n, b in adapter(config.out).items())
 
 
 def test_a_validation_that_is_made_again_has_one_row(make_config, tmp_path, monkeypatch):
