@@ -188,6 +188,13 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
     read_figures(out / "metrics.csv")
     read_samples(out / "samples.jsonl")
     if not (found := last_checkpoint(out / "checkpoints")):
+        # A run makes the folder of its checkpoints before it saves anything.
+        adapters = [name for name in ("adapter", "adapter_last") if (out / name).exists()]
+        if adapters and not (out / "checkpoints").exists():
+            raise UserError(
+                f"{out}: holds {adapters[0]}/ but no checkpoints/ to go on from, and a new run would replace it; give "
+                "another out, or --overwrite true"
+            )
         return None
     path, step = found
     if not path.is_dir() and not (path.is_file() and zipfile.is_zipfile(path)):

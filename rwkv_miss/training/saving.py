@@ -118,12 +118,12 @@ class Saver(L.Callback):
     def _save(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
         _check_trained(trainer, self.module)
-        self._save_adapter(trainer, LAST if self.validates else "adapter", {})
         folder = self.out / "checkpoints"
         part, path = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             remove(part)
+        self._save_adapter(trainer, LAST if self.validates else "adapter", {})
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(part)

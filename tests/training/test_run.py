@@ -505,6 +505,19 @@ def test_resume_of_an_empty_folder_starts(make_config):
     assert quiet_train(make_config(max_steps=1, resume="auto")).steps == 1
 
 
+@pytest.mark.parametrize("val_split", [0.0, 0.2])
+def test_a_resume_that_would_go_on_from_nothing_is_refused(make_config, val_split):
+    config = make_config(max_steps=1, val_split=val_split)
+    quiet_train(config)
+    before = adapter(config.out)
+    shutil.rmtree(Path(config.out) / "checkpoints")
+    with pytest.raises(UserError, match="run: holds adapter/ but no checkpoints/ to go on from"):
+        quiet_train(replace(config, resume="auto"))
+    assert all(torch.equal(b, adapter(config.out)[n]) for n, b in before.items())
+    (Path(config.out) / "checkpoints").mkdir()  # as after a crash in the first save
+    assert quiet_train(replace(config, resume="auto")).steps == 1
+
+
 def test_a_checkpoint_that_was_being_written_is_not_resumed_from(make_config):
     config = make_config(max_steps=2)
     quiet_train(config)

@@ -42,11 +42,15 @@ def test_a_checkpoint_is_three_times_the_adapter(demo, strategy):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_model_trained_in_full_in_shards_runs_in_the_rwkv_package(demo, tmp_path, rwkv_logits):
-    config = replace(demo, adapter=AdapterConfig("full"), lr=1e-3, strategy="deepspeed_stage_3", devices=2, batch_size=4)
+    config = replace(
+        demo, adapter=AdapterConfig("full"), lr=1e-3, strategy="deepspeed_stage_3", devices=2, batch_size=4
+    )
     done = run_train(config)
     assert done.returncode == 0, done.stderr
     merge(config.base, config.out, tmp_path / "merged.pth", dtype="fp32")
     tokens = torch.randint(256, (64,), generator=torch.Generator().manual_seed(0))
     trained = load_adapter(load_model(config.base, "fp32"), config.out)(tokens.unsqueeze(0))[0][0]
     theirs = rwkv_logits(tmp_path / "merged.pth", tokens.tolist())
-    assert (theirs - trained).abs().max() < 1e-3 < 1e-2 < (theirs - rwkv_logits(config.base, tokens.tolist())).abs().max()
+    assert (
+        (theirs - trained).abs().max() < 1e-3 < 1e-2 < (theirs - rwkv_logits(config.base, tokens.tolist())).abs().max()
+    )
