@@ -114,12 +114,14 @@ class Watch:
             if self._ending:
                 return self._ending.as_exception()
             error = RunError(f"the processes have lost each other ({_first_line(error)}); {_KEPT}")
-        elif isinstance(error, (UserError, RunError)):
-            self._tell("failed", _Ending(f"rank {self._rank}: {error}", 2 if isinstance(error, UserError) else 1))
         elif not isinstance(error, Stopped):  # which all processes are at once
-            self._tell("failed", _Ending(f"rank {self._rank}: {error!r}"))
-            if self._local_rank:
+            is_told = isinstance(error, (UserError, RunError))
+            if self._local_rank and not is_told:
                 traceback.print_exception(error)
+            said = f"rank {self._rank}: {error if is_told else repr(error)}"
+            self._tell("failed" if self._rank else "ending", _Ending(said, 2 if isinstance(error, UserError) else 1))
+            if self._rank == 0 and self._world_size > len(self._children) + 1:
+                time.sleep(3)  # for other machines, which read it once a second
         if self._local_rank:
             self._leave(_Ending(str(error)))
         return error
@@ -170,7 +172,7 @@ class Watch:
     def _look_at_signs(self, now: float) -> _Ending | None:
         if self._world_size == 1:
             return None
-        silent = [rank for rank, (_, since) in self._heard.items() if now - since > SILENCE]
+        silent = [rank for rank, (_, since) in [*self._heard.items()] if now - since > SILENCE]
         if self._rank and now - self._exchanged_at > SILENCE:
             silent = [0]
         if silent:
@@ -179,7 +181,7 @@ class Watch:
                 f"its machine has stopped, or the network between them; {_KEPT}"
             )
         if self._rank == 0 and now - self._moved_at > 60 * self._hang_minutes:
-            moves = {rank: int(sign.split()[1]) for rank, (sign, _) in self._heard.items()}
+            moves = {rank: int(sign.split()[1]) for rank, (sign, _) in [*self._heard.items()]}
             behind = [str(rank) for rank in moves if moves[rank] == min(moves.values())]
             who = (
                 f"rank {', '.join(behind)} is behind the others" if len(behind) < len(moves) else "all are equally far"
