@@ -47,7 +47,7 @@ def fingerprint(tensors: Mapping[str, Tensor], path: str | os.PathLike | None = 
 
 def is_of_base(recorded: str, mark: str) -> bool:
     """Whether the recorded fingerprint, of whatever version, is that of the base whose fingerprint is `mark`."""
-    return mark.endswith(recorded)
+    return recorded in (mark, mark[-64:])
 
 
 def _whole(tensors: Mapping[str, Tensor], reader: Reader) -> str:
