@@ -20,6 +20,7 @@ from rich.console import Console
 
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.training import run  # noqa: F401, imports all that a run needs
+from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.start import train
 
 
@@ -35,17 +36,24 @@ def start(config: TrainConfig) -> int:
     os._exit(0)
 
 
+def wait_for_step(out: Path, step: int, number: int) -> None:
+    """Waits for the checkpoint of that step, unless the process ends before; for step 0, for the run's folder."""
+    while not (out.exists() if step == 0 else (found := last_checkpoint(out / "checkpoints")) and found[1] >= step):
+        if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+
+
 def main(settings: str, trials: str) -> None:
     options = json.loads(Path(settings).read_text())
     config = TrainConfig(**options | {"adapter": AdapterConfig(**options["adapter"])})
-    begun = time.monotonic()
     assert os.waitpid(start(replace(config, out=f"{config.out}/straight")), 0)[1] == 0
-    seconds = time.monotonic() - begun
     chance = random.Random(0)
     for i in range(int(trials)):
         trial = replace(config, out=f"{config.out}/killed-{i}", resume="auto")
         number = start(trial)
-        time.sleep(chance.uniform(0.1, 1) * seconds)
+        wait_for_step(Path(trial.out), chance.randrange(config.max_steps), number)
+        time.sleep(chance.uniform(0, 0.3))  # a step takes about a tenth of a second
         os.kill(number, signal.SIGKILL)
         was_killed = os.waitpid(number, 0)[1] == signal.SIGKILL
         found = sorted(path.name for path in Path(trial.out).glob("checkpoints/*"))

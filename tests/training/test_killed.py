@@ -32,8 +32,8 @@ def test_twenty_of_twenty_runs_that_are_killed_end_as_if_they_had_not_been(make_
     command = [sys.executable, "-m", "tests.training.on_killed", str(tmp_path / "settings.json"), str(TRIALS)]
     done = run_process(command, timeout=600)
     assert done.returncode == 0, done.stderr
-    while_training = re.findall(r": killed with \['", done.stdout)
-    assert len(while_training) >= TRIALS // 4, done.stdout  # others were killed before the first checkpoint
+    after_a_checkpoint = re.findall(r": killed with \['", done.stdout)
+    assert len(after_a_checkpoint) >= TRIALS // 2, done.stdout
     straight = tmp_path / "straight"
     for i in range(TRIALS):
         out = tmp_path / f"killed-{i}"

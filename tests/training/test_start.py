@@ -153,12 +153,11 @@ def test_a_machine_that_does_not_come_is_named(make_config, start, rank, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
-def test_two_machines_give_the_run_of_one(make_config, start, tmp_path, strategy):
+def test_two_machines_give_the_run_of_one(make_config, start, tmp_path):
     """Two groups of processes on this machine, started as they would be on two machines."""
     one = make_config(max_steps=2)
     quiet_train(one)
-    two = replace(one, out=str(tmp_path / "two"), num_nodes=2, batch_size=4, strategy=strategy)
+    two = replace(one, out=str(tmp_path / "two"), num_nodes=2, batch_size=4)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [start(two, **meeting, NODE_RANK=str(rank)) for rank in range(2)]
     said = [process.communicate(timeout=300) for process in processes]
