@@ -223,8 +223,8 @@ class TrainConfig(DataOptions):
     """Optimizer steps between sample answers of the model, which are shown and written to samples.jsonl, also before
     the first step and after the last; 0 asks for none."""
     sample_count: int = 3
-    """How many samples: the first documents of the validation data, or of the training data where nothing validates.
-    Each is answered from its last question, plain text is continued."""
+    """How many samples: documents of the validation data, or of the training data where nothing validates. Each is
+    answered from its last question, plain text is continued."""
     sample_tokens: int = 100
     """The most tokens that a sample answer may have."""
     save_every: int = 0

@@ -140,7 +140,7 @@ def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
         lines.append(f"validation: {prepared.val_report}")
     if n := len(prepared.samples):
         source = "validation data" if prepared.val_report else "training data, since nothing validates"
-        lines.append(f"samples: {n} from the beginning of the {source}")
+        lines.append(f"samples: {n} of the {source}")
     return lines
 
 

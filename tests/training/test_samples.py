@@ -81,7 +81,7 @@ def test_they_are_shown_and_given_to_tensorboard(make_config, tmp_path):
     said = io.StringIO()
     train(config, Console(file=said, width=80))
     text = said.getvalue()
-    assert "samples: 1 from the beginning of the training data, since nothing validates" in text
+    assert "samples: 1 of the training data, since nothing validates" in text
     assert "step 0, sample: ...q q " in text and "q end?\n\nAssistant:" in text and "step 1, sample: ..." in text
     assert "[expected: \ufffd[31m]" in text and "\x1b" not in text
     board = EventAccumulator(str(Path(config.out) / "tensorboard")).Reload()
