@@ -42,17 +42,17 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("dtype", "precision", "share"), [(torch.bfloat16, "auto", 0), (torch.float32, "bf16", 0.5)])
+@pytest.mark.parametrize(("dtype", "precision", "share"), [(torch.bfloat16, "auto", 0.7), (torch.float32, "bf16", 1.1)])
 def test_loading_a_base(make_base, data, tmp_path, dtype, precision, share):
-    """Mapped weights cost nothing before they are used; those that are cast cost what they are cast to. The rest of the
-    run, and the largest tensor, take less than 60 MB."""
+    """Mapped weights cost nothing before they are used; those that are cast cost what they are cast to, half of the
+    file. The rest of the run takes some 50 MB. Reading through the map would cost the file's size besides."""
     base = make_base(n_layer=6, n_embd=768, vocab_size=256, dtype=dtype)
     config = small_config(base, data, tmp_path / "out")
     config.precision = precision
     result = run_process([sys.executable, "-c", LOADING, "train", *as_arguments(config)], timeout=120)
     assert result.returncode == 0, result.stderr
     rise, size = float(result.stdout.split("rise")[1]), base.stat().st_size / 1e6
-    assert size > 85 and rise < share * size + 60, f"{rise:.0f} MB"
+    assert size > 85 and rise < share * size, f"{rise:.0f} MB"
 
 
 def mapped(pid: int, path: Path) -> Iterator[dict[str, int]]:
