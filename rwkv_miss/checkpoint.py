@@ -118,7 +118,15 @@ def unpickle(path: Path, allowed: Sequence[type] = ()) -> Any:
         raise UserError(f"{path}: cannot be read as a PyTorch checkpoint, is it truncated? ({reason})") from None
 
 
-def check_sums(path: Path) -> None:
+def unpickle_checkpoint(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """`unpickle`, of a file of a run's checkpoint, after a look at its sums if it has them: older versions of DeepSpeed
+    wrote none."""
+    if zipfile.is_zipfile(path):
+        _check_sums(path)
+    return unpickle(path, allowed)
+
+
+def _check_sums(path: Path) -> None:
     """UserError unless every byte that PyTorch wrote to a zip is as it was: the zip has a sum of each of its parts, at
     which PyTorch does not look. The whole file is read."""
     try:

@@ -15,7 +15,7 @@ from torch import nn
 
 from rwkv_miss.adapters.files import WEIGHTS, read_adapter, read_facts
 from rwkv_miss.adapters.inject import checkpoint_key, trained_parameters
-from rwkv_miss.checkpoint import check_sums, unpickle
+from rwkv_miss.checkpoint import unpickle_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.training.checks import Resume
 from rwkv_miss.training.lit_module import LitRWKV
@@ -38,9 +38,7 @@ def restore(trainer: L.Trainer, module: LitRWKV, resume: Resume, newest: Path, s
             of the same step.
     """
     is_zero = resume.path.is_dir()
-    if not is_zero:
-        check_sums(resume.path)
-    saved = _read_zero(resume.path) if is_zero else unpickle(resume.path)
+    saved = _read_zero(resume.path) if is_zero else unpickle_checkpoint(resume.path)
     module.check_checkpoint(saved, resume.path)
     if is_zero:
         if read_facts(newest).get("step") != resume.step:

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from rwkv_miss.checkpoint import check_sums, unpickle, write_pickle
+from rwkv_miss.checkpoint import unpickle_checkpoint, write_pickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.training.together import Together
 from rwkv_miss.training.watch import Watch
@@ -27,8 +27,7 @@ class _Beside(TorchCheckpointIO):
         write_pickle(Path(path), checkpoint)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        check_sums(Path(path))
-        return unpickle(Path(path))
+        return unpickle_checkpoint(Path(path))
 
 
 class _DDP(Together, DDPStrategy):

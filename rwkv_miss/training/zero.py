@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -17,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rwkv_miss.checkpoint import check_sums, unpickle, write_pickle
+from rwkv_miss.checkpoint import unpickle_checkpoint, write_pickle
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import cache_folder, locked
@@ -43,14 +42,12 @@ class KeepDtypes(DeepSpeedPrecision):
 
 
 def unpickle_zero(path: Path) -> Any:
-    """`unpickle`, of a file that DeepSpeed has written, after a look at its sums if it has them."""
+    """What DeepSpeed has written to a file of a checkpoint."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    if zipfile.is_zipfile(path):
-        check_sums(path)
-    return unpickle(path, [LossScaler, ZeroStageEnum, fragment_address])
+    return unpickle_checkpoint(path, [LossScaler, ZeroStageEnum, fragment_address])
 
 
 def _deepspeed_files() -> Any:
