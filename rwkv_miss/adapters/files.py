@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, install, installed, refuse_second, trained_parameters
+from rwkv_miss.adapters.inject import checkpoint_key, held_tensors, install, installed, refuse_second
 from rwkv_miss.adapters.method import METHODS, LinearMethod, find_methods
 from rwkv_miss.adapters.plan import Plan, is_target, linear_shapes
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -35,7 +35,7 @@ from rwkv_miss.model.versions import MODELS
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
+_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float}
 _OUR_TYPE = "RWKV_MISS"
 
 
@@ -60,6 +60,16 @@ class AdapterFile:
         for key, tensor in self.tensors.items():
             if place := _place(key, self.config):
                 found.setdefault(place[0], {})[place[1]] = tensor
+        return found
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The tensors as a model holds them (`held_tensors`)."""
+        method = _linear_method(self.config)
+        found = self.whole
+        if method:
+            for path, tensors in self.linears.items():
+                found |= {f"{path}.{name}": tensor for name, tensor in method.from_file(tensors).items()}
         return found
 
     @property
@@ -92,8 +102,13 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
         "modules_to_save": modules or config.modules_to_save,
         "inference_mode": True,
     }
-    ours = {"rwkv_miss": rwkv_miss.__version__, "base_fingerprint": model.fingerprint, **(extra or {})}
-    tensors = {f"{_PREFIX}{key}": p.detach().contiguous().cpu() for key, p in trained_parameters(model).items()}
+    ours = {
+        "rwkv_miss": rwkv_miss.__version__,
+        "method": config.method,
+        "base_fingerprint": model.fingerprint,
+        **(extra or {}),
+    }
+    tensors = {f"{_PREFIX}{key}": t.contiguous().cpu() for key, t in _to_file(model, plan).items()}
     folder = Path(folder)
     # All three are written before the first is renamed: on a full disk the old adapter stays as it was.
     with ExitStack() as renames:
@@ -102,6 +117,16 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
+
+
+def _to_file(model: RWKV, plan: Plan) -> dict[str, Tensor]:
+    """Everything that the model holds beyond the frozen base, as an adapter's file has it."""
+    held = {key: tensor.detach() for key, tensor in held_tensors(model).items()}
+    found = {key: held[key] for key in plan.whole}
+    for path, method in plan.linears.items():
+        own = {key.removeprefix(f"{path}."): tensor for key, tensor in held.items() if key.startswith(f"{path}.")}
+        found |= {f"{path}.{name}": tensor for name, tensor in method.to_file(own).items()}
+    return found
 
 
 def _modules(model: RWKV, plan: Plan) -> list[str] | None:
@@ -127,7 +152,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     folder = adapter_folder(folder)
     file = folder / CONFIG
     peft = _read_json(file)
-    config = _settings(peft, str(file))
+    facts = read_facts(folder)
+    config = _settings(peft, facts.get("method"), str(file))
     if not (folder / WEIGHTS).is_file():
         other = folder / "adapter_model.bin"
         hint = (
@@ -142,7 +168,7 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     if strange := [key for key in tensors if not key.startswith(_PREFIX)]:
         raise UserError(f"{folder / WEIGHTS}: key {strange[0]} is not a part of an adapter; expected {_PREFIX}...")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    found = AdapterFile(config, tensors, read_facts(folder).get("base_fingerprint"))
+    found = AdapterFile(config, tensors, facts.get("base_fingerprint"))
     # PEFT has further ways to choose linears: a pattern, and what to leave out of a list. The tensors show which
     # linears were chosen.
     is_limited = any(peft.get(name) is not None for name in ("layers_to_transform", "exclude_modules"))
@@ -151,20 +177,26 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     return found
 
 
-def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
-    """The settings in adapter_config.json."""
-    kinds = {name: find_methods(name)[0] for name in METHODS}
-    types = {method.peft_type: name for name, method in kinds.items() if isinstance(method, LinearMethod)}
+def _settings(peft: dict[str, Any], recorded: str | None, file: str) -> AdapterConfig:
+    """The settings in adapter_config.json.
+
+    Args:
+        recorded: the method that wrote the folder, where that is known: it decides between methods whose files PEFT
+            reads in the same way.
+    """
+    kinds = {name: kind for name in METHODS if isinstance(kind := find_methods(name)[0], LinearMethod)}
     if peft.get("peft_type") == _OUR_TYPE:
         method = peft.get("method")
         if not isinstance(method, str) or not set(method.split("+")) <= METHODS.keys():
             raise UserError(f"{file}: method is {method!r}; this version has: {', '.join(METHODS)}")
     else:
-        method = types.get(str(peft.get("peft_type")))
-        if method is None:
+        readers = [name for name, kind in kinds.items() if kind.reads(peft)]
+        if not readers:
+            types = dict.fromkeys(kind.peft_type for kind in kinds.values())
             raise UserError(
                 f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read"
             )
+        method = recorded if recorded in readers else readers[0]
     targets, modules = peft.get("target_modules"), peft.get("modules_to_save")
     for name, value in (("target_modules", targets), ("modules_to_save", modules)):
         if isinstance(value, list) and not all(isinstance(item, str) for item in value):
@@ -319,9 +351,9 @@ def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
     install(model, adapter.config, plan)
-    trained = trained_parameters(model)
-    for key, tensor in adapter.tensors.items():
-        trained[key].data.copy_(tensor)
+    held = held_tensors(model)
+    for key, tensor in adapter.held.items():
+        held[key].data.copy_(tensor)
     return model
 
 
