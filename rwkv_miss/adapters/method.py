@@ -57,6 +57,9 @@ class LinearMethod(Method, ABC):
     """The names of its tensors within the module that `wrap` makes; in files they follow the linear's path."""
     peft_type: str
     """What HF PEFT calls the method in adapter_config.json."""
+    peft_neutral: Mapping[str, Any] = {}
+    """Further fields that PEFT writes there for the method, and the value at which each has no effect: another value is
+    refused. A field that is neither here nor in `to_peft` is refused unless it is null, false or empty."""
 
     @abstractmethod
     def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
@@ -84,6 +87,16 @@ class LinearMethod(Method, ABC):
         Returns:
             fp32 (M, in_features), in memory of its own.
         """
+
+    def reads(self, fields: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json with these fields is the method's: its forms may share a peft_type. Of several
+        that say so, the first in `METHODS` reads it."""
+        return fields.get("peft_type") == self.peft_type
+
+    def fits_peft(self, config: AdapterConfig) -> bool:
+        """Whether PEFT can load what the method alone trains with these settings. Few of its methods have several
+        ranks."""
+        return not config.rank_pattern
 
     @abstractmethod
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
@@ -113,8 +126,19 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+SELECTION = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "method_pattern",
+    "modules_to_save",
+)
+"""The `Entry.settings` of a method that goes beside linears which `rwkv_miss.adapters.plan` reads for it."""
+
 METHODS: dict[str, Entry] = {
-    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", "target_modules", "modules_to_save")),
+    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
     "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
     "full": Entry("rwkv_miss.adapters.whole"),
 }
@@ -126,6 +150,17 @@ def find_methods(method: str) -> list[Method]:
     return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
 
 
+def linear_methods(config: AdapterConfig) -> dict[str, LinearMethod]:
+    """Those of the methods in `method` and `method_pattern` that go beside linears, by name, the one in `method`
+    first."""
+    found = {}
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        [method] = find_methods(name)
+        if isinstance(method, LinearMethod):
+            found[name] = method
+    return found
+
+
 def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[str]:
     """A message for each setting, in `adapter` and if given in `config`, that the methods refuse or have no use for."""
     names = adapter.method.split("+")
@@ -135,6 +170,12 @@ def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[
         ]
     if len(set(names)) < len(names):
         return [f"adapter.method is {adapter.method!r}; name each method once"]
+    for pattern, name in (adapter.method_pattern or {}).items():
+        if name not in METHODS:
+            return [
+                f"adapter.method_pattern gives {pattern} the method {name!r}; this version has: {', '.join(METHODS)}"
+            ]
+        names.append(name)
     chosen = [METHODS[name] for name in names]
     found = []
     read = {name for entry in chosen for name in entry.settings}
