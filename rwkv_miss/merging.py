@@ -250,7 +250,7 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
 
 def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile, reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
     """(dW, W + dW) of each piece of the rows of a linear's weight."""
-    method = plan.linears[path]
+    method, config = plan.linears[path]
     tensors = {name: adapter.tensors[f"{path}.{name}"] for name in method.names}
     all_rows, start = _rows(W), 0
     # Used for every piece: new memory for each takes twice the time, because it is in no cache.
@@ -258,7 +258,7 @@ def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile, reader: Reader
     for rows in all_rows:
         n = len(rows)
         exact = wide[:n].copy_(reader.read(rows, stored[:n]))
-        delta = method.delta(exact, start, tensors, adapter.config)
+        delta = method.delta(exact, start, tensors, config)
         start += n
         yield delta, exact.add_(delta)
 

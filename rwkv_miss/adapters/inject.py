@@ -45,8 +45,8 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
     plan = make_plan(config, model.config, shapes)
     install(model, config, plan, masters)
     if not model.head.weight.is_meta:
-        for path, method in plan.linears.items():
-            method.start(model.get_submodule(path), config)
+        for path, (method, own) in plan.linears.items():
+            method.start(model.get_submodule(path), own)
     return model
 
 
@@ -54,11 +54,11 @@ def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str
     """Freezes the model, then replaces the linears in `plan.linears` by their adapters and makes `plan.whole`
     trainable. If a learned state is to be trained and the model has none, one is added."""
     model.requires_grad_(False)
-    for path, method in plan.linears.items():
+    for path, (method, own) in plan.linears.items():
         parent, _, name = path.rpartition(".")
         linear = model.get_submodule(path)
         assert isinstance(linear, FrozenLinear), path
-        wrapped = method.wrap(linear, config)
+        wrapped = method.wrap(linear, own)
         wrapped.train(linear.training)  # a new module is in training mode: its dropout would act in an eval model
         setattr(model.get_submodule(parent), name, wrapped)
     if any(map(is_state, plan.whole)) and not has_initial_state(model):

@@ -22,16 +22,8 @@ from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.linear import FrozenLinear
 
 A_NAME, B_NAME = "lora_A.weight", "lora_B.weight"
-# Fields of PEFT's that have no bearing on what an adapter computes, or that are read elsewhere.
-_READ_ELSEWHERE = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
-    *("peft_version", "megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights"),
-}
 # The initial values after which W is the base's own. With others PEFT changes W when it loads the adapter.
-_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "mica")
 
 
 class LowRankLinear(nn.Module):
@@ -77,6 +69,7 @@ class LowRank(LinearMethod):
     peft_type = "LORA"
     use_dora = False
     """The field of PEFT's that tells two kinds of the type apart."""
+    peft_neutral: Mapping[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
     saved_ranks = 1
     """The rank of what is saved, in units of r."""
 
@@ -113,8 +106,12 @@ class LowRank(LinearMethod):
     def reads(self, fields: Mapping[str, Any]) -> bool:
         return super().reads(fields) and bool(fields.get("use_dora")) is self.use_dora
 
+    def fits_peft(self, config: AdapterConfig) -> bool:
+        return True
+
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
         alpha = option(config, "alpha") * _alpha_ratio(option(config, "rank_stabilized"), self.saved_ranks)
+        ranks = {name: self.saved_ranks * rank for name, rank in (config.rank_pattern or {}).items()}
         return {
             "r": self.saved_ranks * config.r,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -123,7 +120,7 @@ class LowRank(LinearMethod):
             "use_dora": self.use_dora,
             "init_lora_weights": True,
             "bias": "none",
-        }
+        } | ({"rank_pattern": ranks} if ranks else {})
 
     def from_peft(self, fields: Mapping[str, Any], file: str) -> dict[str, Any]:
         r, alpha, dropout = fields.get("r"), fields.get("lora_alpha", 8), fields.get("lora_dropout", 0.0)
@@ -142,12 +139,13 @@ class LowRank(LinearMethod):
             )
         if (bias := fields.get("bias", "none")) != "none":
             raise UserError(f"{file}: bias is {bias!r}, which cannot be honoured; expected 'none'")
-        for name, value in fields.items():
-            if value and name not in _READ_ELSEWHERE:
-                raise UserError(f"{file}: {name} is {value!r:.80}, which cannot be honoured here")
+        ranks = fields.get("rank_pattern") or {}
+        if odd := [rank for rank in ranks.values() if rank % self.saved_ranks]:
+            raise UserError(f"{file}: rank_pattern has the rank {odd[0]}; expected multiples of {self.saved_ranks}")
         return {
             "r": r // self.saved_ranks,
             "dropout": float(dropout),
+            "rank_pattern": {name: rank // self.saved_ranks for name, rank in ranks.items()} or None,
             "options": {"alpha": alpha / _alpha_ratio(stabilized, self.saved_ranks), "rank_stabilized": stabilized},
         }
 

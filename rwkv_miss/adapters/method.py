@@ -57,6 +57,9 @@ class LinearMethod(Method, ABC):
     """The names of its tensors within the module that `wrap` makes; in files they follow the linear's path."""
     peft_type: str
     """What HF PEFT calls the method in adapter_config.json."""
+    peft_neutral: Mapping[str, Any] = {}
+    """Further fields that PEFT writes there for the method, and the value at which each has no effect: another value is
+    refused. A field that is neither here nor in `to_peft` is refused unless it is null, false or empty."""
 
     @abstractmethod
     def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
@@ -105,6 +108,11 @@ class LinearMethod(Method, ABC):
         that say so, the first in `METHODS` reads it."""
         return fields.get("peft_type") == self.peft_type
 
+    def fits_peft(self, config: AdapterConfig) -> bool:
+        """Whether PEFT can load what the method alone trains with these settings. Few of its methods have several
+        ranks."""
+        return not config.rank_pattern
+
     @abstractmethod
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
         """The method's own fields of HF PEFT's adapter_config.json."""
@@ -133,15 +141,24 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+SELECTION = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "method_pattern",
+    "modules_to_save",
+)
+"""The `Entry.settings` of a method that goes beside linears which `rwkv_miss.adapters.plan` reads for it."""
+
 # The options of every method with a product of two thin matrices.
 _LOW_RANK = {"alpha": 64.0, "rank_stabilized": False, "lr_ratio": 1.0}
 METHODS: dict[str, Entry] = {
-    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", "target_modules", "modules_to_save")),
-    "lora": Entry("rwkv_miss.adapters.lora", ("dropout", "target_modules", "modules_to_save"), _LOW_RANK),
-    "dora": Entry("rwkv_miss.adapters.dora", ("dropout", "target_modules", "modules_to_save"), _LOW_RANK),
-    "pissa": Entry(
-        "rwkv_miss.adapters.pissa", ("target_modules", "modules_to_save"), {**_LOW_RANK, "svd_iterations": 16}
-    ),
+    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
+    "lora": Entry("rwkv_miss.adapters.lora", ("dropout", *SELECTION), _LOW_RANK),
+    "dora": Entry("rwkv_miss.adapters.dora", ("dropout", *SELECTION), _LOW_RANK),
+    "pissa": Entry("rwkv_miss.adapters.pissa", SELECTION, {**_LOW_RANK, "svd_iterations": 16}),
     "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
     "full": Entry("rwkv_miss.adapters.whole"),
 }
@@ -153,6 +170,17 @@ def find_methods(method: str) -> list[Method]:
     return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
 
 
+def linear_methods(config: AdapterConfig) -> dict[str, LinearMethod]:
+    """Those of the methods in `method` and `method_pattern` that go beside linears, by name, the one in `method`
+    first."""
+    found = {}
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        [method] = find_methods(name)
+        if isinstance(method, LinearMethod):
+            found[name] = method
+    return found
+
+
 def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[str]:
     """A message for each setting, in `adapter` and if given in `config`, that the methods refuse or have no use for."""
     names = adapter.method.split("+")
@@ -162,6 +190,12 @@ def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[
         ]
     if len(set(names)) < len(names):
         return [f"adapter.method is {adapter.method!r}; name each method once"]
+    for pattern, name in (adapter.method_pattern or {}).items():
+        if name not in METHODS:
+            return [
+                f"adapter.method_pattern gives {pattern} the method {name!r}; this version has: {', '.join(METHODS)}"
+            ]
+        names.append(name)
     chosen = [METHODS[name] for name in names]
     found = []
     read = {name for entry in chosen for name in entry.settings}
@@ -197,5 +231,6 @@ def check(adapter: AdapterConfig) -> None:
 
 def option(config: AdapterConfig, name: str) -> Any:
     """The value of a method's own option: what was given, or its default."""
-    defaults = {key: value for part in config.method.split("+") for key, value in METHODS[part].options.items()}
+    names = (*config.method.split("+"), *(config.method_pattern or {}).values())
+    defaults = {key: value for part in names for key, value in METHODS[part].options.items()}
     return config.options.get(name, defaults[name])

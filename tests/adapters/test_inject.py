@@ -58,7 +58,7 @@ def test_a_target_that_matches_nothing(model, target):
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("all-linear", "leave target_modules out to adapt all of them"),
+        ("all-linear", "give all-linear by itself, not in a list"),
         ("head", r"give modules_to_save \[head\]"),
         ("emb", r"give modules_to_save \[emb\]"),
     ],
