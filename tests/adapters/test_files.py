@@ -213,7 +213,7 @@ def test_values_that_are_not_finite(base, folder, value):
     [
         ({"init_weights": "bat"}, ["init_weights is 'bat'"]),
         ({"init_weights": "mini"}, ["init_weights is 'mini'"]),
-        ({"peft_type": "LORA"}, ["peft_type is 'LORA'"]),
+        ({"peft_type": "LOHA"}, ["peft_type is 'LOHA'"]),
         ({"peft_type": None}, ["peft_type is None"]),
         ({"r": 6}, ["r = 6", "(5, 32)"]),
         ({"r": None}, ["None"]),
