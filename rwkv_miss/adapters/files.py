@@ -183,8 +183,9 @@ def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
         config.layers_pattern = None  # PEFT does not use it either
     if not is_ours:
         config.method = _find_peft(peft, file)
-    if found := problems(AdapterConfig(config.method, method_pattern=config.method_pattern)):
-        raise UserError(f"{file}: {'; '.join(found)}")
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        if name not in METHODS:
+            raise UserError(f"{file}: method is {name!r}; this version has: {', '.join(METHODS)}")
     if linear := _first_linear(config):
         for name, value in linear.from_peft(peft, file).items():
             setattr(config, name, config.options | value if name == "options" else value)
@@ -332,7 +333,7 @@ def _check_linears(
     if not linear_methods(config):
         return {}
     # PEFT puts nothing beside a linear that is trained whole.
-    chosen = [path for path in select(config, there) if f"{path}.weight" not in adapter.tensors]
+    chosen = [path for path in select(config, there) if path in found or f"{path}.weight" not in adapter.tensors]
     if more := [path for path in found if path not in chosen]:
         raise UserError(f"{folder}: {WEIGHTS} has an adapter for {more[0]}, which is no target in {CONFIG}")
     plan = {path: beside(config, path) for path in chosen}
