@@ -121,7 +121,7 @@ def _target_names(model: RWKV, config: AdapterConfig, plan: Plan) -> list[str]:
     ends = config.target_modules if isinstance(config.target_modules, list) else list(model.linears)
     shapes = {checkpoint_key(name): p.shape for name, p in model.named_parameters()}
     meant = select(AdapterConfig(target_modules=ends), linear_shapes(model.config, shapes))
-    return ends if meant == list(plan.linears) else list(plan.linears)
+    return ends if meant == list(plan.linears) and not config.exclude_modules else list(plan.linears)
 
 
 def _modules(model: RWKV, plan: Plan) -> list[str] | None:
@@ -201,8 +201,11 @@ def _find_peft(peft: dict[str, Any], file: str) -> str:
     for name, method in methods.items():
         if method.reads(peft):
             return name
-    types = ", ".join(dict.fromkeys(method.peft_type for method in methods.values()))
-    raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {types} adapters can be read")
+    types = dict.fromkeys(method.peft_type for method in methods.values())
+    if peft.get("peft_type") not in types:
+        raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read")
+    said = [f"{name} is {v!r:.40}" for name, v in peft.items() if isinstance(v, str) and name not in _NO_SETTINGS]
+    raise UserError(f"{file}: there is no form of {peft['peft_type']} with these settings: {', '.join(said)}")
 
 
 def _refuse_unknown(peft: dict[str, Any], method: LinearMethod, config: AdapterConfig, file: str) -> None:

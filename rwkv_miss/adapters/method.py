@@ -139,6 +139,8 @@ SELECTION = (
 
 METHODS: dict[str, Entry] = {
     "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
+    "mini": Entry("rwkv_miss.adapters.mini", ("dropout", *SELECTION), {"mini_r": 1}),
+    "bat": Entry("rwkv_miss.adapters.bat", ("dropout", *SELECTION), {"layout": "output"}),
     "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
     "full": Entry("rwkv_miss.adapters.whole"),
 }
