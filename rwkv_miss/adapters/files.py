@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, install, installed, refuse_second, trained_parameters
+from rwkv_miss.adapters.inject import checkpoint_key, held_tensors, install, installed, refuse_second
 from rwkv_miss.adapters.method import METHODS, SELECTION, LinearMethod, find_methods, linear_methods, problems
 from rwkv_miss.adapters.plan import Beside, Plan, beside, linear_shapes, select
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -36,7 +36,7 @@ from rwkv_miss.model.versions import MODELS
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
+_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float}
 _OUR_TYPE = "RWKV_MISS"
 _OUR_FIELDS = ("method", "method_pattern", "options")
 """The settings that stand under their own names in a folder of our type, beside those in PEFT's format."""
@@ -68,6 +68,15 @@ class AdapterFile:
         for key, tensor in self.tensors.items():
             if place := _place(key, self.config):
                 found.setdefault(place[0], {})[place[1]] = tensor
+        return found
+
+    @property
+    def held(self) -> dict[str, Tensor]:
+        """The tensors as a model holds them (`held_tensors`)."""
+        found = self.whole
+        for path, tensors in self.linears.items():
+            own = beside(self.config, path).method.from_file(tensors)
+            found |= {f"{path}.{name}": tensor for name, tensor in own.items()}
         return found
 
     @property
@@ -103,8 +112,13 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
         "modules_to_save": modules or config.modules_to_save,
         "inference_mode": True,
     }
-    ours = {"rwkv_miss": rwkv_miss.__version__, "base_fingerprint": model.fingerprint, **(extra or {})}
-    tensors = {f"{_PREFIX}{key}": p.detach().contiguous().cpu() for key, p in trained_parameters(model).items()}
+    ours = {
+        "rwkv_miss": rwkv_miss.__version__,
+        "method": config.method,
+        "base_fingerprint": model.fingerprint,
+        **(extra or {}),
+    }
+    tensors = {f"{_PREFIX}{key}": t.contiguous().cpu() for key, t in _to_file(model, plan).items()}
     folder = Path(folder)
     # All three are written before the first is renamed: on a full disk the old adapter stays as it was.
     with ExitStack() as renames:
@@ -113,6 +127,16 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
+
+
+def _to_file(model: RWKV, plan: Plan) -> dict[str, Tensor]:
+    """Everything that the model holds beyond the frozen base, as an adapter's file has it."""
+    held = {key: tensor.detach() for key, tensor in held_tensors(model).items()}
+    found = {key: held[key] for key in plan.whole}
+    for path, (method, _) in plan.linears.items():
+        own = {key.removeprefix(f"{path}."): tensor for key, tensor in held.items() if key.startswith(f"{path}.")}
+        found |= {f"{path}.{name}": tensor for name, tensor in method.to_file(own).items()}
+    return found
 
 
 def _target_names(model: RWKV, config: AdapterConfig, plan: Plan) -> list[str]:
@@ -147,7 +171,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     folder = adapter_folder(folder)
     file = folder / CONFIG
     peft = _read_json(file)
-    config = _settings(peft, str(file))
+    facts = read_facts(folder)
+    config = _settings(peft, facts.get("method"), str(file))
     if not (folder / WEIGHTS).is_file():
         other = folder / "adapter_model.bin"
         hint = (
@@ -162,11 +187,15 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     if strange := [key for key in tensors if not key.startswith(_PREFIX)]:
         raise UserError(f"{folder / WEIGHTS}: key {strange[0]} is not a part of an adapter; expected {_PREFIX}...")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    return AdapterFile(config, tensors, read_facts(folder).get("base_fingerprint"))
+    return AdapterFile(config, tensors, facts.get("base_fingerprint"))
 
 
-def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
-    """The settings in adapter_config.json."""
+def _settings(peft: dict[str, Any], recorded: str | None, file: str) -> AdapterConfig:
+    """The settings in adapter_config.json.
+
+    Args:
+        recorded: the method that wrote the folder, if known: it decides where several methods can read it.
+    """
     is_ours = peft.get("peft_type") == _OUR_TYPE
     config = AdapterConfig()
     for name in (*SELECTION, *(_OUR_FIELDS if is_ours else ())):
@@ -182,7 +211,7 @@ def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
     if config.layers_to_transform is None:
         config.layers_pattern = None  # PEFT does not use it either
     if not is_ours:
-        config.method = _find_peft(peft, file)
+        config.method = _find_peft(peft, recorded, file)
     for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
         if name not in METHODS:
             raise UserError(f"{file}: method is {name!r}; this version has: {', '.join(METHODS)}")
@@ -195,12 +224,11 @@ def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
     return config
 
 
-def _find_peft(peft: dict[str, Any], file: str) -> str:
+def _find_peft(peft: dict[str, Any], recorded: str | None, file: str) -> str:
     """The name of the method that a folder in PEFT's format was trained with."""
     methods = {name: method for name in METHODS for method in find_methods(name) if isinstance(method, LinearMethod)}
-    for name, method in methods.items():
-        if method.reads(peft):
-            return name
+    if readers := [name for name, method in methods.items() if method.reads(peft)]:
+        return recorded if recorded in readers else readers[0]
     types = dict.fromkeys(method.peft_type for method in methods.values())
     if peft.get("peft_type") not in types:
         raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read")
@@ -373,9 +401,9 @@ def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
     install(model, adapter.config, plan)
-    trained = trained_parameters(model)
-    for key, tensor in adapter.tensors.items():
-        trained[key].data.copy_(tensor)
+    held = held_tensors(model)
+    for key, tensor in adapter.held.items():
+        held[key].data.copy_(tensor)
     return model
 
 

@@ -27,9 +27,9 @@ class Installed:
 
 
 def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | None = None) -> RWKV:
-    """Freezes the model and adds what `config` trains, in place. Adapters and states start at zero, so the model's
-    results stay the same, to the bit; with a state, those of packed documents up to rounding, since each document is
-    then run as a sequence of its own.
+    """Freezes the model and adds what `config` trains, in place. Adapters and states start so that the model's results
+    stay the same, with most methods to the bit; with a state, those of packed documents up to rounding, since each
+    document is then run as a sequence of its own. What is random is drawn by torch's own generator.
 
     Args:
         masters: the base's tensors in the precision of its file, by key: the values that trained parameters of the base
@@ -42,7 +42,11 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
     check(config)
     refuse_second(model)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    install(model, config, make_plan(config, model.config, shapes), masters)
+    plan = make_plan(config, model.config, shapes)
+    install(model, config, plan, masters)
+    if not model.head.weight.is_meta:
+        for path, (method, own) in plan.linears.items():
+            method.start(model.get_submodule(path), own)
     return model
 
 
@@ -84,6 +88,17 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by key, in the model's order. The key of a base parameter or a learned state is that in
     a checkpoint; the key of an adapter's parameter is its linear's path and its name in `LinearMethod.names`."""
     return {checkpoint_key(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def held_tensors(model: RWKV) -> dict[str, Tensor]:
+    """All that a run's results depend on beyond the frozen base, by key: the trained parameters, and the buffers of the
+    modules beside linears."""
+    buffers = {
+        f"{path}.{name}": buffer
+        for path in installed(model).plan.linears
+        for name, buffer in model.get_submodule(path).named_buffers(recurse=False)
+    }
+    return trained_parameters(model) | buffers
 
 
 def checkpoint_key(name: str) -> str:

@@ -65,11 +65,17 @@ class LinearMethod(Method, ABC):
     def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
         """The module that takes the linear's place: it computes what the linear computes until it is trained. Its
         parameters named in `names` are trained, in fp32 beside weights of lower precision (updates of a bf16 parameter
-        would be lost to rounding); the linear is its submodule `base_layer`."""
+        would be lost to rounding); the linear is its submodule `base_layer`. Buffers of the module's own hold what else
+        its results depend on: a run's checkpoints have them."""
+
+    def start(self, module: nn.Module, config: AdapterConfig) -> None:
+        """Gives a module that `wrap` has made its initial values, if they are not those that it was made with. What is
+        random is drawn by torch's own generator, which a run has seeded. Not called where the values come from a file,
+        nor on the device meta."""
 
     @abstractmethod
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors in `names`."""
+        """The shapes of the tensors in `names`, as an adapter's file has them."""
 
     def refuses(self, in_features: int, out_features: int, config: AdapterConfig) -> str | None:
         """Why the method cannot go beside a linear of that size, as text to follow the linear's path in a message; None
@@ -82,11 +88,20 @@ class LinearMethod(Method, ABC):
 
         Args:
             W: fp32 (M, in_features), the weight's rows from row `start` on.
-            tensors: the linear's trained tensors by their names in `names`.
+            tensors: those of the linear in the adapter's file, by their names in `names`.
 
         Returns:
             fp32 (M, in_features), in memory of its own.
         """
+
+    def to_file(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in `names` as an adapter's file has them, from what the module holds: its trained parameters and
+        its own buffers, by their names in it."""
+        return dict(held)
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `to_file` was given, from what it has returned."""
+        return dict(tensors)
 
     def reads(self, fields: Mapping[str, Any]) -> bool:
         """Whether an adapter_config.json with these fields is the method's: its forms may share a peft_type. Of several
@@ -137,10 +152,15 @@ SELECTION = (
 )
 """The `Entry.settings` of a method that goes beside linears which `rwkv_miss.adapters.plan` reads for it."""
 
+# The options of every method with a product of two thin matrices.
+_LOW_RANK = {"alpha": 64.0, "rank_stabilized": False, "lr_ratio": 1.0}
 METHODS: dict[str, Entry] = {
     "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
     "mini": Entry("rwkv_miss.adapters.mini", ("dropout", *SELECTION), {"mini_r": 1}),
     "bat": Entry("rwkv_miss.adapters.bat", ("dropout", *SELECTION), {"layout": "output"}),
+    "lora": Entry("rwkv_miss.adapters.lora", ("dropout", *SELECTION), _LOW_RANK),
+    "dora": Entry("rwkv_miss.adapters.dora", ("dropout", *SELECTION), _LOW_RANK),
+    "pissa": Entry("rwkv_miss.adapters.pissa", SELECTION, {**_LOW_RANK, "svd_iterations": 16}),
     "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
     "full": Entry("rwkv_miss.adapters.whole"),
 }
@@ -213,5 +233,6 @@ def check(adapter: AdapterConfig) -> None:
 
 def option(config: AdapterConfig, name: str) -> Any:
     """The value of a method's own option: what was given, or its default."""
-    defaults = {key: value for part in config.method.split("+") for key, value in METHODS[part].options.items()}
+    names = (*config.method.split("+"), *(config.method_pattern or {}).values())
+    defaults = {key: value for part in names for key, value in METHODS[part].options.items()}
     return config.options.get(name, defaults[name])

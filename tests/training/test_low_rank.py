@@ -1,0 +1,46 @@
+"""Runs of LoRA, DoRA and PiSSA: alone and beside a state, resumed, merged, on several ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_miss import load_adapter, load_model, merge
+from rwkv_miss.config import AdapterConfig
+from tests.training.runs import adapter, losses, quiet_train, small_config
+
+METHODS = {
+    "lora": AdapterConfig("lora", r=4, dropout=0.1, options={"alpha": 8.0, "lr_ratio": 4.0}),
+    "dora": AdapterConfig("dora", r=4, options={"alpha": 4.0, "rank_stabilized": True}),
+    "pissa": AdapterConfig("pissa", r=4, options={"alpha": 4.0}),
+}
+TOKENS = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
+
+
+def run_config(base: Path, data: Path, out: Path, method: str, **changes):
+    settings = dict(adapter=METHODS[method], max_steps=4, lr=2e-3, schedule="constant", packing=True, batch_size=4)
+    return replace(small_config(base, data, out), **settings | changes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_and_resuming_and_merging(any_base, data, tmp_path, method):
+    config = run_config(any_base, data, tmp_path / "run", method, val_split=0.2)
+    result = quiet_train(config)
+    assert result.best_val_loss < result.base_val_loss
+    saved = adapter(config.out)
+    first = replace(config, out=str(tmp_path / "parts"), max_steps=2)
+    quiet_train(first)
+    quiet_train(replace(first, max_steps=4, resume="auto"))
+    assert losses(first.out) == losses(config.out)
+    assert all(torch.equal(tensor, adapter(first.out)[key]) for key, tensor in saved.items())
+
+    before = any_base.read_bytes()
+    report = merge(any_base, config.out, tmp_path / "merged.pth")
+    assert any_base.read_bytes() == before
+    assert report.logits_error < 1e-5 < report.logits_effect
+    with torch.no_grad():
+        adapted = load_adapter(load_model(any_base), config.out).eval()(TOKENS)[0]
+        torch.testing.assert_close(load_model(tmp_path / "merged.pth")(TOKENS)[0], adapted, rtol=0, atol=1e-5)
