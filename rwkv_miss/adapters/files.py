@@ -145,7 +145,7 @@ def _target_names(model: RWKV, config: AdapterConfig, plan: Plan) -> list[str]:
     ends = config.target_modules if isinstance(config.target_modules, list) else list(model.linears)
     shapes = {checkpoint_key(name): p.shape for name, p in model.named_parameters()}
     meant = select(AdapterConfig(target_modules=ends), linear_shapes(model.config, shapes))
-    return ends if meant == list(plan.linears) else list(plan.linears)
+    return ends if meant == list(plan.linears) and not config.exclude_modules else list(plan.linears)
 
 
 def _modules(model: RWKV, plan: Plan) -> list[str] | None:
@@ -212,8 +212,9 @@ def _settings(peft: dict[str, Any], recorded: str | None, file: str) -> AdapterC
         config.layers_pattern = None  # PEFT does not use it either
     if not is_ours:
         config.method = _find_peft(peft, recorded, file)
-    if found := problems(AdapterConfig(config.method, method_pattern=config.method_pattern)):
-        raise UserError(f"{file}: {'; '.join(found)}")
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        if name not in METHODS:
+            raise UserError(f"{file}: method is {name!r}; this version has: {', '.join(METHODS)}")
     if linear := _first_linear(config):
         for name, value in linear.from_peft(peft, file).items():
             setattr(config, name, config.options | value if name == "options" else value)
@@ -228,8 +229,11 @@ def _find_peft(peft: dict[str, Any], recorded: str | None, file: str) -> str:
     methods = {name: method for name in METHODS for method in find_methods(name) if isinstance(method, LinearMethod)}
     if readers := [name for name, method in methods.items() if method.reads(peft)]:
         return recorded if recorded in readers else readers[0]
-    types = ", ".join(dict.fromkeys(method.peft_type for method in methods.values()))
-    raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {types} adapters can be read")
+    types = dict.fromkeys(method.peft_type for method in methods.values())
+    if peft.get("peft_type") not in types:
+        raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read")
+    said = [f"{name} is {v!r:.40}" for name, v in peft.items() if isinstance(v, str) and name not in _NO_SETTINGS]
+    raise UserError(f"{file}: there is no form of {peft['peft_type']} with these settings: {', '.join(said)}")
 
 
 def _refuse_unknown(peft: dict[str, Any], method: LinearMethod, config: AdapterConfig, file: str) -> None:
@@ -360,7 +364,7 @@ def _check_linears(
     if not linear_methods(config):
         return {}
     # PEFT puts nothing beside a linear that is trained whole.
-    chosen = [path for path in select(config, there) if f"{path}.weight" not in adapter.tensors]
+    chosen = [path for path in select(config, there) if path in found or f"{path}.weight" not in adapter.tensors]
     if more := [path for path in found if path not in chosen]:
         raise UserError(f"{folder}: {WEIGHTS} has an adapter for {more[0]}, which is no target in {CONFIG}")
     plan = {path: beside(config, path) for path in chosen}

@@ -158,6 +158,8 @@ SELECTION = (
 _LOW_RANK = {"alpha": 64.0, "rank_stabilized": False, "lr_ratio": 1.0}
 METHODS: dict[str, Entry] = {
     "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
+    "mini": Entry("rwkv_miss.adapters.mini", ("dropout", *SELECTION), {"mini_r": 1}),
+    "bat": Entry("rwkv_miss.adapters.bat", ("dropout", *SELECTION), {"layout": "output"}),
     "lora": Entry("rwkv_miss.adapters.lora", ("dropout", *SELECTION), _LOW_RANK),
     "dora": Entry("rwkv_miss.adapters.dora", ("dropout", *SELECTION), _LOW_RANK),
     "pissa": Entry("rwkv_miss.adapters.pissa", SELECTION, {**_LOW_RANK, "svd_iterations": 16}),
