@@ -10,7 +10,7 @@ import torch
 
 from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.config import AdapterConfig
-from tests.training.runs import adapter, losses, quiet_train, small_config
+from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
 METHODS = {
     "lora": AdapterConfig("lora", r=4, dropout=0.1, options={"alpha": 8.0, "lr_ratio": 4.0}),
