@@ -67,6 +67,7 @@ def wide_zeros(linear: FrozenLinear, *shape: int) -> Tensor:
 class LowRank(LinearMethod):
     names: tuple[str, ...] = (A_NAME, B_NAME)
     peft_type = "LORA"
+    variants = ({}, {"rank_stabilized": True})
     use_dora = False
     """The field of PEFT's that tells two kinds of the type apart."""
     peft_neutral: Mapping[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16}

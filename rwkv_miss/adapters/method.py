@@ -57,6 +57,8 @@ class LinearMethod(Method, ABC):
     """The names of its tensors within the module that `wrap` makes; in files they follow the linear's path."""
     peft_type: str
     """What HF PEFT calls the method in adapter_config.json."""
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    """The options of each of the method's forms that PEFT has too: `rwkv-miss bench --what methods` compares them."""
     peft_neutral: Mapping[str, Any] = {}
     """Further fields that PEFT writes there for the method, and the value at which each has no effect: another value is
     refused. A field that is neither here nor in `to_peft` is refused unless it is null, false or empty."""

@@ -44,3 +44,32 @@ def test_training_and_resuming_and_merging(any_base, data, tmp_path, method):
     with torch.no_grad():
         adapted = load_adapter(load_model(any_base), config.out).eval()(TOKENS)[0]
         torch.testing.assert_close(load_model(tmp_path / "merged.pth")(TOKENS)[0], adapted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beside_a_state(make_config, tmp_path, method):
+    several = replace(METHODS[method], method=f"{method}+state", target_modules=["att.key"], modules_to_save=["ln"])
+    config = make_config(adapter=several, max_steps=2, lr_state=0.1, packing=True)
+    quiet_train(config)
+    report = merge(config.base, config.out, tmp_path / "merged.pth")
+    assert report.logits_error < 1e-5
+    assert {"blocks.0.att.key", "blocks.0.att.time_state", "ln_out.weight"} <= {layer.name for layer in report.layers}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("any_base", [6, 7], indirect=True, ids=["RWKV-6", "RWKV-7"])
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_2_gives_the_run_of_one_process(any_base, data, tmp_path, method):
+    """Two ranks, stopped and resumed."""
+    one = run_config(any_base, data, tmp_path / "one", method, adapter=replace(METHODS[method], dropout=0.0))
+    quiet_train(one)
+    two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_2", devices=2, batch_size=2)
+    for config in (replace(two, max_steps=2), replace(two, resume="auto")):
+        done = run_train(config)
+        assert done.returncode == 0, done.stderr
+    assert losses(two.out) == pytest.approx(losses(one.out), rel=1e-5)
+    for name, tensor in adapter(two.out).items():
+        torch.testing.assert_close(tensor, adapter(one.out)[name], rtol=2e-3, atol=5e-5)
+    # What DeepSpeed keeps in parts comes from the adapter's folder where one process goes on.
+    quiet_train(replace(one, out=two.out, max_steps=5, resume="auto"))
+    assert len(losses(two.out)) == 5
