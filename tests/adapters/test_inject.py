@@ -84,8 +84,8 @@ def test_a_second_adapter_is_refused(model):
 
 
 def test_every_wrong_setting_is_said_at_once(model):
-    config = AdapterConfig(method="lora", r=0, dropout=1.0, target_modules=[])
+    config = AdapterConfig(method="bone", r=0, dropout=1.0, target_modules=[])
     with pytest.raises(UserError) as error:
         inject(model, config)
-    for word in ("adapter.method is 'lora'", "adapter.r is 0", "adapter.dropout is 1.0", "target_modules is empty"):
+    for word in ("adapter.method is 'bone'", "adapter.r is 0", "adapter.dropout is 1.0", "target_modules is empty"):
         assert word in str(error.value)
