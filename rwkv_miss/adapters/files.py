@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, held_tensors, install, installed, refuse_second
+from rwkv_miss.adapters.inject import DEFAULT, checkpoint_key, held_tensors, install, installed, put_in, take_out
 from rwkv_miss.adapters.method import METHODS, SELECTION, LinearMethod, find_methods, linear_methods, problems
 from rwkv_miss.adapters.plan import Beside, Plan, beside, linear_shapes, select
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -387,20 +387,28 @@ def _check_linears(
     return plan
 
 
-def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
-    """Adds a saved adapter to a model that has none, in place; all other parameters are frozen, as by `inject`.
+def load_adapter(model: RWKV, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """Adds a saved adapter to a model, in place; all other parameters are frozen, as by `inject`. It is then in use; of
+    several, `rwkv_miss.adapters.several.set_adapter` chooses.
 
     Args:
         folder: an adapter folder, or a run's folder, whose `adapter` is used.
 
     Raises:
-        UserError: as `read_adapter` and `check_fits`; or the model has an adapter already.
+        UserError: as `read_adapter` and `check_fits`; or the model has an adapter of that name already.
     """
-    refuse_second(model)
+    if name in model.adapters:
+        raise UserError(f"the model has an adapter already whose name is {name}; give this one another name")
     adapter = read_adapter(folder)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
-    install(model, adapter.config, plan)
+    before = take_out(model)
+    try:
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
+    except UserError:
+        if before:
+            put_in(model, before)
+        raise
+    install(model, adapter.config, plan, adapter.whole, name)  # into tensors of their own, beside the base's
     held = held_tensors(model)
     for key, tensor in adapter.held.items():
         held[key].data.copy_(tensor)
