@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,10 @@ def bench_methods(thread_count: int) -> Table:
     linear, with random adapters.
 
     Returns:
-        A table with a row for each: the largest differences from PEFT's results, each relative to the largest value of
-        the tensor that differs. forward: of the logits; gradients: of what is trained; merge: of the merged weights;
-        PEFT_reads_ours: of the logits of a PEFT model that opened our folder; we_read_PEFTs: of those of our model that
-        opened a folder saved by PEFT.
+        A table with a row for each: the largest differences from PEFT's results, each relative to the largest value
+        there. forward: of the logits; gradients: of all that is trained; merge: of each merged weight; PEFT_reads_ours:
+        of the logits of a PEFT model that opened our folder; we_read_PEFTs: of those of our model that opened a folder
+        saved by PEFT.
 
     Raises:
         UserError: PEFT is not installed.
@@ -88,10 +88,7 @@ def _compare(peft: Any, base: Path, config: AdapterConfig, folder: Path) -> dict
     their_logits, gradients = _run(theirs, their_parameters, tokens, direction)
     named = peft.get_peft_model_state_dict(theirs, state_dict=gradients)
     # Tensors in a file may have more rows or columns than are trained: they come last.
-    gradient_errors = [
-        _error(gradient, named[_PREFIX + key][tuple(map(slice, gradient.shape))])
-        for key, gradient in our_gradients.items()
-    ]
+    their_gradients = [named[_PREFIX + key][tuple(map(slice, g.shape))] for key, g in our_gradients.items()]
     opened = peft.PeftModel.from_pretrained(load_model(base), folder / "ours").eval()
     loaded = load_adapter(load_model(base), folder / "theirs").eval()
     with torch.no_grad():
@@ -101,7 +98,7 @@ def _compare(peft: Any, base: Path, config: AdapterConfig, folder: Path) -> dict
     weights = [f"{path}.weight" for path in installed(ours).plan.linears]
     return {
         "forward": _error(our_logits, their_logits),
-        "gradients": max(gradient_errors),
+        "gradients": _error(_flat(our_gradients.values()), _flat(their_gradients)),
         "merge": max(_error(merged[key], expected[key]) for key in weights),
         "PEFT_reads_ours": reads[0],
         "we_read_PEFTs": reads[1],
@@ -115,6 +112,10 @@ def _run(
     logits = model(tokens)[0]
     gradients = torch.autograd.grad((logits * direction).sum(), list(trained.values()))
     return logits.detach(), dict(zip(trained, gradients, strict=True))
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
