@@ -97,9 +97,8 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
     config, plan = installed(model).config, installed(model).plan
     modules = _modules(model, plan)
     linear = _first_linear(config)
-    is_pefts = modules is not None and config.method in METHODS and linear and linear.fits_peft(config)
-    if linear and is_pefts and {beside.method for beside in plan.linears.values()} == {linear}:
-        peft: dict[str, Any] = {"peft_type": linear.peft_type}
+    if (in_peft := peft_method(model)) is not None:
+        peft: dict[str, Any] = {"peft_type": in_peft.peft_type}
     else:
         peft = {"peft_type": _OUR_TYPE, **{name: getattr(config, name) for name in _OUR_FIELDS}}
     if config.rank_pattern:
@@ -127,6 +126,16 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
+
+
+def peft_method(model: RWKV) -> LinearMethod | None:
+    """The method beside the model's linears, if HF PEFT can load all that was trained."""
+    config, plan = installed(model).config, installed(model).plan
+    method = _first_linear(config)
+    if method is None or config.method not in METHODS or _modules(model, plan) is None:
+        return None
+    is_alone = {beside.method for beside in plan.linears.values()} == {method}
+    return method if is_alone and method.fits_peft(config) else None
 
 
 def _to_file(model: RWKV, plan: Plan) -> dict[str, Tensor]:
@@ -399,7 +408,11 @@ def load_adapter(model: RWKV, folder: str | os.PathLike, name: str = DEFAULT) ->
     """
     if name in model.adapters:
         raise UserError(f"the model has an adapter already whose name is {name}; give this one another name")
-    adapter = read_adapter(folder)
+    return add_adapter(model, read_adapter(folder), folder, name)
+
+
+def add_adapter(model: RWKV, adapter: AdapterFile, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """As `load_adapter`, of an adapter that has been read from `folder`."""
     before = take_out(model)
     try:
         shapes = {name: p.shape for name, p in model.named_parameters()}
