@@ -10,12 +10,13 @@ dW depends on W, so that W is read, in pieces of rows, in every forward and back
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_miss.adapters.method import option
+from rwkv_miss.adapters.method import Factors, option
 from rwkv_miss.adapters.miss import Miss, MissLinear
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.model.linear import FrozenLinear
@@ -116,6 +117,12 @@ class Bat(Miss):
 
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         return delta_weight(W, start, tensors["miss_block"].float(), option(config, "layout"))
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        return None
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return None
 
     def fits_peft(self, config: AdapterConfig) -> bool:
         return super().fits_peft(config) and option(config, "layout") == "output"

@@ -9,12 +9,14 @@ once, and only what DoRA adds to it from what is left.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.adapters.low_rank import A_NAME, B_NAME, LowRank, LowRankLinear, wide_zeros
+from rwkv_miss.adapters.method import Factors
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.model.linear import FrozenLinear
 
@@ -72,6 +74,12 @@ class Dora(LowRank):
 
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(in_features, out_features, config), _M: (out_features,)}
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        return None
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return None
 
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         V = W + super().delta(W, start, tensors, config)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, held_tensors, install, installed, refuse_second
+from rwkv_miss.adapters.inject import DEFAULT, checkpoint_key, held_tensors, install, installed, put_in, take_out
 from rwkv_miss.adapters.method import METHODS, SELECTION, LinearMethod, find_methods, linear_methods, problems
 from rwkv_miss.adapters.plan import Beside, Plan, beside, linear_shapes, select
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -97,9 +97,8 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
     config, plan = installed(model).config, installed(model).plan
     modules = _modules(model, plan)
     linear = _first_linear(config)
-    is_pefts = modules is not None and config.method in METHODS and linear and linear.fits_peft(config)
-    if linear and is_pefts and {beside.method for beside in plan.linears.values()} == {linear}:
-        peft: dict[str, Any] = {"peft_type": linear.peft_type}
+    if (in_peft := peft_method(model)) is not None:
+        peft: dict[str, Any] = {"peft_type": in_peft.peft_type}
     else:
         peft = {"peft_type": _OUR_TYPE, **{name: getattr(config, name) for name in _OUR_FIELDS}}
     if config.rank_pattern:
@@ -127,6 +126,16 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
+
+
+def peft_method(model: RWKV) -> LinearMethod | None:
+    """The method beside the model's linears, if HF PEFT can load all that was trained."""
+    config, plan = installed(model).config, installed(model).plan
+    method = _first_linear(config)
+    if method is None or config.method not in METHODS or _modules(model, plan) is None:
+        return None
+    is_alone = {beside.method for beside in plan.linears.values()} == {method}
+    return method if is_alone and method.fits_peft(config) else None
 
 
 def _to_file(model: RWKV, plan: Plan) -> dict[str, Tensor]:
@@ -387,20 +396,32 @@ def _check_linears(
     return plan
 
 
-def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
-    """Adds a saved adapter to a model that has none, in place; all other parameters are frozen, as by `inject`.
+def load_adapter(model: RWKV, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """Adds a saved adapter to a model, in place; all other parameters are frozen, as by `inject`. It is then in use; of
+    several, `rwkv_miss.adapters.several.set_adapter` chooses.
 
     Args:
         folder: an adapter folder, or a run's folder, whose `adapter` is used.
 
     Raises:
-        UserError: as `read_adapter` and `check_fits`; or the model has an adapter already.
+        UserError: as `read_adapter` and `check_fits`; or the model has an adapter of that name already.
     """
-    refuse_second(model)
-    adapter = read_adapter(folder)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
-    install(model, adapter.config, plan)
+    if name in model.adapters:
+        raise UserError(f"the model has an adapter already whose name is {name}; give this one another name")
+    return add_adapter(model, read_adapter(folder), folder, name)
+
+
+def add_adapter(model: RWKV, adapter: AdapterFile, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """As `load_adapter`, of an adapter that has been read from `folder`."""
+    before = take_out(model)
+    try:
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
+    except UserError:
+        if before:
+            put_in(model, before)
+        raise
+    install(model, adapter.config, plan, adapter.whole, name)  # into tensors of their own, beside the base's
     held = held_tensors(model)
     for key, tensor in adapter.held.items():
         held[key].data.copy_(tensor)

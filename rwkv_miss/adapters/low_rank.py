@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_miss.adapters.method import Group, LinearMethod, option
+from rwkv_miss.adapters.factors import exact_multiple
+from rwkv_miss.adapters.method import Factors, Group, LinearMethod, option
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.base import RWKV
@@ -96,6 +97,13 @@ class LowRank(LinearMethod):
 
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         return (self.scale(config) * tensors[B_NAME][start : start + len(W)].float()) @ tensors[A_NAME].float()
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        B = exact_multiple(tensors[B_NAME], self.scale(config))
+        return None if B is None else Factors(tensors[A_NAME].float(), B)
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return {A_NAME: factors.A, B_NAME: factors.B}, {"alpha": float(config.r)}
 
     def group(self, key: str, parameter: nn.Parameter, kind: type[RWKV], config: TrainConfig) -> Group:
         """As PEFT's `create_loraplus_optimizer` groups them: all but A have the multiple of the learning rate."""

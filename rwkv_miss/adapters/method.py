@@ -13,6 +13,7 @@ from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
 from rwkv_miss.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from rwkv_miss.model.base import RWKV
@@ -28,6 +29,13 @@ class Group(NamedTuple):
     name: str
     lr: float
     weight_decay: float
+
+
+class Factors(NamedTuple):
+    """dW = B A, with A fp32 (r, in) and B fp32 (out, r)."""
+
+    A: Tensor
+    B: Tensor
 
 
 class Method:
@@ -105,6 +113,15 @@ class LinearMethod(Method, ABC):
         """What `to_file` was given, from what it has returned."""
         return dict(tensors)
 
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        """dW as a product, for a weight of that shape (out, in); None if it is none, or not exactly in fp32."""
+        return None
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors in `names` whose dW is exactly that product, and the method's options with them; None if there
+        are none. `config` has the rank of the product as `r`."""
+        return None
+
     def reads(self, fields: Mapping[str, Any]) -> bool:
         """Whether an adapter_config.json with these fields is the method's: its forms may share a peft_type. Of several
         that say so, the first in `METHODS` reads it."""
@@ -172,6 +189,11 @@ METHODS: dict[str, Entry] = {
 def find_methods(method: str) -> list[Method]:
     """The methods that `AdapterConfig.method` names. Every name must be in `METHODS` (`problems` checks that)."""
     return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
+
+
+def name_of(method: Method) -> str:
+    """The method's name in `METHODS`."""
+    return next(name for name in METHODS if find_methods(name) == [method])
 
 
 def linear_methods(config: AdapterConfig) -> dict[str, LinearMethod]:

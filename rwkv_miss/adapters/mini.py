@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv_miss.adapters.method import option
+from torch import Tensor
+
+from rwkv_miss.adapters.method import Factors, option
 from rwkv_miss.adapters.miss import Miss
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
@@ -23,6 +25,9 @@ class Mini(Miss):
         if m < 1 or out_features % m:
             return f"mini_r is {m}, which does not divide the linear's {out_features} outputs; give one that does"
         return super().refuses(in_features, out_features, config)
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return None
 
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
         return super().to_peft(config) | {"mini_r": option(config, "mini_r")}

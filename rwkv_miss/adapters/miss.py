@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_miss.adapters.method import LinearMethod
+from rwkv_miss.adapters.factors import exact_multiple
+from rwkv_miss.adapters.method import Factors, LinearMethod
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.linear import FrozenLinear
@@ -48,6 +49,11 @@ def delta_weight(D: Tensor, in_features: int) -> Tensor:
     (r, out), it returns the same rows of dW."""
     r = D.shape[0]
     return torch.cat([D.T.contiguous()] * -(-in_features // r), 1)[:, :in_features]
+
+
+def _ones(r: int, in_features: int) -> Tensor:
+    """The matrix (r, in) by which S = A x: A[j, c] is 1 where c mod r = j, 0 elsewhere."""
+    return (torch.arange(in_features) % r == torch.arange(r)[:, None]).float()
 
 
 class _MissFunction(torch.autograd.Function):
@@ -144,6 +150,19 @@ class Miss(LinearMethod):
         D = tensors["miss_block"].float()
         outputs = torch.arange(start, start + len(W), device=D.device) % D.shape[1]
         return delta_weight(D[:, outputs], W.shape[1])
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        D = tensors["miss_block"].float()
+        return Factors(_ones(len(D), shape[1]), D.repeat(1, shape[0] // D.shape[1]).T.contiguous())
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Where A is that of `factors`, or a multiple of it."""
+        r, in_features = factors.A.shape
+        multiple = factors.A[0, 0]
+        if not torch.equal(factors.A, multiple * _ones(r, in_features)):
+            return None
+        D = exact_multiple(factors.B, multiple.item())
+        return None if D is None else ({"miss_block": D.T.contiguous()}, {})
 
     def reads(self, fields: Mapping[str, Any]) -> bool:
         variant = fields.get("init_weights", True)

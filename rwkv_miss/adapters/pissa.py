@@ -10,12 +10,13 @@ saved, [A; A0] and [B, -B0], as PEFT's `path_initial_model_for_weight_conversion
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_miss.adapters.low_rank import A_NAME, B_NAME, LowRank, LowRankLinear, wide_zeros
-from rwkv_miss.adapters.method import option
+from rwkv_miss.adapters.method import Factors, option
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.model.linear import FrozenLinear
 
@@ -67,6 +68,9 @@ class Pissa(LowRank):
         for start, now, value in ((module.start_A, module.A, (V * root).T), (module.start_B, module.B, U * root)):
             start.copy_(value)
             now.copy_(value)
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        return None
 
     def to_file(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {A_NAME: torch.cat([held[A_NAME], held[_A0]]), B_NAME: torch.cat([held[B_NAME], -held[_B0]], 1)}
