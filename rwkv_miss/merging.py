@@ -9,7 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +20,16 @@ from torch import Tensor
 from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
 from rwkv_miss.adapters.plan import Plan
 from rwkv_miss.adapters.several import set_adapter
+from rwkv_miss.ahead import computed_ahead
 from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import target_of
 from rwkv_miss.export.target import Target, Weights
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, flush
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
-from rwkv_miss.model.block_by_block import block_by_block
+from rwkv_miss.model.block_by_block import logits_block_by_block
 from rwkv_miss.model.initial_state import file_layout, is_state, load_initial_state, state_shapes
 from rwkv_miss.model.load import build_model
 from rwkv_miss.model.recognise import infer_config
@@ -160,11 +161,33 @@ def merge(
     }
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if on_tensor:
+            on_tensor(done, 2 * len(specs))
+
     with atomic_write(out_path) as part:
-        layers, written = _write(part, target, sizes, specs, base, base_path, parts, on_tensor)
+        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, count)
         scales = [p.weight for p in parts]
         del parts  # the check reads them again
-        error, effect = _verify(base, base_path, mark, folders, scales, written, part, state_only)
+        with ThreadPoolExecutor(2) as threads:
+            # While the file is read back it goes to the disk, and what it is to compute is found.
+            flushed = threads.submit(flush, part)
+            expected = threads.submit(_expected_logits, base, base_path, mark, folders, scales)
+            written = _read_back(part, target, specs, checksums, count)
+            if state_only:
+                merged, tolerance = _with_state(base, base_path, mark, folders, scales, part), 0.0
+            else:
+                merged = build_model(written, part).eval().requires_grad_(False)
+                # The coarser of the two files' dtypes says how far rounding may carry them apart.
+                tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
+            with plain_reads([*base.values(), *written.values()]) as reader:
+                found = _logits(merged, reader)
+            error, effect = _compare(*expected.result(), found, tolerance)
+            flushed.result()
     names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
 
@@ -200,60 +223,61 @@ def _write(
     base: Mapping[str, Tensor],
     base_path: Path,
     parts: Sequence[_Part],
-    on_tensor: Report | None,
-) -> tuple[list[MergedLayer], Mapping[str, Tensor]]:
-    """Writes the merged tensors to `part`, and reads them back. Returns what merging did, and the file's tensors."""
+    count: Callable[[], None],
+) -> tuple[list[MergedLayer], dict[str, int]]:
+    """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
     kind = MODELS[sizes.version]
     layers: dict[str, MergedLayer] = {}
-    checksums: dict[str, Future[int]] = {}
-    pending: list[Future[int]] = []  # the one that still reads the buffer
-    done = 0
-    # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
-    # the number of tensors (glibc).
-    buffer = torch.empty(max(s.shape.numel() * s.dtype.itemsize for s in specs.values()), dtype=torch.uint8)
+    checksums: dict[str, int] = {}
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if on_tensor:
-            on_tensor(done, 2 * len(specs))
-
-    def compute(name: str) -> Tensor:
-        wait(pending)
+    def compute(name: str, memory: Tensor) -> Tensor:
         spec = specs[name]
-        out = buffer[: spec.shape.numel() * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
+        out = memory.view(spec.dtype).view(spec.shape)
         path = name.removesuffix(".weight")
         if mine := [p for p in parts if path in p.plan.linears or name in p.plan.whole]:
             label = path if any(path in p.plan.linears for p in mine) else name
             W = base.get(name, torch.zeros(()).expand(spec.shape))
-            layers[label] = _write_rows(label, _pieces(W, name, mine, kind, reader), out)
+            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out)
         else:
-            for rows, out_rows in zip(_rows(base[name]), _rows(out), strict=True):
-                out_rows.copy_(reader.read(rows))
-        if not _is_finite(out):
+            if spec.dtype == base[name].dtype:
+                reader.read(base[name], out)
+            else:
+                for rows, out_rows in zip(_rows(base[name]), _rows(out), strict=True):
+                    out_rows.copy_(reader.read(rows))
+            is_finite = _is_finite(out)
+        if not is_finite:
             if name in base and not _is_finite(base[name]):
                 raise UserError(f"{base_path}: {name} has values that are not finite; give a base that is sound")
             [dtype] = [short for short, dtype in DTYPES.items() if dtype == spec.dtype]
             wider = "bf16" if dtype == "fp16" else "fp32"
             largest = torch.finfo(spec.dtype).max
             raise UserError(f"{name}: not finite in {dtype}, whose largest value is {largest:,g}; give --dtype {wider}")
-        checksums[name] = threads.submit(_checksum, out, reader)  # while the tensor is written
-        pending[:] = [checksums[name]]
-        count()
         return out
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        with plain_reads(base.values()) as reader:
-            target.write(part, Weights(sizes, specs, compute))
-        written = target.read(part)
-        with plain_reads(written.values()) as reader:
-            found = threads.map(lambda tensor: _checksum(tensor, reader), written.values())
-            for (name, tensor), checksum in zip(written.items(), found, strict=True):
-                facts = specs[name].shape, specs[name].dtype, checksums[name].result()
-                if (tensor.shape, tensor.dtype, checksum) != facts:
-                    raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
-                count()
-    return list(layers.values()), written
+    def written_next(name: str) -> Tensor:
+        tensor = computed(name)
+        checksums[name] = _checksum(tensor, reader)  # here, since it is the thread that has more time
+        count()
+        return tensor
+
+    sizes_in_bytes = {name: s.shape.numel() * s.dtype.itemsize for name, s in specs.items()}
+    with plain_reads(base.values()) as reader, computed_ahead(sizes_in_bytes, compute) as computed:
+        target.write(part, Weights(sizes, specs, written_next))
+    return list(layers.values()), checksums
+
+
+def _read_back(
+    part: Path, target: Target, specs: Mapping[str, TensorSpec], checksums: Mapping[str, int], count: Callable[[], None]
+) -> Mapping[str, Tensor]:
+    """The tensors in the file `part`, after a look at every byte."""
+    written = target.read(part)
+    with plain_reads(written.values()) as reader, ThreadPoolExecutor(max(2, torch.get_num_threads())) as threads:
+        found = threads.map(lambda tensor: _checksum(tensor, reader), written.values())
+        for (name, tensor), checksum in zip(written.items(), found, strict=True):
+            if (tensor.shape, tensor.dtype, checksum) != (specs[name].shape, specs[name].dtype, checksums[name]):
+                raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
+            count()
+    return written
 
 
 def _check_out(out: Path, base: Path, overwrite: bool) -> None:
@@ -338,8 +362,9 @@ def _replacements(W: Tensor, trained: Tensor, reader: Reader) -> Iterable[tuple[
         yield exact - reader.read(W_rows).float(), exact
 
 
-def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
-    """Writes the second tensor of each pair to `out`; the first is its difference from the base."""
+def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> tuple[MergedLayer, bool]:
+    """Writes the second tensor of each pair to `out`; the first is its difference from the base. Returns what merging
+    did, and whether all that was written is finite."""
     delta_squares = lost_squares = 0.0
     lost = torch.empty_like(_rows(out)[0], dtype=torch.float32)
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
@@ -347,42 +372,52 @@ def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor)
         delta_squares += torch.linalg.vector_norm(delta).item() ** 2
         lost_squares += torch.linalg.vector_norm(torch.sub(out_rows, exact, out=lost[: len(exact)])).item() ** 2
     loss = math.sqrt(lost_squares / delta_squares) if delta_squares else 0.0
-    return MergedLayer(name, math.sqrt(delta_squares), loss)
+    # A value that is not finite makes the loss so too; a loss may also be beyond fp32 while the values are not.
+    is_finite = math.isfinite(lost_squares) or _is_finite(out)
+    return MergedLayer(name, math.sqrt(delta_squares), loss), is_finite
 
 
-@torch.no_grad()
-def _verify(
+def _expected_logits(
     base: Mapping[str, Tensor],
     base_path: Path,
     mark: str,
     folders: Sequence[str | os.PathLike],
     weights: Sequence[float],
-    written: Mapping[str, Tensor],
-    part: Path,
-    state_only: bool,
-) -> tuple[float, float]:
-    """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
+) -> tuple[Tensor, Tensor]:
+    """The logits of the base, and of base + adapters."""
     model = build_model(base, base_path).eval().requires_grad_(False)
     model.fingerprint = mark
-    vocab_size = model.config.vocab_size
-    tokens = torch.randint(vocab_size, (1, _VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
+    with plain_reads(base.values()) as reader:
+        return _logits(model, reader), _logits(_with_adapters(model, folders, weights), reader)
 
-    def logits_of(model: RWKV) -> Tensor:
-        with block_by_block(model, reader):
-            return model(tokens)[0].float()
 
-    with plain_reads([*base.values(), *written.values()]) as reader:
-        base_logits = logits_of(model)
-        adapted = logits_of(_with_adapters(model, folders, weights))
-        if state_only:  # the file's state in place of the adapter's: the numbers must be the same
-            for time_mix in model.time_mixes():
-                time_mix.time_state = None
-            load_initial_state(model, part)
-            merged, tolerance = logits_of(model), 0.0
-        else:
-            merged = logits_of(build_model(written, part).eval().requires_grad_(False))
-            # The coarser of the two files' dtypes says how far rounding may carry them apart.
-            tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
+def _with_state(
+    base: Mapping[str, Tensor],
+    base_path: Path,
+    mark: str,
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    file: Path,
+) -> RWKV:
+    """Base + adapters, with the state in `file` in place of theirs."""
+    model = build_model(base, base_path).eval().requires_grad_(False)
+    model.fingerprint = mark
+    _with_adapters(model, folders, weights)
+    for time_mix in model.time_mixes():
+        time_mix.time_state = None
+    load_initial_state(model, file)
+    return model
+
+
+def _logits(model: RWKV, reader: Reader) -> Tensor:
+    """The model's logits of some tokens, which are always the same."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, _VERIFY_TOKENS), generator=rng)
+    return logits_block_by_block(model, tokens, reader).float()
+
+
+def _compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> tuple[float, float]:
+    """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
         if not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")

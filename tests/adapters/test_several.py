@@ -127,7 +127,8 @@ def test_several_are_merged_into_one_file(either_base, folders, tmp_path, weight
     parts = [torch.load(tmp_path / f"{name}.pth") for name in folders]
     for key, tensor in found.items():
         before = base.get(key, torch.zeros_like(tensor))
-        exact = before + sum(w * (part.get(key, before) - before) for w, part in zip(weights or [1] * 3, parts, strict=True))
+        changes = [part.get(key, before) - before for part in parts]
+        exact = before + sum(w * change for w, change in zip(weights or [1] * 3, changes, strict=True))
         assert torch.allclose(tensor, exact, rtol=0, atol=3e-6), key
     assert list(found)[: len(base)] == list(base)
 
