@@ -55,9 +55,10 @@ class AdapterConfig:
     """What is trained."""
 
     method: str = "miss"
-    """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear. state: the state that sequences
-    begin from; it is zero at first and needs a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter of
-    the base. Several methods are joined by +, such as miss+state."""
+    """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear; mini and bat are forms of it. lora,
+    dora and pissa: the product of a trainable (out, r) and an (r, in) matrix beside each. state: the state that
+    sequences begin from; it is zero at first and needs a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every
+    parameter of the base. Several methods are joined by +, such as miss+state. docs/methods.md compares them."""
     r: int = 64
     """Rank of the adapter beside each linear. In MiSS: the rows of the trainable matrix, and the size of the blocks
     that the input is cut into and summed over."""

@@ -38,7 +38,9 @@ class DoraLinear(LowRankLinear):
         Vx = self.base_layer(dropped) + self.branch(dropped, self.A, self.B)
         # The factor less 1: 1 + a little would be rounded to 1 in bf16.
         y = Vx + (self.lora_magnitude_vector / self.lengths() - 1).to(x.dtype) * Vx
-        return y if dropped is x else y + self.base_layer(x - dropped)
+        if not (self.training and self.dropout):
+            return y
+        return y + self.base_layer(x - dropped)
 
     @torch.no_grad()
     def lengths(self) -> Tensor:

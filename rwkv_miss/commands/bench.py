@@ -30,4 +30,4 @@ def run(what: str = "all", threads: int = 1) -> int:
 def _shown(x: Any) -> str:
     if not isinstance(x, float):
         return str(x)
-    return f"{x:.2f}" if x == 0 or abs(x) >= 0.005 else f"{x:.0e}"
+    return f"{x:.2f}" if abs(x) >= 0.005 else f"{x:.0e}" if x else "0"

@@ -120,6 +120,21 @@ def test_in_bf16_beside_float64(method):
         assert (found - exact).norm() <= 0.02 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("method", "numbers"),
+    [("lora", 77 * (64 + 6)), ("dora", 77 * (64 + 6 + 40)), ("pissa", 77 * (64 + 12) + 12 * (64 + 40))],
+)
+def test_what_is_kept_for_the_backward_pass(method, numbers):
+    """x and A x, with DoRA the output; and nothing else that grows with x."""
+    module = layer(method, torch.randn(40, 64), r=6)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        module(torch.randn(7, 11, 64, requires_grad=True))
+    found = sum(n for at, n in kept.items() if at not in {t.data_ptr() for t in module.state_dict().values()})
+    lengths = 3 * 40 if method == "dora" else 0
+    assert 0 <= found - numbers <= lengths
+
+
 def test_a_small_change_of_a_length_is_not_lost_in_bf16():
     module = layer("dora", torch.ones(4, 4, dtype=torch.bfloat16))
     module.lora_magnitude_vector.data *= 1 + 1e-3
