@@ -171,6 +171,9 @@ class TrainConfig(DataOptions):
     """Output folder: adapter/, checkpoints/, report.html, metrics.csv, tensorboard/, config.yaml, run.json."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The adapter."""
+    adapter_from: str | None = None
+    """The folder of an adapter, ours or HF PEFT's, or of a run, to train on from; its settings take the place of
+    adapter's."""
     packing: bool = True
     """Lay several documents into one row, each with a state of its own; false gives every document a row."""
     val_data: str | None = None
@@ -314,6 +317,8 @@ class TrainConfig(DataOptions):
         for name in ("lr", "lr_state", "meet_minutes", "hang_minutes"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 found.append(f"{name} is {value}; it must be above 0")
+        if self.adapter_from is not None and self.adapter != AdapterConfig():
+            found.append("adapter_from is given, whose folder has its own settings; leave those of adapter out")
         if self.val_data and self.val_split:
             found.append("val_data and val_split are both given; choose one")
         if self.val_every and not (self.val_data or self.val_split):

@@ -137,6 +137,12 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+def flush(path: Path) -> None:
+    """Returns once what was written to a file is on the disk. Raises OSError if the disk refused."""
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
 def put_in_place(part: Path, path: Path) -> None:
     """Gives a finished file or folder `part` the name `path` at once. All of it is on the disk before it gets the name,
     so that after a power failure `path` is the old one or the new one, whole.
@@ -146,8 +152,7 @@ def put_in_place(part: Path, path: Path) -> None:
     """
     for file in [part, *part.rglob("*")]:
         if file.is_file():
-            with open(file, "rb+") as f:
-                os.fsync(f.fileno())
+            flush(file)
     os.replace(part, path)
     if os.name == "posix":  # the new name is an entry of the folder, which has to reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)

@@ -8,25 +8,28 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
 from rwkv_miss.adapters.plan import Plan
+from rwkv_miss.adapters.several import set_adapter
+from rwkv_miss.ahead import computed_ahead
 from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import target_of
 from rwkv_miss.export.target import Target, Weights
-from rwkv_miss.files import atomic_write
+from rwkv_miss.files import atomic_write, flush
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
-from rwkv_miss.model.block_by_block import block_by_block
+from rwkv_miss.model.block_by_block import logits_block_by_block
 from rwkv_miss.model.initial_state import file_layout, is_state, load_initial_state, state_shapes
 from rwkv_miss.model.load import build_model
 from rwkv_miss.model.recognise import infer_config
@@ -84,23 +87,40 @@ class MergeReport:
         return found
 
 
+class _Part(NamedTuple):
+    """One of the adapters that are merged, what it trained, and its weight."""
+
+    adapter: AdapterFile
+    plan: Plan
+    weight: float
+
+
+_Change = Callable[[Tensor, int], Tensor]
+"""Some rows of a tensor (M, in), in fp32, and the first one's number -> what is added to them, in memory of its own."""
+
+
 def merge(
     base_path: str | os.PathLike,
-    adapter_folder: str | os.PathLike,
+    adapter_folder: str | os.PathLike | Sequence[str | os.PathLike],
     out_path: str | os.PathLike,
     dtype: str | torch.dtype | None = None,
     state_only: bool = False,
     overwrite: bool = False,
     on_tensor: Report | None = None,
+    weights: Sequence[float] | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
-    the base's keys, shapes and order. A learned state that the base lacks comes last, in the layout of state files.
+    the base's keys, shapes and order. Of several adapters, or one with
+    a weight, it writes W + sum of w_i dW_i, where a tensor that was trained directly counts as its difference from the
+    base's. A learned state that the base lacks comes last, in the layout of state files.
 
     The files are read in pieces and one tensor is held at a time, in the check one block. Each sum is taken in fp32 and
     cast once. What was written is read back, and its logits are compared with those of base + adapter; only then does
     the file get its name.
 
     Args:
+        adapter_folder: the folder of an adapter or of a run, or several.
+        weights: the adapters' weights, in the same order; 1 for each when not given.
         dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are always fp32.
         state_only: write the learned state and nothing else: a state file, which is loaded beside the base.
         overwrite: replace `out_path` if it is there.
@@ -119,12 +139,12 @@ def merge(
     base = read_checkpoint(base_path)
     sizes = infer_config(base, base_path)
     kind = MODELS[sizes.version]
-    adapter = read_adapter(adapter_folder)
+    folders = [adapter_folder] if isinstance(adapter_folder, str | os.PathLike) else list(adapter_folder)
     mark = fingerprint(base, base_path)
-    plan = check_fits(adapter, sizes, {key: t.shape for key, t in base.items()}, mark, adapter_folder)
-    states = {key: shape for key, shape in state_shapes(sizes).items() if key in plan.whole}
+    parts = _read_parts(folders, weights, sizes, base, mark)
+    states = {key: shape for key, shape in state_shapes(sizes).items() if any(key in p.plan.whole for p in parts)}
     if state_only and not states:
-        raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
+        raise UserError(f"{', '.join(map(str, folders))}: the adapter has no learned state; leave state_only out")
     if state_only and dtype is not None:
         raise UserError(f"dtype is {dtype}, but a state is written in fp32; leave dtype out")
     if states and not state_only and not kind.runtimes_find_state:
@@ -141,12 +161,58 @@ def merge(
     }
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if on_tensor:
+            on_tensor(done, 2 * len(specs))
+
     with atomic_write(out_path) as part:
-        layers, written = _write(part, target, sizes, specs, base, base_path, plan, adapter, on_tensor)
-        del adapter  # the check reads it again
-        error, effect = _verify(base, base_path, mark, adapter_folder, written, part, state_only)
+        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, count)
+        scales = [p.weight for p in parts]
+        del parts  # the check reads them again
+        with ThreadPoolExecutor(2) as threads:
+            # While the file is read back it goes to the disk, and what it is to compute is found.
+            flushed = threads.submit(flush, part)
+            expected = threads.submit(_expected_logits, base, base_path, mark, folders, scales)
+            written = _read_back(part, target, specs, checksums, count)
+            if state_only:
+                merged, tolerance = _with_state(base, base_path, mark, folders, scales, part), 0.0
+            else:
+                merged = build_model(written, part).eval().requires_grad_(False)
+                # The coarser of the two files' dtypes says how far rounding may carry them apart.
+                tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
+            with plain_reads([*base.values(), *written.values()]) as reader:
+                found = _logits(merged, reader)
+            error, effect = _compare(*expected.result(), found, tolerance)
+            flushed.result()
     names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
+
+
+def _read_parts(
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float] | None,
+    sizes: ModelConfig,
+    base: Mapping[str, Tensor],
+    mark: str,
+) -> list[_Part]:
+    weights = [1.0] * len(folders) if weights is None else weights
+    if not folders or len(weights) != len(folders) or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights are {list(weights)} for {len(folders)} adapters; give each adapter one number")
+    shapes = {key: t.shape for key, t in base.items()}
+    adapters = [(read_adapter(folder), folder) for folder in folders]
+    plans = [check_fits(adapter, sizes, shapes, mark, folder) for adapter, folder in adapters]
+    return [_Part(adapter, plan, w) for (adapter, _), plan, w in zip(adapters, plans, weights, strict=True)]
+
+
+def _with_adapters(model: RWKV, folders: Sequence[str | os.PathLike], weights: Sequence[float]) -> RWKV:
+    """The model with these adapters at once."""
+    for i, folder in enumerate(folders):
+        load_adapter(model, folder, str(i))
+    return model if list(weights) == [1] else set_adapter(model, {str(i): w for i, w in enumerate(weights)})
 
 
 def _write(
@@ -156,65 +222,62 @@ def _write(
     specs: Mapping[str, TensorSpec],
     base: Mapping[str, Tensor],
     base_path: Path,
-    plan: Plan,
-    adapter: AdapterFile,
-    on_tensor: Report | None,
-) -> tuple[list[MergedLayer], Mapping[str, Tensor]]:
-    """Writes the merged tensors to `part`, and reads them back. Returns what merging did, and the file's tensors."""
+    parts: Sequence[_Part],
+    count: Callable[[], None],
+) -> tuple[list[MergedLayer], dict[str, int]]:
+    """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
     kind = MODELS[sizes.version]
     layers: dict[str, MergedLayer] = {}
-    checksums: dict[str, Future[int]] = {}
-    pending: list[Future[int]] = []  # the one that still reads the buffer
-    done = 0
-    # One buffer for every result: large blocks that come and go leave holes in the heap, which then grows with
-    # the number of tensors (glibc).
-    buffer = torch.empty(max(s.shape.numel() * s.dtype.itemsize for s in specs.values()), dtype=torch.uint8)
+    checksums: dict[str, int] = {}
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if on_tensor:
-            on_tensor(done, 2 * len(specs))
-
-    def compute(name: str) -> Tensor:
-        wait(pending)
+    def compute(name: str, memory: Tensor) -> Tensor:
         spec = specs[name]
-        out = buffer[: spec.shape.numel() * spec.dtype.itemsize].view(spec.dtype).view(spec.shape)
+        out = memory.view(spec.dtype).view(spec.shape)
         path = name.removesuffix(".weight")
-        if path in plan.linears:
-            layers[path] = _write_rows(path, _sums(base[name], path, plan, adapter, reader), out)
-        elif name in plan.whole:
-            trained = adapter.tensors[name]
-            trained = file_layout(trained, kind) if is_state(name) else trained
-            W = base.get(name, torch.zeros(()).expand(trained.shape))
-            layers[name] = _write_rows(name, _replacements(W, trained, reader), out)
+        if mine := [p for p in parts if path in p.plan.linears or name in p.plan.whole]:
+            label = path if any(path in p.plan.linears for p in mine) else name
+            W = base.get(name, torch.zeros(()).expand(spec.shape))
+            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out)
         else:
-            for rows, out_rows in zip(_rows(base[name]), _rows(out), strict=True):
-                out_rows.copy_(reader.read(rows))
-        if not _is_finite(out):
+            if spec.dtype == base[name].dtype:
+                reader.read(base[name], out)
+            else:
+                for rows, out_rows in zip(_rows(base[name]), _rows(out), strict=True):
+                    out_rows.copy_(reader.read(rows))
+            is_finite = _is_finite(out)
+        if not is_finite:
             if name in base and not _is_finite(base[name]):
                 raise UserError(f"{base_path}: {name} has values that are not finite; give a base that is sound")
             [dtype] = [short for short, dtype in DTYPES.items() if dtype == spec.dtype]
             wider = "bf16" if dtype == "fp16" else "fp32"
             largest = torch.finfo(spec.dtype).max
             raise UserError(f"{name}: not finite in {dtype}, whose largest value is {largest:,g}; give --dtype {wider}")
-        checksums[name] = threads.submit(_checksum, out, reader)  # while the tensor is written
-        pending[:] = [checksums[name]]
-        count()
         return out
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        with plain_reads(base.values()) as reader:
-            target.write(part, Weights(sizes, specs, compute))
-        written = target.read(part)
-        with plain_reads(written.values()) as reader:
-            found = threads.map(lambda tensor: _checksum(tensor, reader), written.values())
-            for (name, tensor), checksum in zip(written.items(), found, strict=True):
-                facts = specs[name].shape, specs[name].dtype, checksums[name].result()
-                if (tensor.shape, tensor.dtype, checksum) != facts:
-                    raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
-                count()
-    return list(layers.values()), written
+    def written_next(name: str) -> Tensor:
+        tensor = computed(name)
+        checksums[name] = _checksum(tensor, reader)  # here, since it is the thread that has more time
+        count()
+        return tensor
+
+    sizes_in_bytes = {name: s.shape.numel() * s.dtype.itemsize for name, s in specs.items()}
+    with plain_reads(base.values()) as reader, computed_ahead(sizes_in_bytes, compute) as computed:
+        target.write(part, Weights(sizes, specs, written_next))
+    return list(layers.values()), checksums
+
+
+def _read_back(
+    part: Path, target: Target, specs: Mapping[str, TensorSpec], checksums: Mapping[str, int], count: Callable[[], None]
+) -> Mapping[str, Tensor]:
+    """The tensors in the file `part`, after a look at every byte."""
+    written = target.read(part)
+    with plain_reads(written.values()) as reader, ThreadPoolExecutor(max(2, torch.get_num_threads())) as threads:
+        found = threads.map(lambda tensor: _checksum(tensor, reader), written.values())
+        for (name, tensor), checksum in zip(written.items(), found, strict=True):
+            if (tensor.shape, tensor.dtype, checksum) != (specs[name].shape, specs[name].dtype, checksums[name]):
+                raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
+            count()
+    return written
 
 
 def _check_out(out: Path, base: Path, overwrite: bool) -> None:
@@ -248,17 +311,46 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _PIECE // x.shape[1]))
 
 
-def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile, reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
-    """(dW, W + dW) of each piece of the rows of a linear's weight."""
-    method, config = plan.linears[path]
-    tensors = {name: adapter.tensors[f"{path}.{name}"] for name in method.names}
+def _pieces(
+    W: Tensor, name: str, parts: Sequence[_Part], kind: type[RWKV], reader: Reader
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of the rows of the tensor `name`, which all of `parts` change."""
+    if len(parts) == 1 and parts[0].weight == 1 and name in parts[0].plan.whole:
+        return _replacements(W, _trained(parts[0], name, kind), reader)
+    return _sums(W, [_change(p, name, kind) for p in parts], reader)
+
+
+def _change(part: _Part, name: str, kind: type[RWKV]) -> _Change:
+    """What an adapter with its weight adds to the tensor `name`."""
+    path = name.removesuffix(".weight")
+    if path in part.plan.linears:
+        method, config = part.plan.linears[path]
+        tensors = {key: part.adapter.tensors[f"{path}.{key}"] for key in method.names}
+        if part.weight == 1:
+            return lambda W, start: method.delta(W, start, tensors, config)
+        return lambda W, start: method.delta(W, start, tensors, config).mul_(part.weight)
+    trained = _trained(part, name, kind)
+    rows = trained.reshape(-1, trained.shape[-1])
+    return lambda W, start: (rows[start : start + len(W)].float() - W).mul_(part.weight)
+
+
+def _trained(part: _Part, name: str, kind: type[RWKV]) -> Tensor:
+    """A tensor that was trained directly, as files have it."""
+    trained = part.adapter.tensors[name]
+    return file_layout(trained, kind) if is_state(name) else trained
+
+
+def _sums(W: Tensor, changes: Sequence[_Change], reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of the rows of a tensor, with dW the sum of the changes."""
     all_rows, start = _rows(W), 0
     # Used for every piece: new memory for each takes twice the time, because it is in no cache.
     stored, wide = torch.empty_like(all_rows[0]), torch.empty_like(all_rows[0], dtype=torch.float32)
     for rows in all_rows:
         n = len(rows)
         exact = wide[:n].copy_(reader.read(rows, stored[:n]))
-        delta = method.delta(exact, start, tensors, config)
+        delta = changes[0](exact, start)
+        for change in changes[1:]:
+            delta += change(exact, start)
         start += n
         yield delta, exact.add_(delta)
 
@@ -270,8 +362,9 @@ def _replacements(W: Tensor, trained: Tensor, reader: Reader) -> Iterable[tuple[
         yield exact - reader.read(W_rows).float(), exact
 
 
-def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> MergedLayer:
-    """Writes the second tensor of each pair to `out`; the first is its difference from the base."""
+def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> tuple[MergedLayer, bool]:
+    """Writes the second tensor of each pair to `out`; the first is its difference from the base. Returns what merging
+    did, and whether all that was written is finite."""
     delta_squares = lost_squares = 0.0
     lost = torch.empty_like(_rows(out)[0], dtype=torch.float32)
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
@@ -279,41 +372,52 @@ def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor)
         delta_squares += torch.linalg.vector_norm(delta).item() ** 2
         lost_squares += torch.linalg.vector_norm(torch.sub(out_rows, exact, out=lost[: len(exact)])).item() ** 2
     loss = math.sqrt(lost_squares / delta_squares) if delta_squares else 0.0
-    return MergedLayer(name, math.sqrt(delta_squares), loss)
+    # A value that is not finite makes the loss so too; a loss may also be beyond fp32 while the values are not.
+    is_finite = math.isfinite(lost_squares) or _is_finite(out)
+    return MergedLayer(name, math.sqrt(delta_squares), loss), is_finite
 
 
-@torch.no_grad()
-def _verify(
+def _expected_logits(
     base: Mapping[str, Tensor],
     base_path: Path,
     mark: str,
-    adapter_folder: str | os.PathLike,
-    written: Mapping[str, Tensor],
-    part: Path,
-    state_only: bool,
-) -> tuple[float, float]:
-    """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The logits of the base, and of base + adapters."""
     model = build_model(base, base_path).eval().requires_grad_(False)
     model.fingerprint = mark
-    vocab_size = model.config.vocab_size
-    tokens = torch.randint(vocab_size, (1, _VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
+    with plain_reads(base.values()) as reader:
+        return _logits(model, reader), _logits(_with_adapters(model, folders, weights), reader)
 
-    def logits_of(model: RWKV) -> Tensor:
-        with block_by_block(model, reader):
-            return model(tokens)[0].float()
 
-    with plain_reads([*base.values(), *written.values()]) as reader:
-        base_logits = logits_of(model)
-        adapted = logits_of(load_adapter(model, adapter_folder))
-        if state_only:  # the file's state in place of the adapter's: the numbers must be the same
-            for time_mix in model.time_mixes():
-                time_mix.time_state = None
-            load_initial_state(model, part)
-            merged, tolerance = logits_of(model), 0.0
-        else:
-            merged = logits_of(build_model(written, part).eval().requires_grad_(False))
-            # The coarser of the two files' dtypes says how far rounding may carry them apart.
-            tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
+def _with_state(
+    base: Mapping[str, Tensor],
+    base_path: Path,
+    mark: str,
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    file: Path,
+) -> RWKV:
+    """Base + adapters, with the state in `file` in place of theirs."""
+    model = build_model(base, base_path).eval().requires_grad_(False)
+    model.fingerprint = mark
+    _with_adapters(model, folders, weights)
+    for time_mix in model.time_mixes():
+        time_mix.time_state = None
+    load_initial_state(model, file)
+    return model
+
+
+def _logits(model: RWKV, reader: Reader) -> Tensor:
+    """The model's logits of some tokens, which are always the same."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, _VERIFY_TOKENS), generator=rng)
+    return logits_block_by_block(model, tokens, reader).float()
+
+
+def _compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> tuple[float, float]:
+    """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
         if not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")

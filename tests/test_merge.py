@@ -490,10 +490,15 @@ def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
     write = pth.write_pth
 
     def corrupting(path: Path, specs, compute) -> None:
-        write(path, specs, compute)
+        written = {}
+
+        def kept(name: str) -> torch.Tensor:
+            written[name] = compute(name).clone()
+            return written[name]
+
+        write(path, specs, kept)
         data = bytearray(path.read_bytes())
-        wanted = compute("blocks.1.ffn.key.weight").numpy().tobytes()
-        at = data.index(wanted)
+        at = data.index(written["blocks.1.ffn.key.weight"].numpy().tobytes())
         data[at : at + 4096] = bytes(4096)
         path.write_bytes(data)
 

@@ -91,8 +91,8 @@ def read_old(path: str | os.PathLike, origin: str | None) -> AdapterFile:
         ranks = {key: len(tensor) for key, tensor in blocks.items()}
     elif origin not in LAYOUTS:
         raise UserError(
-            f"{path}: its blocks have three dimensions, each for a group of a linear's inputs (--origin rwkv-peft) or of "
-            f"its outputs (--origin peft); origin is {origin!r}; say which program trained it"
+            f"{path}: its blocks have three dimensions, each for a group of a linear's inputs (--origin rwkv-peft) or "
+            f"of its outputs (--origin peft); origin is {origin!r}; say which program trained it"
         )
     else:
         method, options = BAT, {"layout": LAYOUTS[origin]}
@@ -124,9 +124,7 @@ def _as_method(
             raise UserError(f"{source}: {path}: {to} has no exact form of what {own.method} adds")
         tensors |= {f"{path}.{name}": tensor for name, tensor in found[0].items()}
         if options not in (None, found[1]):
-            raise UserError(
-                f"{source}: {path}: {to} would need other options here, {found[1]}, than elsewhere, {options}"
-            )
+            raise UserError(f"{source}: {path}: {to} would need {found[1]} here and {options} elsewhere")
         options = found[1]
     names = adapter.config.method.split("+")
     linear = next(iter(linear_methods(adapter.config)))

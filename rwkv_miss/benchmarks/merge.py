@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import multiprocessing
-import os
 import shutil
 import tempfile
 import time
@@ -18,6 +17,7 @@ from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.benchmarks.common import Table, resident, threads
 from rwkv_miss.checkpoint import TensorSpec, write_pth
 from rwkv_miss.config import AdapterConfig
+from rwkv_miss.files import flush
 from rwkv_miss.merging import merge
 from rwkv_miss.model.init import new_config
 from rwkv_miss.model.load import load_model
@@ -64,6 +64,7 @@ def _make(base: Path, adapter: Path, n_layer: int, n_embd: int) -> None:
         {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()},
         lambda key: torch.empty(shapes[key], dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=rng),
     )
+    flush(base)  # or its way to the disk would slow what is measured
     model = inject(load_model(base), AdapterConfig(r=RANK))
     for p in trained_parameters(model).values():
         p.data.uniform_(-0.01, 0.01, generator=rng)
@@ -73,8 +74,7 @@ def _make(base: Path, adapter: Path, n_layer: int, n_embd: int) -> None:
 def _copy(base: Path, out: Path) -> float:
     start = time.perf_counter()
     shutil.copyfile(base, out)
-    with open(out, "rb+") as f:
-        os.fsync(f.fileno())
+    flush(out)
     assert filecmp.cmp(base, out, shallow=False)
     seconds = time.perf_counter() - start
     out.unlink()
@@ -83,7 +83,10 @@ def _copy(base: Path, out: Path) -> float:
 
 def _merge(base: Path, adapter: Path, thread_count: int) -> tuple[float, int]:
     """Seconds, and bytes by which this process's resident memory rises."""
+    out = base.with_name("out.pth")
     with threads(thread_count):
         before, start = resident("VmRSS"), time.perf_counter()
-        merge(base, adapter, base.with_name("out.pth"), overwrite=True)
-        return time.perf_counter() - start, resident("VmHWM") - before
+        merge(base, adapter, out)
+        found = time.perf_counter() - start, resident("VmHWM") - before
+    out.unlink()
+    return found

@@ -18,7 +18,8 @@ class Weights:
 
     sizes: the model's sizes.
     specs: every tensor's shape and dtype by its key in BlinkDL's layout, in the order of the file to write.
-    compute: key -> the tensor that its spec describes. What it returned before may be overwritten by the next call.
+    compute: key -> the tensor that its spec describes. It is called once for each key, in that order, and what it
+        returned before may be overwritten by the next call.
     """
 
     sizes: ModelConfig

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.plain_reads import Reader
 
+# Rows of the head that are read at a time.
+_ROWS = 4096
 
-@contextmanager
-def block_by_block(model: RWKV, reader: Reader) -> Iterator[None]:
-    """In the context, the frozen weights of each block, of the embedding and of the head are read from their file
-    before it runs, and given up after it. Trained ones have other values than the file, and stay as they are.
 
+@torch.no_grad()
+def logits_block_by_block(model: RWKV, tokens: Tensor, reader: Reader) -> Tensor:
+    """The logits (B, T, V) of tokens (B, T), in the model's dtype. The frozen weights of each block are read from their
+    file before it runs, and given up after it; of the embedding the rows of these tokens are read, and the head in
+    pieces. Trained weights have other values than the file, and stay as they are.
     Args:
         reader: of the model's tensors.
     """
-    parts = [model.emb, *model.blocks, model.ln_out, model.head]
+    parts = [*model.blocks, model.ln_out]
     # One buffer for all parts: blocks of memory that come and go cost a page fault for each page, each time.
     buffer = torch.empty(max(sum(map(_size, part.parameters())) for part in parts), dtype=torch.uint8)
-    mapped: list[tuple[nn.Parameter, Tensor]] = []
+    mapped: list[tuple[Tensor, Tensor]] = []
 
     def read(part: nn.Module, inputs: object) -> None:
         at = 0
@@ -33,18 +34,31 @@ def block_by_block(model: RWKV, reader: Reader) -> Iterator[None]:
                 p.data = reader.read(p.data, buffer[at : at + p.nbytes].view(p.dtype).view(p.shape))
                 at += _size(p)
 
+    def read_rows(emb: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        p = model.emb.weight
+        if p.requires_grad or not reader.is_mapped(p):
+            return None
+        rows, row_of_token = inputs[0].unique(return_inverse=True)
+        mapped.append((p, p.data))
+        p.data = torch.stack([reader.read(p.data[row]) for row in rows])
+        return (row_of_token,)
+
     def give_up(part: nn.Module, inputs: object, outputs: object) -> None:
         for p, data in mapped:
             p.data = data
         mapped.clear()
 
     hooks = [part.register_forward_pre_hook(read) for part in parts]
-    hooks += [part.register_forward_hook(give_up) for part in parts]
+    hooks += [model.emb.register_forward_pre_hook(read_rows)]
+    hooks += [part.register_forward_hook(give_up) for part in (model.emb, *parts)]
     try:
-        yield
+        hidden, _ = model.hidden(tokens)
     finally:
         for hook in hooks:
             hook.remove()
+    head = model.head.weight
+    pieces = [head] if head.requires_grad else map(reader.read, head.split(_ROWS))
+    return torch.cat([F.linear(hidden, rows) for rows in pieces], -1)
 
 
 def _size(p: Tensor) -> int:

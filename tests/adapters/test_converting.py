@@ -131,7 +131,11 @@ def test_as_lora_and_back(base, tmp_path, config):
         (AdapterConfig("lora", r=4), "miss", "blocks.0.att.receptance: miss has no exact form of what lora adds"),
         (AdapterConfig("miss", r=4), "bat", "bat has no exact form of what miss adds"),
         (AdapterConfig("miss", r=4), "state", "between methods that go beside linears"),
-        (AdapterConfig(r=5, rank_pattern={"ffn.value": 7}), "lora", "would need other options here, {'alpha': 7.0}"),
+        (
+            AdapterConfig(r=5, rank_pattern={"ffn.value": 7}),
+            "lora",
+            "would need {'alpha': 7.0} here",
+        ),
         (AdapterConfig("state"), "lora", "between methods that go beside linears"),
         (AdapterConfig("miss", r=4), "lroa", "there is no method 'lroa' to convert to"),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, save_adapter, set_adapter
+from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter, set_adapter
 from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 
 TOKENS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -113,3 +114,32 @@ def test_names(either_base, folders, tmp_path):
     with pytest.raises(UserError, match="adapter already"):
         inject(model, AdapterConfig(r=4))
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("weights", [None, [0.7, -0.5, 2.0]])
+def test_several_are_merged_into_one_file(either_base, folders, tmp_path, weights):
+    """W + sum of w_i dW_i, entry by entry, from what each alone is merged to."""
+    for name, folder in folders.items():
+        merge(either_base, folder, tmp_path / f"{name}.pth")
+    report = merge(either_base, list(folders.values()), tmp_path / "all.pth", weights=weights)
+    assert report.logits_error < 1e-4 < report.logits_effect
+    base, found = torch.load(either_base), torch.load(tmp_path / "all.pth")
+    parts = [torch.load(tmp_path / f"{name}.pth") for name in folders]
+    for key, tensor in found.items():
+        before = base.get(key, torch.zeros_like(tensor))
+        changes = [part.get(key, before) - before for part in parts]
+        exact = before + sum(w * change for w, change in zip(weights or [1] * 3, changes, strict=True))
+        assert torch.allclose(tensor, exact, rtol=0, atol=3e-6), key
+    assert list(found)[: len(base)] == list(base)
+
+
+def test_the_weights_of_a_merge(either_base, folders, tmp_path, capsys):
+    merged = tmp_path / "merged.pth"
+    both = f"--adapter=[{folders['one']},{folders['two']}]"
+    command = ["merge", f"--base={either_base}", f"--out={merged}", both]
+    assert main([*command, "--weights=[0.5]"]) == 2
+    assert "weights are [0.5] for 2 adapters" in capsys.readouterr().err and not merged.exists()
+    assert main([*command, "--weights", "[0.5,0]"]) == 0
+    half = set_adapter(load_adapter(load_model(either_base), folders["one"]), {"default": 0.5}, merged=True)
+    for key, tensor in torch.load(merged).items():
+        assert torch.allclose(tensor, dict(half.named_parameters())[key], rtol=0, atol=1e-7), key
