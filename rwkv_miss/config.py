@@ -159,7 +159,7 @@ class DataOptions:
 
 @dataclass
 class TrainConfig(DataOptions):
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS, its initial state, or all of its weights."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS or another adapter, its initial state, or all of its weights."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""

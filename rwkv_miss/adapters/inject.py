@@ -63,9 +63,8 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
     shapes = {name: p.shape for name, p in model.named_parameters()}
     plan = make_plan(config, model.config, shapes)
     install(model, config, plan, masters)
-    if not model.head.weight.is_meta:
-        for path, (method, own) in plan.linears.items():
-            method.start(model.get_submodule(path), own)
+    for path, (method, own) in plan.linears.items():
+        method.start(model.get_submodule(path), own)
     return model
 
 

@@ -80,8 +80,8 @@ class LinearMethod(Method, ABC):
 
     def start(self, module: nn.Module, config: AdapterConfig) -> None:
         """Gives a module that `wrap` has made its initial values, if they are not those that it was made with. What is
-        random is drawn by torch's own generator, which a run has seeded. Not called where the values come from a file,
-        nor on the device meta."""
+        random is drawn by torch's own generator, which a run has seeded. Not called where the values come from a
+        file."""
 
     @abstractmethod
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
