@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rwkv_miss.adapters.files import load_adapter, save_adapter
     from rwkv_miss.adapters.inject import inject
+    from rwkv_miss.adapters.several import set_adapter
     from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
     from rwkv_miss.merging import MergeReport, merge
     from rwkv_miss.model.load import load_model
@@ -26,6 +27,7 @@ _HOMES = {
     "inject": "adapters.inject",
     "save_adapter": "adapters.files",
     "load_adapter": "adapters.files",
+    "set_adapter": "adapters.several",
     "train": "training.start",
     "TrainResult": "training.result",
     "merge": "merging",
@@ -42,6 +44,7 @@ __all__ = [
     "load_model",
     "merge",
     "save_adapter",
+    "set_adapter",
     "train",
 ]
 

@@ -21,6 +21,7 @@ import jsonargparse
 
 from rwkv_miss import __version__
 from rwkv_miss.commands import COMMANDS, GROUPS
+from rwkv_miss.config import ALL_LINEAR
 from rwkv_miss.errors import RunError, Stopped, UserError
 from rwkv_miss.files import read_yaml
 
@@ -212,8 +213,9 @@ def _as_meant(arguments: list[str]) -> list[str]:
 
 
 def _as_lists(arguments: list[str]) -> list[str]:
-    """One name where a list is expected as a list of it; several may be parted by commas."""
-    lists = {f"--adapter.{f.name}" for f in _fields("AdapterConfig") if "list[str]" in str(f.type)}
+    """One name where a list is expected as a list of it; several may be parted by commas. Where text may stand too, it
+    is a regular expression: a plain name would mean the same as one."""
+    lists = {f"--adapter.{f.name}" for f in _fields("AdapterConfig") if "list[" in str(f.type)}
     lists |= {f"--{f.name}" for f in _fields("TrainConfig") if "list[str]" in str(f.type)}
     found = list(arguments)
     for i, argument in enumerate(found):
@@ -234,7 +236,8 @@ def _fields(name: str) -> tuple[dataclasses.Field, ...]:
 
 
 def _as_list(value: str) -> str:
-    return value if value.startswith(("[", "null", "None", "--")) or not value else f"[{value}]"
+    is_plain = re.fullmatch(r"[\w./][\w./, -]*", value) and value not in ("null", "None", ALL_LINEAR)
+    return f"[{value}]" if is_plain else value
 
 
 def _explain(message: str, arguments: list[str]) -> str:

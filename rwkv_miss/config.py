@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,8 @@ Offload = Literal["none", "optimizer", "all"]
 STRATEGIES, OFFLOADS = get_args(Strategy), get_args(Offload)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
+ALL_LINEAR = "all-linear"
+"""`AdapterConfig.target_modules` that stands for every linear that an adapter can go beside."""
 
 
 # No number of the settings is larger, but for the seed; beyond it the sizes of arrays, and fp32, overflow.
@@ -52,17 +55,32 @@ class AdapterConfig:
     """What is trained."""
 
     method: str = "miss"
-    """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear. state: the state that sequences
-    begin from; it is zero at first and needs a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every parameter of
-    the base. Several methods are joined by +, such as miss+state."""
+    """miss: Matrix Shard Sharing, one trainable (r, out) matrix beside each linear; mini and bat are forms of it. lora,
+    dora and pissa: the product of a trainable (out, r) and an (r, in) matrix beside each. state: the state that
+    sequences begin from; it is zero at first and needs a high lr (RWKV-PEFT takes 1, falling to 0.01). full: every
+    parameter of the base. Several methods are joined by +, such as miss+state. docs/methods.md compares them."""
     r: int = 64
     """Rank of the adapter beside each linear. In MiSS: the rows of the trainable matrix, and the size of the blocks
     that the input is cut into and summed over."""
     dropout: float = 0.0
     """Probability of dropping an element of the adapter's input while training."""
-    target_modules: list[str] | None = None
-    """Ends of the names of the linears that the adapter goes beside, such as [att.key, ffn.value]; all time-mix and
-    channel-mix linears when not given."""
+    target_modules: list[str] | str | None = None
+    """The linears that the adapter goes beside: a list of ends of their names, such as [att.key, ffn.value], or a
+    regular expression for their whole names, such as .*[.]att[.](key|value); all time-mix and channel-mix linears
+    when not given, or all-linear."""
+    exclude_modules: list[str] | str | None = None
+    """Linears that the adapter does not go beside although target_modules means them, in the same forms."""
+    layers_to_transform: list[int] | int | None = None
+    """The layers, counted from 0, whose linears the adapter goes beside; all when not given."""
+    layers_pattern: str | None = None
+    """With layers_to_transform: what comes before the layer's number in the names of linears, as a regular expression.
+    In RWKV this is blocks, and can be left out."""
+    rank_pattern: dict[str, int] | None = None
+    """Ranks other than r: a regular expression for the end of a linear's name -> its rank, such as {"ffn[.].*": 32}.
+    The first that matches counts."""
+    method_pattern: dict[str, str] | None = None
+    """Methods other than method beside some linears, in the same form. HF PEFT cannot load an adapter with several
+    methods, nor one of MiSS with several ranks."""
     modules_to_save: list[str] | None = None
     """Parts of the base to train beside the adapter or the state: ln (every normalisation), time (the time mix's and
     channel mix's parameters that are no linears: token shift, decay, ...), emb, head, or ends of names as in
@@ -77,10 +95,29 @@ class AdapterConfig:
             found.append(f"adapter.r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             found.append(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
-        if self.target_modules is not None and not self.target_modules:
-            found.append("adapter.target_modules is empty; leave it out to adapt every linear")
-        if self.modules_to_save is not None and not self.modules_to_save:
-            found.append("adapter.modules_to_save is empty; leave it out to train nothing more")
+        for name, without in (
+            ("target_modules", "to adapt every linear"),
+            ("exclude_modules", "to exclude none"),
+            ("layers_to_transform", "to adapt every layer"),
+            ("layers_pattern", "for blocks"),
+            ("rank_pattern", "to give every linear the rank r"),
+            ("method_pattern", "to have one method"),
+            ("modules_to_save", "to train nothing more"),
+        ):
+            if getattr(self, name) in ([], {}, ""):
+                found.append(f"adapter.{name} is empty; leave it out {without}")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            found.append("adapter.layers_pattern is given without layers_to_transform; give both, or neither")
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if rank < 1:
+                found.append(f"adapter.rank_pattern gives {pattern} the rank {rank}; it must be at least 1")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "method_pattern"):
+            value = getattr(self, name)
+            for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else []:
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    found.append(f"adapter.{name}: {pattern!r} is not a regular expression ({e})")
         return found
 
 
@@ -122,7 +159,7 @@ class DataOptions:
 
 @dataclass
 class TrainConfig(DataOptions):
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS, its initial state, or all of its weights."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS or another adapter, its initial state, or all of its weights."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
@@ -134,6 +171,9 @@ class TrainConfig(DataOptions):
     """Output folder: adapter/, checkpoints/, report.html, metrics.csv, tensorboard/, config.yaml, run.json."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """The adapter."""
+    adapter_from: str | None = None
+    """The folder of an adapter, ours or HF PEFT's, or of a run, to train on from; its settings take the place of
+    adapter's."""
     packing: bool = True
     """Lay several documents into one row, each with a state of its own; false gives every document a row."""
     val_data: str | None = None
@@ -277,6 +317,8 @@ class TrainConfig(DataOptions):
         for name in ("lr", "lr_state", "meet_minutes", "hang_minutes"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 found.append(f"{name} is {value}; it must be above 0")
+        if self.adapter_from is not None and self.adapter != AdapterConfig():
+            found.append("adapter_from is given, whose folder has its own settings; leave those of adapter out")
         if self.val_data and self.val_split:
             found.append("val_data and val_split are both given; choose one")
         if self.val_every and not (self.val_data or self.val_split):

@@ -41,7 +41,8 @@ def _adapter(adapter: AdapterFile) -> dict[str, str]:
     }
     if adapter.linears:
         targets = adapter.config.target_modules or []
-        found |= {"r": str(adapter.config.r), "linears": str(len(adapter.linears)), "targets": ", ".join(targets)}
+        names = targets if isinstance(targets, str) else ", ".join(targets)
+        found |= {"r": str(adapter.config.r), "linears": str(len(adapter.linears)), "targets": names}
     if adapter.whole:
         found["trained"] = ", ".join(_without_layers(adapter.whole))
     return found

@@ -8,16 +8,18 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
 from rwkv_miss.adapters.plan import Plan
+from rwkv_miss.adapters.several import set_adapter
 from rwkv_miss.ahead import computed_ahead
 from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
 from rwkv_miss.config import ModelConfig
@@ -85,23 +87,40 @@ class MergeReport:
         return found
 
 
+class _Part(NamedTuple):
+    """One of the adapters that are merged, what it trained, and its weight."""
+
+    adapter: AdapterFile
+    plan: Plan
+    weight: float
+
+
+_Change = Callable[[Tensor, int], Tensor]
+"""Some rows of a tensor (M, in), in fp32, and the first one's number -> what is added to them, in memory of its own."""
+
+
 def merge(
     base_path: str | os.PathLike,
-    adapter_folder: str | os.PathLike,
+    adapter_folder: str | os.PathLike | Sequence[str | os.PathLike],
     out_path: str | os.PathLike,
     dtype: str | torch.dtype | None = None,
     state_only: bool = False,
     overwrite: bool = False,
     on_tensor: Report | None = None,
+    weights: Sequence[float] | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
-    the base's keys, shapes and order. A learned state that the base lacks comes last, in the layout of state files.
+    the base's keys, shapes and order. Of several adapters, or one with
+    a weight, it writes W + sum of w_i dW_i, where a tensor that was trained directly counts as its difference from the
+    base's. A learned state that the base lacks comes last, in the layout of state files.
 
     The files are read in pieces and one tensor is held at a time, in the check one block. Each sum is taken in fp32 and
     cast once. What was written is read back, and its logits are compared with those of base + adapter; only then does
     the file get its name.
 
     Args:
+        adapter_folder: the folder of an adapter or of a run, or several.
+        weights: the adapters' weights, in the same order; 1 for each when not given.
         dtype: of every tensor written (`bf16`, `fp16`, `fp32`); None keeps each tensor's own. States are always fp32.
         state_only: write the learned state and nothing else: a state file, which is loaded beside the base.
         overwrite: replace `out_path` if it is there.
@@ -120,12 +139,12 @@ def merge(
     base = read_checkpoint(base_path)
     sizes = infer_config(base, base_path)
     kind = MODELS[sizes.version]
-    adapter = read_adapter(adapter_folder)
+    folders = [adapter_folder] if isinstance(adapter_folder, str | os.PathLike) else list(adapter_folder)
     mark = fingerprint(base, base_path)
-    plan = check_fits(adapter, sizes, {key: t.shape for key, t in base.items()}, mark, adapter_folder)
-    states = {key: shape for key, shape in state_shapes(sizes).items() if key in plan.whole}
+    parts = _read_parts(folders, weights, sizes, base, mark)
+    states = {key: shape for key, shape in state_shapes(sizes).items() if any(key in p.plan.whole for p in parts)}
     if state_only and not states:
-        raise UserError(f"{adapter_folder}: the adapter has no learned state; leave state_only out")
+        raise UserError(f"{', '.join(map(str, folders))}: the adapter has no learned state; leave state_only out")
     if state_only and dtype is not None:
         raise UserError(f"dtype is {dtype}, but a state is written in fp32; leave dtype out")
     if states and not state_only and not kind.runtimes_find_state:
@@ -151,15 +170,16 @@ def merge(
             on_tensor(done, 2 * len(specs))
 
     with atomic_write(out_path) as part:
-        layers, checksums = _write(part, target, sizes, specs, base, base_path, plan, adapter, count)
-        del adapter  # the check reads it again
+        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, count)
+        scales = [p.weight for p in parts]
+        del parts  # the check reads them again
         with ThreadPoolExecutor(2) as threads:
             # While the file is read back it goes to the disk, and what it is to compute is found.
             flushed = threads.submit(flush, part)
-            expected = threads.submit(_expected_logits, base, base_path, plan, mark, adapter_folder)
+            expected = threads.submit(_expected_logits, base, base_path, mark, folders, scales)
             written = _read_back(part, target, specs, checksums, count)
             if state_only:
-                merged, tolerance = _with_state(base, base_path, mark, adapter_folder, part), 0.0
+                merged, tolerance = _with_state(base, base_path, mark, folders, scales, part), 0.0
             else:
                 merged = build_model(written, part).eval().requires_grad_(False)
                 # The coarser of the two files' dtypes says how far rounding may carry them apart.
@@ -172,6 +192,29 @@ def merge(
     return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
 
 
+def _read_parts(
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float] | None,
+    sizes: ModelConfig,
+    base: Mapping[str, Tensor],
+    mark: str,
+) -> list[_Part]:
+    weights = [1.0] * len(folders) if weights is None else weights
+    if not folders or len(weights) != len(folders) or not all(map(math.isfinite, weights)):
+        raise UserError(f"weights are {list(weights)} for {len(folders)} adapters; give each adapter one number")
+    shapes = {key: t.shape for key, t in base.items()}
+    adapters = [(read_adapter(folder), folder) for folder in folders]
+    plans = [check_fits(adapter, sizes, shapes, mark, folder) for adapter, folder in adapters]
+    return [_Part(adapter, plan, w) for (adapter, _), plan, w in zip(adapters, plans, weights, strict=True)]
+
+
+def _with_adapters(model: RWKV, folders: Sequence[str | os.PathLike], weights: Sequence[float]) -> RWKV:
+    """The model with these adapters at once."""
+    for i, folder in enumerate(folders):
+        load_adapter(model, folder, str(i))
+    return model if list(weights) == [1] else set_adapter(model, {str(i): w for i, w in enumerate(weights)})
+
+
 def _write(
     part: Path,
     target: Target,
@@ -179,8 +222,7 @@ def _write(
     specs: Mapping[str, TensorSpec],
     base: Mapping[str, Tensor],
     base_path: Path,
-    plan: Plan,
-    adapter: AdapterFile,
+    parts: Sequence[_Part],
     count: Callable[[], None],
 ) -> tuple[list[MergedLayer], dict[str, int]]:
     """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
@@ -192,13 +234,10 @@ def _write(
         spec = specs[name]
         out = memory.view(spec.dtype).view(spec.shape)
         path = name.removesuffix(".weight")
-        if path in plan.linears:
-            layers[path], is_finite = _write_rows(path, _sums(base[name], path, plan, adapter, reader), out)
-        elif name in plan.whole:
-            trained = adapter.tensors[name]
-            trained = file_layout(trained, kind) if is_state(name) else trained
-            W = base.get(name, torch.zeros(()).expand(trained.shape))
-            layers[name], is_finite = _write_rows(name, _replacements(W, trained, reader), out)
+        if mine := [p for p in parts if path in p.plan.linears or name in p.plan.whole]:
+            label = path if any(path in p.plan.linears for p in mine) else name
+            W = base.get(name, torch.zeros(()).expand(spec.shape))
+            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out)
         else:
             if spec.dtype == base[name].dtype:
                 reader.read(base[name], out)
@@ -272,17 +311,46 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, _PIECE // x.shape[1]))
 
 
-def _sums(W: Tensor, path: str, plan: Plan, adapter: AdapterFile, reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
-    """(dW, W + dW) of each piece of the rows of a linear's weight."""
-    method = plan.linears[path]
-    tensors = {name: adapter.tensors[f"{path}.{name}"] for name in method.names}
+def _pieces(
+    W: Tensor, name: str, parts: Sequence[_Part], kind: type[RWKV], reader: Reader
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of the rows of the tensor `name`, which all of `parts` change."""
+    if len(parts) == 1 and parts[0].weight == 1 and name in parts[0].plan.whole:
+        return _replacements(W, _trained(parts[0], name, kind), reader)
+    return _sums(W, [_change(p, name, kind) for p in parts], reader)
+
+
+def _change(part: _Part, name: str, kind: type[RWKV]) -> _Change:
+    """What an adapter with its weight adds to the tensor `name`."""
+    path = name.removesuffix(".weight")
+    if path in part.plan.linears:
+        method, config = part.plan.linears[path]
+        tensors = {key: part.adapter.tensors[f"{path}.{key}"] for key in method.names}
+        if part.weight == 1:
+            return lambda W, start: method.delta(W, start, tensors, config)
+        return lambda W, start: method.delta(W, start, tensors, config).mul_(part.weight)
+    trained = _trained(part, name, kind)
+    rows = trained.reshape(-1, trained.shape[-1])
+    return lambda W, start: (rows[start : start + len(W)].float() - W).mul_(part.weight)
+
+
+def _trained(part: _Part, name: str, kind: type[RWKV]) -> Tensor:
+    """A tensor that was trained directly, as files have it."""
+    trained = part.adapter.tensors[name]
+    return file_layout(trained, kind) if is_state(name) else trained
+
+
+def _sums(W: Tensor, changes: Sequence[_Change], reader: Reader) -> Iterable[tuple[Tensor, Tensor]]:
+    """(dW, W + dW) of each piece of the rows of a tensor, with dW the sum of the changes."""
     all_rows, start = _rows(W), 0
     # Used for every piece: new memory for each takes twice the time, because it is in no cache.
     stored, wide = torch.empty_like(all_rows[0]), torch.empty_like(all_rows[0], dtype=torch.float32)
     for rows in all_rows:
         n = len(rows)
         exact = wide[:n].copy_(reader.read(rows, stored[:n]))
-        delta = method.delta(exact, start, tensors, adapter.config)
+        delta = changes[0](exact, start)
+        for change in changes[1:]:
+            delta += change(exact, start)
         start += n
         yield delta, exact.add_(delta)
 
@@ -310,24 +378,31 @@ def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor)
 
 
 def _expected_logits(
-    base: Mapping[str, Tensor], base_path: Path, plan: Plan, mark: str, adapter_folder: str | os.PathLike
+    base: Mapping[str, Tensor],
+    base_path: Path,
+    mark: str,
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The logits of the base, and of base + adapter."""
-    # The adapter's values are put in the place of the base's, which another thread reads.
-    tensors = {key: tensor.clone() if key in plan.whole else tensor for key, tensor in base.items()}
-    model = build_model(tensors, base_path).eval().requires_grad_(False)
+    """The logits of the base, and of base + adapters."""
+    model = build_model(base, base_path).eval().requires_grad_(False)
     model.fingerprint = mark
     with plain_reads(base.values()) as reader:
-        return _logits(model, reader), _logits(load_adapter(model, adapter_folder), reader)
+        return _logits(model, reader), _logits(_with_adapters(model, folders, weights), reader)
 
 
 def _with_state(
-    base: Mapping[str, Tensor], base_path: Path, mark: str, adapter_folder: str | os.PathLike, file: Path
+    base: Mapping[str, Tensor],
+    base_path: Path,
+    mark: str,
+    folders: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    file: Path,
 ) -> RWKV:
-    """Base + adapter, with the state in `file` in place of the adapter's."""
+    """Base + adapters, with the state in `file` in place of theirs."""
     model = build_model(base, base_path).eval().requires_grad_(False)
     model.fingerprint = mark
-    load_adapter(model, adapter_folder)
+    _with_adapters(model, folders, weights)
     for time_mix in model.time_mixes():
         time_mix.time_state = None
     load_initial_state(model, file)

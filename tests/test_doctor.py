@@ -28,7 +28,8 @@ def test_on_this_machine(capsys):
 
 
 def test_what_combines_is_what_the_checks_let_through(capsys, monkeypatch):
-    names = ["miss", "state", "full", "miss+state", "state+full"]
+    beside = ["miss", "mini", "bat", "lora", "dora", "pissa"]
+    names = [*beside, "state", "full", *(f"{name}+state" for name in beside), "state+full"]
     trained = ", ".join(names + [f"{name} with modules_to_save" for name in names if name != "full"])
     ways = ["auto", "ddp"]
     for stage in (1, 2, 3):

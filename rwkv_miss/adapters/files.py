@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, install, installed, refuse_second, trained_parameters
-from rwkv_miss.adapters.method import METHODS, LinearMethod, find_methods
-from rwkv_miss.adapters.plan import Plan, is_target, linear_shapes
+from rwkv_miss.adapters.inject import DEFAULT, checkpoint_key, held_tensors, install, installed, put_in, take_out
+from rwkv_miss.adapters.method import METHODS, SELECTION, LinearMethod, find_methods, linear_methods, problems
+from rwkv_miss.adapters.plan import Beside, Plan, beside, linear_shapes, select
 from rwkv_miss.adapters.whole import METHOD as WHOLE
 from rwkv_miss.adapters.whole import matches
 from rwkv_miss.checkpoint import check_plain, read_safetensors, write_safetensors
@@ -35,8 +36,15 @@ from rwkv_miss.model.versions import MODELS
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
+_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float}
 _OUR_TYPE = "RWKV_MISS"
+_OUR_FIELDS = ("method", "method_pattern", "options")
+"""The settings that stand under their own names in a folder of our type, beside those in PEFT's format."""
+_NO_SETTINGS = (
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    "peft_version",
+)
+"""Fields of every adapter_config.json that change nothing of what is computed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,15 @@ class AdapterFile:
         return found
 
     @property
+    def held(self) -> dict[str, Tensor]:
+        """The tensors as a model holds them (`held_tensors`)."""
+        found = self.whole
+        for path, tensors in self.linears.items():
+            own = beside(self.config, path).method.from_file(tensors)
+            found |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+        return found
+
+    @property
     def whole(self) -> dict[str, Tensor]:
         """Checkpoint key -> tensor, of those that were trained directly."""
         return {key: tensor for key, tensor in self.tensors.items() if _place(key, self.config) is None}
@@ -79,21 +96,28 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
     """
     config, plan = installed(model).config, installed(model).plan
     modules = _modules(model, plan)
-    linear = _linear_method(config)
-    if linear and plan.linears and modules is not None and config.method in METHODS:
-        peft: dict[str, Any] = {"peft_type": linear.peft_type}
+    linear = _first_linear(config)
+    if (in_peft := peft_method(model)) is not None:
+        peft: dict[str, Any] = {"peft_type": in_peft.peft_type}
     else:
-        peft = {"peft_type": _OUR_TYPE, "method": config.method}
+        peft = {"peft_type": _OUR_TYPE, **{name: getattr(config, name) for name in _OUR_FIELDS}}
+    if config.rank_pattern:
+        peft["rank_pattern"] = config.rank_pattern
+    peft |= linear.to_peft(config) if linear else {}
     peft |= {
         "task_type": None,
         "base_model_name_or_path": None,
-        **(linear.to_peft(config) if linear else {}),
-        "target_modules": (config.target_modules or list(model.linears)) if plan.linears else None,
+        "target_modules": _target_names(model, config, plan) if plan.linears else None,
         "modules_to_save": modules or config.modules_to_save,
         "inference_mode": True,
     }
-    ours = {"rwkv_miss": rwkv_miss.__version__, "base_fingerprint": model.fingerprint, **(extra or {})}
-    tensors = {f"{_PREFIX}{key}": p.detach().contiguous().cpu() for key, p in trained_parameters(model).items()}
+    ours = {
+        "rwkv_miss": rwkv_miss.__version__,
+        "method": config.method,
+        "base_fingerprint": model.fingerprint,
+        **(extra or {}),
+    }
+    tensors = {f"{_PREFIX}{key}": t.contiguous().cpu() for key, t in _to_file(model, plan).items()}
     folder = Path(folder)
     # All three are written before the first is renamed: on a full disk the old adapter stays as it was.
     with ExitStack() as renames:
@@ -102,6 +126,35 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
             part.write_text(json.dumps(content, indent=2) + "\n")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
+
+
+def peft_method(model: RWKV) -> LinearMethod | None:
+    """The method beside the model's linears, if HF PEFT can load all that was trained."""
+    config, plan = installed(model).config, installed(model).plan
+    method = _first_linear(config)
+    if method is None or config.method not in METHODS or _modules(model, plan) is None:
+        return None
+    is_alone = {beside.method for beside in plan.linears.values()} == {method}
+    return method if is_alone and method.fits_peft(config) else None
+
+
+def _to_file(model: RWKV, plan: Plan) -> dict[str, Tensor]:
+    """Everything that the model holds beyond the frozen base, as an adapter's file has it."""
+    held = {key: tensor.detach() for key, tensor in held_tensors(model).items()}
+    found = {key: held[key] for key in plan.whole}
+    for path, (method, _) in plan.linears.items():
+        own = {key.removeprefix(f"{path}."): tensor for key, tensor in held.items() if key.startswith(f"{path}.")}
+        found |= {f"{path}.{name}": tensor for name, tensor in method.to_file(own).items()}
+    return found
+
+
+def _target_names(model: RWKV, config: AdapterConfig, plan: Plan) -> list[str]:
+    """Ends of the names of the linears in `plan`; their whole names where those mean others too. PEFT chooses among all
+    linears, the head included, so that its other ways to choose could mean more there than here."""
+    ends = config.target_modules if isinstance(config.target_modules, list) else list(model.linears)
+    shapes = {checkpoint_key(name): p.shape for name, p in model.named_parameters()}
+    meant = select(AdapterConfig(target_modules=ends), linear_shapes(model.config, shapes))
+    return ends if meant == list(plan.linears) and not config.exclude_modules else list(plan.linears)
 
 
 def _modules(model: RWKV, plan: Plan) -> list[str] | None:
@@ -127,7 +180,8 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     folder = adapter_folder(folder)
     file = folder / CONFIG
     peft = _read_json(file)
-    config = _settings(peft, str(file))
+    facts = read_facts(folder)
+    config = _settings(peft, facts.get("method"), str(file))
     if not (folder / WEIGHTS).is_file():
         other = folder / "adapter_model.bin"
         hint = (
@@ -142,42 +196,73 @@ def read_adapter(folder: str | os.PathLike) -> AdapterFile:
     if strange := [key for key in tensors if not key.startswith(_PREFIX)]:
         raise UserError(f"{folder / WEIGHTS}: key {strange[0]} is not a part of an adapter; expected {_PREFIX}...")
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    found = AdapterFile(config, tensors, read_facts(folder).get("base_fingerprint"))
-    # PEFT has further ways to choose linears: a pattern, and what to leave out of a list. The tensors show which
-    # linears were chosen.
-    is_limited = any(peft.get(name) is not None for name in ("layers_to_transform", "exclude_modules"))
-    if is_limited or not isinstance(peft.get("target_modules"), list):
-        config.target_modules = sorted(found.linears) or None
-    return found
+    return AdapterFile(config, tensors, facts.get("base_fingerprint"))
 
 
-def _settings(peft: dict[str, Any], file: str) -> AdapterConfig:
-    """The settings in adapter_config.json."""
-    kinds = {name: find_methods(name)[0] for name in METHODS}
-    types = {method.peft_type: name for name, method in kinds.items() if isinstance(method, LinearMethod)}
-    if peft.get("peft_type") == _OUR_TYPE:
-        method = peft.get("method")
-        if not isinstance(method, str) or not set(method.split("+")) <= METHODS.keys():
-            raise UserError(f"{file}: method is {method!r}; this version has: {', '.join(METHODS)}")
-    else:
-        method = types.get(str(peft.get("peft_type")))
-        if method is None:
-            raise UserError(
-                f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read"
-            )
-    targets, modules = peft.get("target_modules"), peft.get("modules_to_save")
-    for name, value in (("target_modules", targets), ("modules_to_save", modules)):
-        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise UserError(f"{file}: {name} is {value}; expected names")
-    config = AdapterConfig(
-        method=method,
-        target_modules=sorted(targets) if isinstance(targets, list) else None,
-        modules_to_save=sorted(modules) if isinstance(modules, list) and modules else None,
-    )
-    if linear := _linear_method(config):
+def _settings(peft: dict[str, Any], recorded: str | None, file: str) -> AdapterConfig:
+    """The settings in adapter_config.json.
+
+    Args:
+        recorded: the method that wrote the folder, if known: it decides where several methods can read it.
+    """
+    is_ours = peft.get("peft_type") == _OUR_TYPE
+    config = AdapterConfig()
+    for name in (*SELECTION, *(_OUR_FIELDS if is_ours else ())):
+        value = peft.get(name)
+        if name == "layers_pattern" and isinstance(value, list):
+            value = "|".join(map(str, value))
+        if value in (None, [], {}, ""):
+            continue
+        kind = get_type_hints(AdapterConfig)[name]
+        if not _has_type(value, kind):
+            raise UserError(f"{file}: {name} is {value!r:.80}; expected {kind}")
+        setattr(config, name, sorted(value) if isinstance(value, list) else value)
+    if config.layers_to_transform is None:
+        config.layers_pattern = None  # PEFT does not use it either
+    if not is_ours:
+        config.method = _find_peft(peft, recorded, file)
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        if name not in METHODS:
+            raise UserError(f"{file}: method is {name!r}; this version has: {', '.join(METHODS)}")
+    if linear := _first_linear(config):
         for name, value in linear.from_peft(peft, file).items():
-            setattr(config, name, value)
+            setattr(config, name, config.options | value if name == "options" else value)
+        _refuse_unknown(peft, linear, config, file)
+    if found := config.problems() + problems(config):
+        raise UserError(f"{file}: {'; '.join(found)}")
     return config
+
+
+def _find_peft(peft: dict[str, Any], recorded: str | None, file: str) -> str:
+    """The name of the method that a folder in PEFT's format was trained with."""
+    methods = {name: method for name in METHODS for method in find_methods(name) if isinstance(method, LinearMethod)}
+    if readers := [name for name, method in methods.items() if method.reads(peft)]:
+        return recorded if recorded in readers else readers[0]
+    types = dict.fromkeys(method.peft_type for method in methods.values())
+    if peft.get("peft_type") not in types:
+        raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read")
+    said = [f"{name} is {v!r:.40}" for name, v in peft.items() if isinstance(v, str) and name not in _NO_SETTINGS]
+    raise UserError(f"{file}: there is no form of {peft['peft_type']} with these settings: {', '.join(said)}")
+
+
+def _refuse_unknown(peft: dict[str, Any], method: LinearMethod, config: AdapterConfig, file: str) -> None:
+    """UserError for a field of adapter_config.json that asks for something and that nothing here reads."""
+    known = {*SELECTION, *_OUR_FIELDS, *_NO_SETTINGS, *method.to_peft(config)}
+    for name, value in peft.items():
+        if name not in known and value and value != method.peft_neutral.get(name):
+            raise UserError(f"{file}: {name} is {value!r:.80}, which cannot be honoured here")
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value from a JSON file has the type of a setting."""
+    inner = get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_has_type(value, one) for one in inner)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_has_type(item, inner[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_has_type(item, inner[1]) for item in value.values())
+    return kind is Any or type(value) is kind
 
 
 def adapter_folder(path: str | os.PathLike) -> Path:
@@ -271,9 +356,9 @@ def _check_whole(
 
 def _check_linears(
     adapter: AdapterFile, sizes: ModelConfig, shapes: Mapping[str, torch.Size], folder: str | os.PathLike
-) -> dict[str, LinearMethod]:
-    """The linears that the adapter goes beside, with the method."""
-    config, method, found = adapter.config, _linear_method(adapter.config), adapter.linears
+) -> dict[str, Beside]:
+    """The linears that the adapter goes beside, with what goes there."""
+    config, found = adapter.config, adapter.linears
     there = linear_shapes(sizes, shapes)
     if unknown := [path for path in found if path not in there]:
         possible = ", ".join(MODELS[sizes.version].linears)
@@ -285,57 +370,75 @@ def _check_linears(
                 else "which this base does not have; give the base that it was trained on"
             )
         )
-    if method is None:
+    if not linear_methods(config):
         return {}
-    targets = config.target_modules or []
-    wanted = {path: method.names for path in there if any(is_target(path, name) for name in targets)}
-    for path, names in (wanted | {path: method.names for path in found}).items():
-        if missing := [name for name in names if name not in found.get(path, {})]:
+    # PEFT puts nothing beside a linear that is trained whole.
+    chosen = [path for path in select(config, there) if path in found or f"{path}.weight" not in adapter.tensors]
+    if more := [path for path in found if path not in chosen]:
+        raise UserError(f"{folder}: {WEIGHTS} has an adapter for {more[0]}, which is no target in {CONFIG}")
+    plan = {path: beside(config, path) for path in chosen}
+    for path, (method, own) in plan.items():
+        tensors = found.get(path, {})
+        if missing := [name for name in method.names if name not in tensors]:
             raise UserError(f"{folder}: {CONFIG} names {path} as a target but {WEIGHTS} has no {missing[0]} for it")
-    for path, tensors in found.items():
+        if more := [name for name in tensors if name not in method.names]:
+            raise UserError(f"{folder}: {WEIGHTS} has {path}.{more[0]}, which method {own.method} does not")
+    for path, (method, own) in plan.items():
         out_features, in_features = there[path]
-        if reason := method.refuses(in_features, out_features, config):
+        if reason := method.refuses(in_features, out_features, own):
             raise UserError(f"{folder}: {path}: {reason}")
-        for name, expected in method.shapes(in_features, out_features, config).items():
-            if tuple(tensors[name].shape) != expected:
+        for name, expected in method.shapes(in_features, out_features, own).items():
+            if (shape := tuple(found[path][name].shape)) != expected:
                 raise UserError(
-                    f"{folder}: {path}.{name} has shape {tuple(tensors[name].shape)}; the linear is {in_features} -> "
-                    f"{out_features} and {CONFIG} says r = {config.r}, so expected {expected}"
+                    f"{folder}: {path}.{name} has shape {shape}; the linear is {in_features} -> "
+                    f"{out_features} and {CONFIG} says r = {own.r}, so expected {expected}"
                 )
-    return {path: method for path in there if path in found}
+    return plan
 
 
-def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
-    """Adds a saved adapter to a model that has none, in place; all other parameters are frozen, as by `inject`.
+def load_adapter(model: RWKV, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """Adds a saved adapter to a model, in place; all other parameters are frozen, as by `inject`. It is then in use; of
+    several, `rwkv_miss.adapters.several.set_adapter` chooses.
 
     Args:
         folder: an adapter folder, or a run's folder, whose `adapter` is used.
 
     Raises:
-        UserError: as `read_adapter` and `check_fits`; or the model has an adapter already.
+        UserError: as `read_adapter` and `check_fits`; or the model has an adapter of that name already.
     """
-    refuse_second(model)
-    adapter = read_adapter(folder)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
-    install(model, adapter.config, plan)
-    trained = trained_parameters(model)
-    for key, tensor in adapter.tensors.items():
-        trained[key].data.copy_(tensor)
+    if name in model.adapters:
+        raise UserError(f"the model has an adapter already whose name is {name}; give this one another name")
+    return add_adapter(model, read_adapter(folder), folder, name)
+
+
+def add_adapter(model: RWKV, adapter: AdapterFile, folder: str | os.PathLike, name: str = DEFAULT) -> RWKV:
+    """As `load_adapter`, of an adapter that has been read from `folder`."""
+    before = take_out(model)
+    try:
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
+    except UserError:
+        if before:
+            put_in(model, before)
+        raise
+    install(model, adapter.config, plan, adapter.whole, name)  # into tensors of their own, beside the base's
+    held = held_tensors(model)
+    for key, tensor in adapter.held.items():
+        held[key].data.copy_(tensor)
     return model
 
 
-def _linear_method(config: AdapterConfig) -> LinearMethod | None:
-    """The one of the config's methods that goes beside linears."""
-    return next((method for method in find_methods(config.method) if isinstance(method, LinearMethod)), None)
+def _first_linear(config: AdapterConfig) -> LinearMethod | None:
+    """The one of the methods in `config.method` that goes beside linears."""
+    return next(iter(linear_methods(config).values()), None)
 
 
 def _place(key: str, config: AdapterConfig) -> tuple[str, str] | None:
     """(the linear's path, the tensor's name) if `key` is that of a tensor beside a linear; None otherwise."""
-    method = _linear_method(config)
-    for name in method.names if method else ():
-        if key.endswith("." + name):
-            return key.removesuffix("." + name), name
+    for method in linear_methods(config).values():
+        for name in method.names:
+            if key.endswith("." + name):
+                return key.removesuffix("." + name), name
     return None
 
 

@@ -13,6 +13,7 @@ from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
 from rwkv_miss.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from rwkv_miss.model.base import RWKV
@@ -28,6 +29,13 @@ class Group(NamedTuple):
     name: str
     lr: float
     weight_decay: float
+
+
+class Factors(NamedTuple):
+    """dW = B A, with A fp32 (r, in) and B fp32 (out, r)."""
+
+    A: Tensor
+    B: Tensor
 
 
 class Method:
@@ -57,16 +65,27 @@ class LinearMethod(Method, ABC):
     """The names of its tensors within the module that `wrap` makes; in files they follow the linear's path."""
     peft_type: str
     """What HF PEFT calls the method in adapter_config.json."""
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    """The options of each of the method's forms that PEFT has too: `rwkv-miss bench --what methods` compares them."""
+    peft_neutral: Mapping[str, Any] = {}
+    """Further fields that PEFT writes there for the method, and the value at which each has no effect: another value is
+    refused. A field that is neither here nor in `to_peft` is refused unless it is null, false or empty."""
 
     @abstractmethod
     def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
         """The module that takes the linear's place: it computes what the linear computes until it is trained. Its
         parameters named in `names` are trained, in fp32 beside weights of lower precision (updates of a bf16 parameter
-        would be lost to rounding); the linear is its submodule `base_layer`."""
+        would be lost to rounding); the linear is its submodule `base_layer`. Buffers of the module's own hold what else
+        its results depend on: a run's checkpoints have them."""
+
+    def start(self, module: nn.Module, config: AdapterConfig) -> None:
+        """Gives a module that `wrap` has made its initial values, if they are not those that it was made with. What is
+        random is drawn by torch's own generator, which a run has seeded. Not called where the values come from a
+        file."""
 
     @abstractmethod
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors in `names`."""
+        """The shapes of the tensors in `names`, as an adapter's file has them."""
 
     def refuses(self, in_features: int, out_features: int, config: AdapterConfig) -> str | None:
         """Why the method cannot go beside a linear of that size, as text to follow the linear's path in a message; None
@@ -79,11 +98,39 @@ class LinearMethod(Method, ABC):
 
         Args:
             W: fp32 (M, in_features), the weight's rows from row `start` on.
-            tensors: the linear's trained tensors by their names in `names`.
+            tensors: those of the linear in the adapter's file, by their names in `names`.
 
         Returns:
             fp32 (M, in_features), in memory of its own.
         """
+
+    def to_file(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in `names` as an adapter's file has them, from what the module holds: its trained parameters and
+        its own buffers, by their names in it."""
+        return dict(held)
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `to_file` was given, from what it has returned."""
+        return dict(tensors)
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        """dW as a product, for a weight of that shape (out, in); None if it is none, or not exactly in fp32."""
+        return None
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors in `names` whose dW is exactly that product, and the method's options with them; None if there
+        are none. `config` has the rank of the product as `r`."""
+        return None
+
+    def reads(self, fields: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json with these fields is the method's: its forms may share a peft_type. Of several
+        that say so, the first in `METHODS` reads it."""
+        return fields.get("peft_type") == self.peft_type
+
+    def fits_peft(self, config: AdapterConfig) -> bool:
+        """Whether PEFT can load what the method alone trains with these settings. Few of its methods have several
+        ranks."""
+        return not config.rank_pattern
 
     @abstractmethod
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
@@ -113,8 +160,26 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+SELECTION = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "method_pattern",
+    "modules_to_save",
+)
+"""The `Entry.settings` of a method that goes beside linears which `rwkv_miss.adapters.plan` reads for it."""
+
+# The options of every method with a product of two thin matrices.
+_LOW_RANK = {"alpha": 64.0, "rank_stabilized": False, "lr_ratio": 1.0}
 METHODS: dict[str, Entry] = {
-    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", "target_modules", "modules_to_save")),
+    "miss": Entry("rwkv_miss.adapters.miss", ("dropout", *SELECTION)),
+    "mini": Entry("rwkv_miss.adapters.mini", ("dropout", *SELECTION), {"mini_r": 1}),
+    "bat": Entry("rwkv_miss.adapters.bat", ("dropout", *SELECTION), {"layout": "output"}),
+    "lora": Entry("rwkv_miss.adapters.lora", ("dropout", *SELECTION), _LOW_RANK),
+    "dora": Entry("rwkv_miss.adapters.dora", ("dropout", *SELECTION), _LOW_RANK),
+    "pissa": Entry("rwkv_miss.adapters.pissa", SELECTION, {**_LOW_RANK, "svd_iterations": 16}),
     "state": Entry("rwkv_miss.adapters.state", ("lr_state", "modules_to_save")),
     "full": Entry("rwkv_miss.adapters.whole"),
 }
@@ -126,6 +191,22 @@ def find_methods(method: str) -> list[Method]:
     return [importlib.import_module(METHODS[name].module).METHOD for name in method.split("+")]
 
 
+def name_of(method: Method) -> str:
+    """The method's name in `METHODS`."""
+    return next(name for name in METHODS if find_methods(name) == [method])
+
+
+def linear_methods(config: AdapterConfig) -> dict[str, LinearMethod]:
+    """Those of the methods in `method` and `method_pattern` that go beside linears, by name, the one in `method`
+    first."""
+    found = {}
+    for name in (*config.method.split("+"), *(config.method_pattern or {}).values()):
+        [method] = find_methods(name)
+        if isinstance(method, LinearMethod):
+            found[name] = method
+    return found
+
+
 def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[str]:
     """A message for each setting, in `adapter` and if given in `config`, that the methods refuse or have no use for."""
     names = adapter.method.split("+")
@@ -135,6 +216,12 @@ def problems(adapter: AdapterConfig, config: TrainConfig | None = None) -> list[
         ]
     if len(set(names)) < len(names):
         return [f"adapter.method is {adapter.method!r}; name each method once"]
+    for pattern, name in (adapter.method_pattern or {}).items():
+        if name not in METHODS:
+            return [
+                f"adapter.method_pattern gives {pattern} the method {name!r}; this version has: {', '.join(METHODS)}"
+            ]
+        names.append(name)
     chosen = [METHODS[name] for name in names]
     found = []
     read = {name for entry in chosen for name in entry.settings}
@@ -170,5 +257,6 @@ def check(adapter: AdapterConfig) -> None:
 
 def option(config: AdapterConfig, name: str) -> Any:
     """The value of a method's own option: what was given, or its default."""
-    defaults = {key: value for part in config.method.split("+") for key, value in METHODS[part].options.items()}
+    names = (*config.method.split("+"), *(config.method_pattern or {}).values())
+    defaults = {key: value for part in names for key, value in METHODS[part].options.items()}
     return config.options.get(name, defaults[name])

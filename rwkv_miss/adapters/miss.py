@@ -3,6 +3,8 @@
 A frozen W (out, in) gets one trainable D (r, out), zeros at first. The input's last dimension is cut into blocks
 of r that are added up to S, and y = W x + S D. Where r does not divide `in`, the last block is shorter and
 meets D's first (in mod r) rows, as if the input were padded with zeros.
+
+A D of fewer columns is repeated along the output (`rwkv_miss.adapters.mini`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_miss.adapters.method import LinearMethod
+from rwkv_miss.adapters.factors import exact_multiple
+from rwkv_miss.adapters.method import Factors, LinearMethod
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.linear import FrozenLinear
@@ -48,15 +51,24 @@ def delta_weight(D: Tensor, in_features: int) -> Tensor:
     return torch.cat([D.T.contiguous()] * -(-in_features // r), 1)[:, :in_features]
 
 
+def _ones(r: int, in_features: int) -> Tensor:
+    """The matrix (r, in) by which S = A x: A[j, c] is 1 where c mod r = j, 0 elsewhere."""
+    return (torch.arange(in_features) % r == torch.arange(r)[:, None]).float()
+
+
 class _MissFunction(torch.autograd.Function):
-    """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward."""
+    """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward.
+    A D (r, m) is repeated out / m times."""
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: FrozenLinear, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         S = block_sum(rows if keep is None else rows * keep * scale, D.shape[0])
         y = linear.forward(rows)
-        y.addmm_(S, D.to(y.dtype))
+        if D.shape[1] == linear.out_features:
+            y.addmm_(S, D.to(y.dtype))
+        else:
+            y.view(len(y), -1, D.shape[1]).add_(torch.mm(S, D.to(y.dtype)).unsqueeze(1))
         ctx.save_for_backward(S, D, keep)
         ctx.linear, ctx.scale, ctx.x_shape = linear, scale, x.shape
         return y.view(*x.shape[:-1], linear.out_features)
@@ -69,6 +81,9 @@ class _MissFunction(torch.autograd.Function):
         dx = dD = None
         if ctx.needs_input_grad[0]:
             dx = ctx.linear.input_gradient(dy)
+        if D.shape[1] < dy.shape[1]:
+            dy = dy.view(len(dy), -1, D.shape[1]).sum(dim=1)
+        if dx is not None:
             dS = torch.mm(dy, D.to(dy.dtype).T)
             if keep is None:
                 add_to_blocks(dx, dS)
@@ -82,34 +97,46 @@ class _MissFunction(torch.autograd.Function):
 
 
 class MissLinear(nn.Module):
-    """A frozen linear with a MiSS adapter beside it. `miss_block`, as HF PEFT calls it, is D (r, out), fp32 beside
-    weights of lower precision."""
+    """A frozen linear with a MiSS adapter beside it. `miss_block`, as HF PEFT calls it, is zero at first, and fp32
+    beside weights of lower precision.
 
-    def __init__(self, linear: FrozenLinear, r: int, dropout: float) -> None:
+    Args:
+        shape: of `miss_block`: (r, out) for D, (r, m) for a D that is repeated.
+    """
+
+    def __init__(self, linear: FrozenLinear, shape: tuple[int, ...], dropout: float) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.r, self.dropout = r, dropout
+        self.dropout = dropout
         like = linear.rows(0, 0)
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.miss_block = nn.Parameter(torch.zeros(r, linear.out_features, dtype=wide, device=like.device))
+        self.miss_block = nn.Parameter(torch.zeros(shape, dtype=wide, device=like.device))
         self.base_layer = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = None
-        if self.training and self.dropout > 0:
-            keep = torch.rand(x.numel() // x.shape[-1], x.shape[-1], device=x.device) >= self.dropout
-        return _MissFunction.apply(x, self.base_layer, self.miss_block, keep, 1 / (1 - self.dropout))
+        return _MissFunction.apply(x, self.base_layer, self.miss_block, self.kept(x), 1 / (1 - self.dropout))
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """bool (M, in): which elements of x dropout leaves; None where it drops nothing."""
+        if not self.training or self.dropout == 0:
+            return None
+        return torch.rand(x.numel() // x.shape[-1], x.shape[-1], device=x.device) >= self.dropout
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, block={tuple(self.miss_block.shape)}"
 
 
 class Miss(LinearMethod):
+    """The standard form, and what the forms share: one tensor, PEFT's fields."""
+
     names = ("miss_block",)
     peft_type = "MISS"
+    variant: bool | str = True
+    """PEFT's init_weights, which says the form."""
 
     def wrap(self, linear: FrozenLinear, config: AdapterConfig) -> nn.Module:
-        return MissLinear(linear, config.r, config.dropout)
+        shape = self.shapes(linear.in_features, linear.out_features, config)["miss_block"]
+        return MissLinear(linear, shape, config.dropout)
 
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         return {"miss_block": (config.r, out_features)}
@@ -121,23 +148,43 @@ class Miss(LinearMethod):
 
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         D = tensors["miss_block"].float()
-        return delta_weight(D[:, start : start + len(W)], W.shape[1])
+        outputs = torch.arange(start, start + len(W), device=D.device) % D.shape[1]
+        return delta_weight(D[:, outputs], W.shape[1])
+
+    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        D = tensors["miss_block"].float()
+        return Factors(_ones(len(D), shape[1]), D.repeat(1, shape[0] // D.shape[1]).T.contiguous())
+
+    def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Where A is that of `factors`, or a multiple of it."""
+        r, in_features = factors.A.shape
+        multiple = factors.A[0, 0]
+        if not torch.equal(factors.A, multiple * _ones(r, in_features)):
+            return None
+        D = exact_multiple(factors.B, multiple.item())
+        return None if D is None else ({"miss_block": D.T.contiguous()}, {})
+
+    def reads(self, fields: Mapping[str, Any]) -> bool:
+        variant = fields.get("init_weights", True)
+        # False is the standard form too: D then started from random values.
+        return super().reads(fields) and (variant is False or variant) == self.variant
 
     def to_peft(self, config: AdapterConfig) -> dict[str, Any]:
-        return {"r": config.r, "mini_r": 1, "miss_dropout": config.dropout, "init_weights": True, "bias": "none"}
+        fields = {"r": config.r, "mini_r": 1, "miss_dropout": config.dropout, "bias": "none"}
+        return fields | {"init_weights": self.variant}
 
     def from_peft(self, fields: Mapping[str, Any], file: str) -> dict[str, Any]:
-        r, dropout = fields.get("r"), fields.get("miss_dropout", 0.0)
+        r, dropout, bias = fields.get("r"), fields.get("miss_dropout", 0.0), fields.get("bias", "none")
         if type(r) is not int or r < 1:
             raise UserError(f"{file}: r is {r!r}; expected a whole number of at least 1")
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise UserError(f"{file}: miss_dropout is {dropout!r}; expected a number in [0, 1)")
-        if not isinstance(fields.get("init_weights", True), bool):
-            raise UserError(
-                f"{file}: init_weights is {fields['init_weights']!r}, a variant of MiSS; only the standard form can be "
-                "read"
-            )
-        return {"r": r, "dropout": float(dropout)}
+        if bias not in ("none", "all") and not str(bias).endswith("_only"):
+            raise UserError(f"{file}: bias is {bias!r}; expected none, all or MiSS_only")
+        found: dict[str, Any] = {"r": r, "dropout": float(dropout)}
+        if bias == "all":  # The linears have none, so that MiSS_only means none.
+            found["modules_to_save"] = [*(fields.get("modules_to_save") or []), "bias"]
+        return found
 
 
 METHOD = Miss()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rwkv_miss.commands import (
     bench,
+    convert,
     data_binidx,
     doctor,
     evaluate,
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train.run,
     "report": report.run,
     "merge": merge.run,
+    "convert": convert.run,
     "eval": evaluate.run,
     "generate": generate.run,
     "info": info.run,

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 
 def run(what: str = "all", threads: int = 1) -> int:
-    """Time our kernels and tokenizer against other programs, or measure the memory of a training step or a merge.
+    """Time our kernels and tokenizer against other programs, measure memory, or compare the methods with HF PEFT's.
 
     Args:
         what: Which benchmark: wkv7, tokenizer, memory (of a training step as its row grows), merge (against a plain
-            copy; it writes 9 GB to the folder for temporary files), or all (of those that take seconds; these two take
-            minutes).
+            copy; it writes 9 GB to the folder for temporary files), methods (how far what they compute is from what HF
+            PEFT does), or all (of wkv7 and tokenizer, which take seconds).
         threads: CPU threads that every program gets.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks
@@ -20,6 +22,12 @@ def run(what: str = "all", threads: int = 1) -> int:
         shown = Table(*(column.replace("_", " ") for column in columns), title=table.title)
         for row in table.rows:
             cells = (row.get(column, "") for column in columns)
-            shown.add_row(*(f"{x:.2f}" if isinstance(x, float) else str(x) for x in cells))
+            shown.add_row(*(_shown(x) for x in cells))
         Console(markup=False).print(shown)
     return 0
+
+
+def _shown(x: Any) -> str:
+    if not isinstance(x, float):
+        return str(x)
+    return f"{x:.2f}" if abs(x) >= 0.005 else f"{x:.0e}" if x else "0"

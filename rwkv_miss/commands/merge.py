@@ -8,27 +8,29 @@ from rwkv_miss.commands.model import Dtype
 
 def run(
     base: str,
-    adapter: str,
+    adapter: list[str] | str,
     out: str,
     dtype: Dtype | None = None,
     state_only: bool = False,
     overwrite: bool = False,
+    weights: list[float] | None = None,
 ) -> int:
     """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
 
     Args:
         base: The checkpoint that the adapter was trained on.
-        adapter: The adapter's folder, or the folder of a run, whose adapter is used.
+        adapter: The adapter's folder, or the folder of a run, whose adapter is used; several as [A,B].
         out: The file to write, ending in .pth.
         dtype: Dtype of every tensor written, except states (always fp32); the base's own when not given.
         state_only: Write only the learned state, as a file that runtimes load beside the base.
         overwrite: Replace the file if it is there.
+        weights: What each adapter counts, as [0.7,0.3], so that W + 0.7 dW_A + 0.3 dW_B is written; 1 when not given.
     """
     from rwkv_miss.merging import merge
     from rwkv_miss.progress import show_progress
 
     with show_progress("tensors written and read back") as on_tensor:
-        report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor)
+        report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
     for kind, layers in report.kinds().items():
         losses = [layer.cast_loss for layer in layers]

@@ -7,7 +7,7 @@ B batch, T tokens, C = n_embd.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -175,7 +175,9 @@ class RWKV(nn.Module, ABC):
     fingerprint: str
     """Identifies the base (`rwkv_miss.fingerprints`); set by `load_model`."""
     adapter: object | None = None
-    """What `rwkv_miss.adapters.inject` has put into the model."""
+    """What `rwkv_miss.adapters.inject` has put into the model and is in use."""
+    adapters: Mapping[str, object] = {}
+    """All that it was given, by name."""
 
     @classmethod
     @abstractmethod

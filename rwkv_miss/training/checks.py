@@ -42,7 +42,7 @@ _SAME = (
     *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
     "val_split",
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "packing", "seed"),
-    *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas"),
+    *("adapter", "adapter_from", "objective", "precision", "lr", "lr_state", "weight_decay", "betas"),
     *("schedule", "warmup_steps", "lr_min", "grad_clip"),
 )
 # How the rows of an optimizer step are shared out. With others, a run goes on if a step has as many rows as before.
@@ -87,7 +87,8 @@ def check_run(config: TrainConfig) -> Resume | None:
     """
     if found := value_problems(config) + value_problems(config.adapter, "adapter."):
         raise UserError("; ".join(found))  # what follows needs values
-    found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
+    found = config.problems() + config.adapter.problems()
+    found += method.problems(config.adapter, None if config.adapter_from else config)
     found += loggers.problems(config.loggers)
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from rwkv_miss.adapters.inject import checkpoint_key, held_tensors
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.fingerprints import is_of_base
@@ -31,7 +32,7 @@ class LitRWKV(L.LightningModule):
     after each validation `val_loss` is the mean over all of the validation's terms, on every rank.
     """
 
-    # Checkpoints hold only what is trained; the frozen weights come from the base's file.
+    # Checkpoints hold only what an adapter holds; the frozen weights come from the base's file.
     strict_loading = False
 
     def __init__(
@@ -110,9 +111,9 @@ class LitRWKV(L.LightningModule):
         return batch_log_probs(self.model, batch, state, self.config.chunk_len, reduction)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
         if "state_dict" in checkpoint:  # DeepSpeed writes its own
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+            held = self._held()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in held}
         checkpoint["base_fingerprint"] = self.model.fingerprint
         checkpoint["data_fingerprint"] = self.data_fingerprint
 
@@ -133,11 +134,15 @@ class LitRWKV(L.LightningModule):
                 "resume with the data that the run began with, or start anew with another out"
             )
         if "state_dict" in checkpoint:  # DeepSpeed reads its own
-            trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             in_optimizer = [
                 p for group in optim.parameter_groups(self.model, self.config).values() for p in group.values()
             ]
-            check_complete(checkpoint, trained, in_optimizer, path)
+            check_complete(checkpoint, self._held(), in_optimizer, path)
+
+    def _held(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds, by their names in it."""
+        keys = held_tensors(self.model).keys()
+        return {name: t for name, t in self.state_dict().items() if checkpoint_key(name.removeprefix("model.")) in keys}
 
 
 def _columns(batch: dict[str, Any], wanted: slice) -> dict[str, Tensor]:

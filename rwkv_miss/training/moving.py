@@ -11,10 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
-from torch import nn
+from torch import Tensor
 
 from rwkv_miss.adapters.files import WEIGHTS, read_adapter, read_facts
-from rwkv_miss.adapters.inject import checkpoint_key, trained_parameters
+from rwkv_miss.adapters.inject import checkpoint_key, held_tensors
 from rwkv_miss.checkpoint import unpickle_checkpoint
 from rwkv_miss.errors import UserError
 from rwkv_miss.training.checks import Resume
@@ -46,10 +46,10 @@ def restore(trainer: L.Trainer, module: LitRWKV, resume: Resume, newest: Path, s
                 f"{newest}: not of step {resume.step}, as {resume.path} is, so the run cannot go on with other "
                 "processes from there; let it first go on with the same"
             )
-        weights = read_adapter(newest).tensors
+        weights = read_adapter(newest).held
     else:
         weights = {checkpoint_key(name.removeprefix("model.")): t for name, t in saved["state_dict"].items()}
-    _load(trained_parameters(module.model), weights, newest / WEIGHTS if is_zero else resume.path)
+    _load(held_tensors(module.model), weights, newest / WEIGHTS if is_zero else resume.path)
 
     loops = saved["loops"]["fit_loop"]
     [position] = loops["state_dict"]["combined_loader"]
@@ -90,8 +90,8 @@ def _read_zero(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _load(parameters: dict[str, nn.Parameter], weights: dict[str, torch.Tensor], file: Path) -> None:
-    for key, parameter in parameters.items():
-        if key not in weights or weights[key].shape != parameter.shape:
-            raise UserError(f"{file}: holds no {key} of shape {tuple(parameter.shape)}, which is trained")
-        parameter.copy_(weights[key])
+def _load(held: dict[str, Tensor], weights: dict[str, Tensor], file: Path) -> None:
+    for key, tensor in held.items():
+        if key not in weights or weights[key].shape != tensor.shape:
+            raise UserError(f"{file}: holds no {key} of shape {tuple(tensor.shape)}, which is trained")
+        tensor.copy_(weights[key])

@@ -14,14 +14,14 @@ from rwkv_miss.errors import UserError
 
 
 def check_complete(
-    checkpoint: Mapping[str, Any], trained: Mapping[str, Tensor], in_optimizer: Sequence[Tensor], path: str | Path
+    checkpoint: Mapping[str, Any], held: Mapping[str, Tensor], in_optimizer: Sequence[Tensor], path: str | Path
 ) -> None:
     """Checks a checkpoint that Lightning wrote (DeepSpeed checks its own) before anything is taken from it: what it
     lacks would begin anew in silence.
 
     Args:
-        trained: the run's trained parameters by their names in the checkpoint.
-        in_optimizer: the same parameters in the optimizer's order.
+        held: what the run's results depend on beyond the frozen base, by its names in the checkpoint.
+        in_optimizer: the trained parameters among them, in the optimizer's order.
 
     Raises:
         UserError: a part is missing, of another shape, or not finite.
@@ -33,10 +33,10 @@ def check_complete(
     found = checkpoint["state_dict"]
     if not isinstance(found, dict):
         raise refuse("state_dict holds no tensors")
-    if unknown := found.keys() - trained.keys():
+    if unknown := found.keys() - held.keys():
         raise refuse(f"has {min(map(str, unknown))}, which this run does not train")
-    for name, parameter in trained.items():
-        if problem := _problem(found.get(name), parameter):
+    for name, tensor in held.items():
+        if problem := _problem(found.get(name), tensor):
             raise refuse(f"{name} {problem}")
     try:
         [optimizer], [schedule] = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]

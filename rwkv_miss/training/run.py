@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -12,8 +13,9 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
-from rwkv_miss.adapters.files import read_facts
+from rwkv_miss.adapters.files import load_adapter, read_adapter, read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
+from rwkv_miss.adapters.method import problems
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
@@ -41,7 +43,11 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     Args:
         resume: where to go on, if the run does.
     """
-    out = Path(config.out)
+    out, settings = Path(config.out), config
+    if config.adapter_from is not None:
+        config = replace(config, adapter=read_adapter(config.adapter_from).config)
+        if found := problems(config.adapter, config):
+            raise UserError(f"{config.adapter_from}: {'; '.join(found)}")
     prepared = prepare(config)
     if resume and resume.step >= prepared.total_steps and not validation_is_pending(out, resume.step, prepared):
         return _done_already(out, resume.step, prepared.total_steps, console)
@@ -49,7 +55,10 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
     model.fingerprint = fingerprint(prepared.tensors, config.base)
     model.gradient_checkpointing = config.gradient_checkpointing
-    inject(model, config.adapter, masters=prepared.tensors)
+    if config.adapter_from is None:
+        inject(model, config.adapter, masters=prepared.tensors)
+    else:
+        load_adapter(model, config.adapter_from)
     introduction = _introduction(model, prepared)
     for line in introduction:
         console.print(line, highlight=False, soft_wrap=True)
@@ -72,7 +81,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     def begin(trainer: L.Trainer, _: L.LightningModule) -> None:
         nonlocal has_begun
         has_begun = True
-        _start_folder(trainer, out, config)
+        _start_folder(trainer, out, settings)
 
     starter = LambdaCallback(on_train_start=begin)
     watch = Watch(config.hang_minutes)

@@ -211,9 +211,9 @@ def test_values_that_are_not_finite(base, folder, value):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"init_weights": "bat"}, ["init_weights is 'bat'"]),
-        ({"init_weights": "mini"}, ["init_weights is 'mini'"]),
-        ({"peft_type": "LORA"}, ["peft_type is 'LORA'"]),
+        ({"init_weights": "bat"}, ["blocks.0.att.key", "r is 5, which does not divide"]),
+        ({"init_weights": "mini", "mini_r": 8}, ["blocks.0.att.key", "(5, 32)", "(5, 8)"]),
+        ({"peft_type": "IA3"}, ["peft_type is 'IA3'"]),
         ({"peft_type": None}, ["peft_type is None"]),
         ({"r": 6}, ["r = 6", "(5, 32)"]),
         ({"r": None}, ["None"]),

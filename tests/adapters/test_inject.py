@@ -58,7 +58,7 @@ def test_a_target_that_matches_nothing(model, target):
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("all-linear", "leave target_modules out to adapt all of them"),
+        ("all-linear", "give all-linear by itself, not in a list"),
         ("head", r"give modules_to_save \[head\]"),
         ("emb", r"give modules_to_save \[emb\]"),
     ],
@@ -84,8 +84,8 @@ def test_a_second_adapter_is_refused(model):
 
 
 def test_every_wrong_setting_is_said_at_once(model):
-    config = AdapterConfig(method="lora", r=0, dropout=1.0, target_modules=[])
+    config = AdapterConfig(method="bone", r=0, dropout=1.0, target_modules=[])
     with pytest.raises(UserError) as error:
         inject(model, config)
-    for word in ("adapter.method is 'lora'", "adapter.r is 0", "adapter.dropout is 1.0", "target_modules is empty"):
+    for word in ("adapter.method is 'bone'", "adapter.r is 0", "adapter.dropout is 1.0", "target_modules is empty"):
         assert word in str(error.value)

@@ -34,7 +34,7 @@ def frozen(W: Tensor) -> Linear:
 
 def adapted(n_in: int, out: int, r: int, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> MissLinear:
     """A linear with an adapter that is not zero."""
-    layer = MissLinear(frozen(normal(out, n_in, seed=1, dtype=dtype)), r, dropout)
+    layer = MissLinear(frozen(normal(out, n_in, seed=1, dtype=dtype)), (r, out), dropout)
     layer.miss_block.data.copy_(normal(r, out, seed=2))
     return layer
 
@@ -156,7 +156,7 @@ def test_dropout_is_for_training_alone():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     """With W = 0, r = 1 and D = 1, y is the sum of x after dropout: for ones, 4/3 times the number kept."""
-    layer = MissLinear(frozen(torch.zeros(1, 400)), 1, dropout=0.25)
+    layer = MissLinear(frozen(torch.zeros(1, 400)), (1, 1), dropout=0.25)
     layer.miss_block.data.fill_(1)
     torch.manual_seed(0)
     kept = layer(torch.ones(1000, 400)).flatten() * 0.75
@@ -190,7 +190,7 @@ def test_dtypes_of_the_adapter():
         torch.float32: torch.float32,
         torch.float64: torch.float64,
     }.items():
-        layer = MissLinear(frozen(torch.zeros(3, 4, dtype=weight)), 2, 0.0)
+        layer = MissLinear(frozen(torch.zeros(3, 4, dtype=weight)), (2, 3), 0.0)
         assert (layer.base_layer.weight.dtype, layer.miss_block.dtype) == (weight, block)
         assert layer.miss_block.requires_grad and torch.count_nonzero(layer.miss_block) == 0
         assert set(layer.state_dict()) == {"base_layer.weight", "miss_block"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rwkv_miss
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge
 from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.adapters.method import METHODS
@@ -97,3 +99,14 @@ def test_files(config, tmp_path):
 def test_settings_that_it_cannot_have(make_base, config, said):
     with pytest.raises(UserError, match=said):
         inject(load_model(make_base()), config)
+
+
+def test_no_methods_name_is_outside_its_file_and_the_table():
+    """But for the words that name much else too, and the default in the settings with its help."""
+    package = Path(rwkv_miss.__file__).parent
+    names = METHODS.keys() - {"toy", "state", "full"}
+    for path in package.rglob("*.py"):
+        found = names & set(re.findall(r"(?<![\w.-])[a-z_]+(?![\w-])", path.read_text()))
+        where = path.relative_to(package).with_suffix("").as_posix()
+        own = {name for name, entry in METHODS.items() if entry.module.endswith(where.replace("/", "."))}
+        assert found <= own or where in ("adapters/method", "config"), (where, found)
