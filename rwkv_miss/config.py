@@ -11,8 +11,6 @@ Quant = Literal["none", "int8", "nf4"]
 STRATEGIES, OFFLOADS, QUANTS = get_args(Strategy), get_args(Offload), get_args(Quant)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
-QUANT_SKIP = ("att.key", "att.value")
-"""The linears that a quantised base keeps in full precision unless told otherwise."""
 
 
 # No number of the settings is larger, but for the seed; beyond it the sizes of arrays, and fp32, overflow.
@@ -194,8 +192,9 @@ class TrainConfig(DataOptions):
     quant: Quant = "none"
     """Store the weights of the base's frozen linears in fewer bits, by bitsandbytes: int8, or nf4 (4 bits). Each is
     quantised as it is read. The embedding, the head and the model's own low-rank matrices stay as they are."""
-    quant_skip: list[str] = field(default_factory=lambda: list(QUANT_SKIP))
-    """With quant: linears that are not quantised, such as [att.key, att.value]."""
+    quant_skip: list[str] | None = None
+    """With quant: linears that are not quantised, such as [att.key, att.value]. When not given: [att.value, att.output]
+    with nf4, none with int8."""
     precision: str = "auto"
     """Dtype of the frozen weights and the activations: bf16, fp32, or auto, which keeps the base's. What is trained is
     always fp32."""
@@ -297,7 +296,7 @@ class TrainConfig(DataOptions):
             found.append(f"precision is {self.precision!r}; it must be auto, bf16 or fp32")
         if self.quant not in QUANTS:
             found.append(f"quant is {self.quant!r}; it must be one of {', '.join(QUANTS)}")
-        elif self.quant == "none" and self.quant_skip != list(QUANT_SKIP):
+        elif self.quant == "none" and self.quant_skip is not None:
             found.append("quant_skip is given without quant; give both, or neither")
         elif self.quant != "none" and self.offload == "all":
             found.append(f"offload is all, but weights in {self.quant} stay on the GPU; give offload optimizer")

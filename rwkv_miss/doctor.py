@@ -120,7 +120,7 @@ def _combine(adapter: AdapterConfig, config: TrainConfig) -> bool:
     try:
         plan = make_plan(adapter, sizes, parameter_shapes(sizes))
         if config.quant != "none":
-            refuse_training(plan.whole, quantised_linears(sizes, config.quant_skip))
+            refuse_training(plan.whole, quantised_linears(sizes, config.quant, config.quant_skip))
     except UserError:
         return False
     return not adapter.problems() + problems(adapter, config)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.checkpoint import parse_dtype, read_checkpoint
-from rwkv_miss.config import QUANT_SKIP
 from rwkv_miss.errors import UserError
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
@@ -26,7 +25,7 @@ def load_model(
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
     quant: str = "none",
-    quant_skip: Sequence[str] = QUANT_SKIP,
+    quant_skip: Collection[str] | None = None,
 ) -> RWKV:
     """Loads the model in a .pth or .st checkpoint; its version and sizes are inferred from the file.
 
@@ -36,7 +35,7 @@ def load_model(
             conversion stay memory-mapped on the CPU.
         wkv_backend: see `rwkv_miss.ops.BACKENDS`.
         quant: int8 or nf4 stores the weights of the linears in 8 or 4 bits (`rwkv_miss.model.quantised`), each as soon
-            as it is read, those in `quant_skip` excepted; they cannot be trained then.
+            as it is read, those in `quant_skip` excepted (None: the format's own choice); they cannot be trained then.
 
     Returns:
         The model; `.config` has its sizes, `.fingerprint` identifies the base.
@@ -58,7 +57,7 @@ def build_model(
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
     quant: str = "none",
-    quant_skip: Sequence[str] = QUANT_SKIP,
+    quant_skip: Collection[str] | None = None,
 ) -> RWKV:
     """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages). The
     model's `fingerprint` is left to the caller."""
@@ -70,7 +69,7 @@ def build_model(
             add_initial_state(model)
     dtype = running_dtype(tensors, dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    quantised = [] if quant == "none" else quantised_linears(config, quant_skip)
+    quantised = set() if quant == "none" else set(quantised_linears(config, quant, quant_skip))
     with plain_reads(tensors.values()) as reader:  # what is converted is needed no longer
         for path in quantised:
             model.set_submodule(path, quantise(tensors[f"{path}.weight"], quant, dtype, reader.read))

@@ -24,49 +24,53 @@ from rwkv_miss.model.linear import FrozenLinear
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
-# Weights of NF4 that share a scale: a block. A row whose number is a multiple of it begins one, whatever its length.
-_BLOCK = 64
 # Weights that are quantised or dequantised at a time: fp32 copies of them are made.
 _PIECE = 2**22
+# Weights of a block in NF4. A row whose number is a multiple of it begins a block, whatever the rows' length.
+_BLOCK = 64
 
 
 class Format(NamedTuple):
-    """How the rows of a weight are stored: as a flat tensor of packed numbers and a flat one of fp32 scales.
+    """How weights are stored: in blocks that share a scale. A weight matrix is cut into blocks row by row; the last one
+    is filled up with zeros.
 
-    per_element, per_scale: weights in a packed element, and (in_features) -> weights that share a scale.
-    pack: rows (M, in_features) -> packed, scales.
-    unpack: packed, scales, shape (M, in_features), dtype -> rows in that dtype.
+    block: (in_features) -> weights in a block.
+    skip: the linears that are not quantised unless told otherwise (docs/quant.md has what they were chosen by).
+    pack: weights (N, block) in the file's dtype -> packed, whose first dimension is N, and scales (N) in fp32.
+    unpack: packed, scales, dtype -> weights (N, block) in that dtype.
     """
 
-    per_element: int
-    per_scale: Callable[[int], int]
+    block: Callable[[int], int]
+    skip: tuple[str, ...]
     pack: Callable[[Tensor], tuple[Tensor, Tensor]]
-    unpack: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+    unpack: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
-def _pack_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    packed, scales, _ = _bitsandbytes().int8_vectorwise_quant(rows)
-    return packed.view(-1), scales
+def _pack_int8(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    packed, scales, _ = _bitsandbytes().int8_vectorwise_quant(blocks)
+    return packed, scales
 
 
-def _unpack_int8(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return _bitsandbytes().int8_vectorwise_dequant(packed.view(shape), scales).to(dtype)
+def _unpack_int8(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return _bitsandbytes().int8_vectorwise_dequant(packed, scales).to(dtype)
 
 
-def _pack_nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    packed, state = _bitsandbytes().quantize_4bit(rows, blocksize=_BLOCK, quant_type="nf4")
-    return packed.view(-1), state.absmax
+def _pack_nf4(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    packed, state = _bitsandbytes().quantize_4bit(blocks, blocksize=_BLOCK, quant_type="nf4")
+    return packed.view(len(blocks), -1), state.absmax
 
 
-def _unpack_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _unpack_nf4(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    # Rows of one block: bitsandbytes (0.50) takes wrong scales on a CPU where a block ends within a row.
     functional = _bitsandbytes()
+    shape = torch.Size((len(scales), _BLOCK))
     state = functional.QuantState(scales, shape, blocksize=_BLOCK, quant_type="nf4", dtype=dtype)
     return functional.dequantize_4bit(packed.view(-1, 1), state)
 
 
 FORMATS: dict[str, Format] = {
-    "int8": Format(1, lambda in_features: in_features, _pack_int8, _unpack_int8),
-    "nf4": Format(2, lambda in_features: _BLOCK, _pack_nf4, _unpack_nf4),
+    "int8": Format(lambda in_features: in_features, (), _pack_int8, _unpack_int8),
+    "nf4": Format(lambda in_features: _BLOCK, ("att.value", "att.output"), _pack_nf4, _unpack_nf4),
 }
 """What `TrainConfig.quant` may name. int8: a scale for each row, its largest absolute value (LLM.int8(), arXiv
 2208.07339, of the weights alone). nf4: 16 values that are quantiles of a normal distribution, a scale for each block of
@@ -104,22 +108,19 @@ class QuantLinear(FrozenLinear):
         found = torch.empty(stop - start, self.in_features, dtype=self.dtype, device=self.packed.device)
         step = _rows_of_piece(self.in_features)
         for first in range(start - start % _BLOCK, stop, step):
-            last = min(first + step, stop)
-            piece = self._unpack(first, last)
-            found[max(first - start, 0) : last - start] = piece[max(start - first, 0) :]
+            piece = self._unpack(first, min(first + step, stop))
+            at = first - start
+            found[max(at, 0) : at + len(piece)] = piece[max(-at, 0) :]
         return found
 
     def _unpack(self, start: int, stop: int) -> Tensor:
-        """Rows from a multiple of `_BLOCK` on."""
-        format = FORMATS[self.format]
-        packed, scales = (
-            stored[start * self.in_features // weights : -(-stop * self.in_features // weights)]
-            for stored, weights in (
-                (self.packed, format.per_element),
-                (self.scales, format.per_scale(self.in_features)),
-            )
-        )
-        return format.unpack(packed, scales, torch.Size((stop - start, self.in_features)), self.dtype)
+        """Rows from a multiple of `_BLOCK` on, where a block begins."""
+        format, size = FORMATS[self.format], (stop - start) * self.in_features
+        block = format.block(self.in_features)
+        first = start * self.in_features // block
+        last = first - (-size // block)
+        weights = format.unpack(self.packed[first:last], self.scales[first:last], self.dtype)
+        return weights.view(-1)[:size].view(-1, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
@@ -148,21 +149,25 @@ def quantise(weight: Tensor, format: str, dtype: torch.dtype, read: Callable[[Te
         dtype: that the model runs in. What is quantised are the values of the file, in the precision that they have.
     """
     out_features, in_features = weight.shape
-    pieces = [FORMATS[format].pack(read(rows)) for rows in weight.split(_rows_of_piece(in_features))]
+    block = FORMATS[format].block(in_features)
+    pieces = []
+    for rows in weight.split(_rows_of_piece(in_features)):
+        blocks = F.pad(read(rows).reshape(-1), (0, -rows.numel() % block)).view(-1, block)
+        pieces.append(FORMATS[format].pack(blocks))
     packed, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return QuantLinear(in_features, out_features, format, packed, scales, dtype)
 
 
-def quantised_linears(sizes: ModelConfig, skip: Collection[str]) -> list[str]:
+def quantised_linears(sizes: ModelConfig, format: str, skip: Collection[str] | None) -> list[str]:
     """The paths of the linears that are quantised: those that an adapter can go beside, but for the ones in `skip`.
 
     Args:
-        skip: of the names in `RWKV.linears`.
+        skip: of the names in `RWKV.linears`; None is the format's own choice.
 
     Raises:
         UserError: an entry of `skip` is none of them.
     """
-    linears = MODELS[sizes.version].linears
+    linears, skip = MODELS[sizes.version].linears, FORMATS[format].skip if skip is None else skip
     if unknown := [name for name in skip if name not in linears]:
         raise UserError(f"quant_skip: {unknown[0]} is no linear that is quantised; there are: {', '.join(linears)}")
     ends = tuple(f".{name}.weight" for name in linears if name not in skip)

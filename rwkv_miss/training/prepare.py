@@ -68,7 +68,7 @@ def prepare(config: TrainConfig) -> Prepared:
     unused = MODELS[sizes.version].unused
     plan = make_plan(config.adapter, sizes, {key: t.shape for key, t in tensors.items() if key not in unused})
     if config.quant != "none":
-        refuse_training(plan.whole, quantised_linears(sizes, config.quant_skip))
+        refuse_training(plan.whole, quantised_linears(sizes, config.quant, config.quant_skip))
     if is_first_process():  # only here: the others must not use its GPU
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         check_usable(MODELS[sizes.version].op, config.wkv_backend, device, dtype, sizes.head_size)

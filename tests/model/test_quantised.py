@@ -22,9 +22,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def dequantised(W: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """What bitsandbytes makes of a whole weight."""
+    """What a whole weight becomes: the numbers that bitsandbytes packs, by the definition of the formats."""
     if format == "nf4":
-        return functional.dequantize_4bit(*functional.quantize_4bit(W, blocksize=64, quant_type="nf4")).to(dtype)
+        packed, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
+        values = state.code[torch.stack((packed >> 4, packed & 15), -1).long()].view(-1)[: W.numel()]
+        return (values * state.absmax.repeat_interleave(64)[: W.numel()]).view(W.shape).to(dtype)
     packed, scales, _ = functional.int8_vectorwise_quant(W)
     return functional.int8_vectorwise_dequant(packed, scales).to(dtype)
 
@@ -36,7 +38,7 @@ def weight(dtype: torch.dtype = torch.float32, shape: tuple[int, int] = (200, 96
 @pytest.mark.parametrize("shape", [(200, 96), (64, 64), (3, 128), (130, 36)])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
-def test_rows_are_those_of_bitsandbytes(monkeypatch, format, dtype, shape):
+def test_rows_are_the_dequantised_ones(monkeypatch, format, dtype, shape):
     """Also where the weight is handled in several pieces, and where rows begin inside a block."""
     monkeypatch.setattr(quantised, "_PIECE", 1)
     W = weight(dtype, shape)
@@ -50,9 +52,9 @@ def test_rows_are_those_of_bitsandbytes(monkeypatch, format, dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_nf4_is_the_linear_of_bitsandbytes(dtype):
-    W, x = weight(), weight(dtype, (5, 96))
+    W, x = weight(shape=(200, 128)), weight(dtype, (5, 128))
     theirs = bitsandbytes.nn.Linear4bit(
-        96, 200, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4"
+        128, 200, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4"
     )
     theirs.load_state_dict({"weight": W})
     ours = quantise(W, "nf4", dtype, lambda rows: rows)
@@ -92,9 +94,10 @@ def test_models_compute_with_the_dequantised_weights(either_base, format, dtype,
     found = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     linears = {name for name, m in plain.named_modules() if isinstance(m, Linear)}
     assert found.keys() == {name for name in linears if not name.endswith("att.key")}
+    as_stored = load_model(either_base)
     for name, linear in found.items():
         W = plain.get_submodule(name).weight
-        expected = dequantised(load_model(either_base).get_submodule(name).weight.detach(), format, W.dtype)
+        expected = dequantised(as_stored.get_submodule(name).weight.detach(), format, W.dtype)
         assert torch.equal(linear.rows(0, len(W)), expected) and not torch.equal(W, expected)
         W.data = expected
     tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
