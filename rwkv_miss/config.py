@@ -121,6 +121,14 @@ class DataOptions:
         return found
 
 
+def _quant_problems(config: TrainConfig | EvalConfig) -> list[str]:
+    if config.quant not in QUANTS:
+        return [f"quant is {config.quant!r}; it must be one of {', '.join(QUANTS)}"]
+    if config.quant == "none" and config.quant_skip is not None:
+        return ["quant_skip is given without quant; give both, or neither"]
+    return []
+
+
 @dataclass
 class TrainConfig(DataOptions):
     """Fine-tune an RWKV-6 or RWKV-7 checkpoint: with MiSS, its initial state, or all of its weights."""
@@ -294,11 +302,8 @@ class TrainConfig(DataOptions):
             found.append("precision is fp16, whose values end at 65,504, less than training reaches; give bf16 or fp32")
         elif self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision is {self.precision!r}; it must be auto, bf16 or fp32")
-        if self.quant not in QUANTS:
-            found.append(f"quant is {self.quant!r}; it must be one of {', '.join(QUANTS)}")
-        elif self.quant == "none" and self.quant_skip is not None:
-            found.append("quant_skip is given without quant; give both, or neither")
-        elif self.quant != "none" and self.offload == "all":
+        found += _quant_problems(self)
+        if self.quant != "none" and self.offload == "all":
             found.append(f"offload is all, but weights in {self.quant} stay on the GPU; give offload optimizer")
         for name in ("offload", "deepspeed_config"):
             if getattr(self, name) not in ("none", None) and not self.strategy.startswith("deepspeed"):
@@ -352,6 +357,10 @@ class EvalConfig(DataOptions):
     """How many answers to print."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format that the model runs in; that of the file when not given."""
+    quant: Quant = "none"
+    """int8 or nf4: quantise the model as train does, to see what an adapter has been trained on."""
+    quant_skip: list[str] | None = None
+    """As for train."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -359,7 +368,7 @@ class EvalConfig(DataOptions):
         """Every mistake that can be told without opening a file."""
         if found := value_problems(self):
             return found
-        found = super().problems()
+        found = super().problems() + _quant_problems(self)
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"{name} is {value}; it must be at least 1")

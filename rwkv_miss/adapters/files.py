@@ -35,7 +35,7 @@ from rwkv_miss.model.versions import MODELS
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float}
+_FACTS = {"base_fingerprint": str, "step": int, "val_loss": float, "quant": str}
 _OUR_TYPE = "RWKV_MISS"
 
 

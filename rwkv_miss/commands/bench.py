@@ -5,12 +5,12 @@ from rich.table import Table
 
 
 def run(what: str = "all", threads: int = 1) -> int:
-    """Time our kernels and tokenizer against other programs, or measure the memory of a training step or a merge.
+    """Time our kernels and tokenizer against other programs, or measure the memory of a step, a merge or a base.
 
     Args:
         what: Which benchmark: wkv7, tokenizer, memory (of a training step as its row grows), merge (against a plain
-            copy; it writes 9 GB to the folder for temporary files), or all (of those that take seconds; these two take
-            minutes).
+            copy; it writes 9 GB to the folder for temporary files), quant (memory of quantised bases; 3 GB), or all (of
+            those that take seconds; these three take minutes).
         threads: CPU threads that every program gets.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks

@@ -24,6 +24,7 @@ def run(
         state_only: Write only the learned state, as a file that runtimes load beside the base.
         overwrite: Replace the file if it is there.
     """
+    from rwkv_miss.adapters.files import adapter_folder, read_facts
     from rwkv_miss.merging import merge
     from rwkv_miss.progress import show_progress
 
@@ -42,4 +43,11 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
+    if quant := read_facts(adapter_folder(adapter)).get("quant"):
+        console.print(
+            f"the adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are "
+            "not quite those of the run",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0
