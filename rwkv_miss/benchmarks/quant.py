@@ -18,7 +18,7 @@ from rwkv_miss.model.quantised import unusable
 
 SIZES = {"0.1B": (12, 768), "1.5B": (24, 2048)}
 """n_layer and n_embd of each base."""
-LENGTH = 128
+LENGTH = 32
 
 
 def bench_quant(thread_count: int) -> Table:

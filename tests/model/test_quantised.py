@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -17,6 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.model import quantised
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.model.quantised import FORMATS, QuantLinear, quantise
+from rwkv_miss.model.versions import MODELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -137,3 +140,48 @@ def test_without_bitsandbytes(either_base, monkeypatch):
     quantised._bitsandbytes.cache_clear()
     with pytest.raises(UserError, match=r"bitsandbytes cannot be imported .*pip install 'rwkv-miss\[quant\]'"):
         load_model(either_base, quant="nf4")
+
+
+KEPT = {
+    "none": [],
+    "att.value": ["att.value"],
+    "att.key, att.value": ["att.key", "att.value"],
+    "att.value, att.output": ["att.value", "att.output"],
+    "att.receptance, att.output": ["att.receptance", "att.output"],
+    "att.*": ["att.receptance", "att.key", "att.value", "att.gate", "att.output"],
+}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("version", [6, 7])
+def test_errors_of_trained_models(version, request):
+    """How far the probabilities of the next token are from those of the full-precision model, by the linears that are
+    kept in full precision. Prints a table (pytest -rP)."""
+    if version == 7:
+        folder = Path(__file__).parents[2] / "scripts" / "demo"
+        records = (json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines())
+        model, text = folder / "base.pth", "".join(f"User: {r['question']}\n" for r in records).encode()
+    else:
+        folder = request.getfixturevalue("reference")
+        model = folder / "models" / "tiny-rwkv6-3m.pth"
+        text = (folder / "data" / "tinyshakespeare.txt").read_text().encode("utf-16le")
+    tokens = torch.tensor(list(text[: 8 * 512])).view(8, 512)
+    expected = load_model(model, "fp32")(tokens)[0].log_softmax(-1)
+
+    def divergence(**how) -> float:
+        found = load_model(model, **how)(tokens)[0].float().log_softmax(-1)
+        return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+    rounding = divergence(dtype="bf16")
+    print(f"RWKV-{version}: run in bf16 {rounding:.1e}")
+    kl = {}
+    for format in FORMATS:
+        for name, kept in KEPT.items():
+            skip = [name for name in kept if name in MODELS[version].linears]
+            kl[format, name] = divergence(dtype="fp32", quant=format, quant_skip=skip)
+            print(f"RWKV-{version}: {format}, kept {name}: {kl[format, name]:.1e}")
+    # What the defaults rest on.
+    assert kl["int8", "none"] < 1.5 * rounding
+    pairs = [kl["nf4", name] for name in KEPT if name.count(",") == 1]
+    assert kl["nf4", "att.value, att.output"] < 1.1 * min(pairs) and min(pairs) < 0.6 * kl["nf4", "none"]
