@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -62,7 +63,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     module = LitRWKV(model, prepared.objective, config, prepared.total_steps, data_fingerprint)
     display = TrainingDisplay(console, prepared.total_steps)
     reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
-    extra = {
+    extra: dict[str, Any] = {
         "tokenizer": config.tokenizer,
         "template": "rwkv-world",
         "answer_lines": config.answer_lines,

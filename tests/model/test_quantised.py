@@ -166,7 +166,7 @@ def test_errors_of_trained_models(version, request):
         folder = request.getfixturevalue("reference")
         model = folder / "models" / "tiny-rwkv6-3m.pth"
         text = (folder / "data" / "tinyshakespeare.txt").read_text().encode("utf-16le")
-    tokens = torch.tensor(list(text[: 8 * 512])).view(8, 512)
+    tokens = torch.tensor(list(text[: 4 * 512])).view(4, 512)
     expected = load_model(model, "fp32")(tokens)[0].log_softmax(-1)
 
     def divergence(**how) -> float:
@@ -177,7 +177,7 @@ def test_errors_of_trained_models(version, request):
     print(f"RWKV-{version}: run in bf16 {rounding:.1e}")
     kl = {}
     for format in FORMATS:
-        for name, kept in KEPT.items():
+        for name, kept in KEPT.items() if format == "nf4" else [("none", [])]:
             skip = [name for name in kept if name in MODELS[version].linears]
             kl[format, name] = divergence(dtype="fp32", quant=format, quant_skip=skip)
             print(f"RWKV-{version}: {format}, kept {name}: {kl[format, name]:.1e}")

@@ -48,7 +48,6 @@ main(sys.argv[1:])
         (torch.bfloat16, "auto", "none", 0.7),
         (torch.float32, "bf16", "none", 1.1),
         (torch.float32, "fp32", "nf4", 0.9),
-        (torch.float32, "bf16", "int8", 0.9),
     ],
 )
 def test_loading_a_base(make_base, data, tmp_path, dtype, precision, quant, share):
