@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 Strategy = Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 Offload = Literal["none", "optimizer", "all"]
-STRATEGIES, OFFLOADS = get_args(Strategy), get_args(Offload)
+Quant = Literal["none", "int8", "nf4"]
+STRATEGIES, OFFLOADS, QUANTS = get_args(Strategy), get_args(Offload), get_args(Quant)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 ALL_LINEAR = "all-linear"
@@ -157,9 +158,17 @@ class DataOptions:
         return found
 
 
+def _quant_problems(config: TrainConfig | EvalConfig) -> list[str]:
+    if config.quant not in QUANTS:
+        return [f"quant is {config.quant!r}; it must be one of {', '.join(QUANTS)}"]
+    if config.quant == "none" and config.quant_skip is not None:
+        return ["quant_skip is given without quant; give both, or neither"]
+    return []
+
+
 @dataclass
 class TrainConfig(DataOptions):
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: by MiSS or another adapter, its state, or all of its weights."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: an adapter such as MiSS, its initial state, or all of its weights."""
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
@@ -228,6 +237,12 @@ class TrainConfig(DataOptions):
     """Largest norm of the gradient; 0 does not clip."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""
+    quant: Quant = "none"
+    """Store the weights of the base's frozen linears in fewer bits, by bitsandbytes: int8, or nf4 (4 bits). Each is
+    quantised as it is read. The embedding, the head and the model's own low-rank matrices stay as they are."""
+    quant_skip: list[str] | None = None
+    """With quant: linears that are not quantised, such as [att.key, att.value]. When not given: [att.value, att.output]
+    with nf4, none with int8."""
     precision: str = "auto"
     """Dtype of the frozen weights and the activations: bf16, fp32, or auto, which keeps the base's. What is trained is
     always fp32."""
@@ -329,6 +344,9 @@ class TrainConfig(DataOptions):
             found.append("precision is fp16, whose values end at 65,504, less than training reaches; give bf16 or fp32")
         elif self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision is {self.precision!r}; it must be auto, bf16 or fp32")
+        found += _quant_problems(self)
+        if self.quant != "none" and self.offload == "all":
+            found.append(f"offload is all, but weights in {self.quant} stay on the GPU; give offload optimizer")
         for name in ("offload", "deepspeed_config"):
             if getattr(self, name) not in ("none", None) and not self.strategy.startswith("deepspeed"):
                 found.append(f"{name} is given, but strategy is {self.strategy}; give one of DeepSpeed's")
@@ -381,6 +399,10 @@ class EvalConfig(DataOptions):
     """How many answers to print."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format that the model runs in; that of the file when not given."""
+    quant: Quant = "none"
+    """int8 or nf4: quantise the model as train does, to see what an adapter has been trained on."""
+    quant_skip: list[str] | None = None
+    """As for train."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -388,7 +410,7 @@ class EvalConfig(DataOptions):
         """Every mistake that can be told without opening a file."""
         if found := value_problems(self):
             return found
-        found = super().problems()
+        found = super().problems() + _quant_problems(self)
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"{name} is {value}; it must be at least 1")

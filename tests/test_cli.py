@@ -137,7 +137,7 @@ def test_a_wrong_line_of_data(arguments, tmp_path, capsys, line, parts):
         ({"adapter.r": 0}, ["adapter.r is 0"]),
         ({"adapter.r": 33}, ["blocks.0.att.receptance", "r is 33", "32 inputs"]),
         ({"adapter.target_modules": "[att.query]"}, ["att.query", "att.receptance"]),
-        ({"adapter.method": "lora"}, ["lora", "miss"]),
+        ({"adapter.method": "bone"}, ["bone", "miss"]),
         ({"adapter.modules_to_save": "[norm]"}, ["adapter.modules_to_save", "norm matches no part"]),
         (
             {"adapter.method": "full", "adapter.modules_to_save": "[ln]"},

@@ -12,6 +12,7 @@ import torch
 
 from rwkv_miss import doctor
 from rwkv_miss.cli import main
+from rwkv_miss.model import quantised
 from rwkv_miss.ops import fla
 from rwkv_miss.ops.dispatch import IMPLEMENTATIONS
 
@@ -28,20 +29,33 @@ def test_on_this_machine(capsys):
 
 
 def test_what_combines_is_what_the_checks_let_through(capsys, monkeypatch):
-    names = ["miss", "state", "full", "miss+state", "state+full"]
+    beside = ["miss", "mini", "bat", "lora", "dora", "pissa"]
+    names = [*beside, "state", "full", *(f"{name}+state" for name in beside), "state+full"]
     trained = ", ".join(names + [f"{name} with modules_to_save" for name in names if name != "full"])
     ways = ["auto", "ddp"]
     for stage in (1, 2, 3):
         ways += [f"deepspeed_stage_{stage}", f"deepspeed_stage_{stage}, offload optimizer"]
     ways += ["deepspeed_stage_3, offload all"]
     expected = {f"strategy {way}": trained for way in ways}
+    # Of a quantised base its linears cannot be trained, and they stay where they are.
+    frozen = ", ".join(name for name in trained.split(", ") if "full" not in name)
+    expected |= {f"strategy {way}, quant int8 or nf4": frozen for way in ways if "all" not in way}
     assert dict(doctor.combinations()) == expected | {"precision": "bf16, fp32 (fp16 is for files)"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    assert dict(doctor.combinations())["strategy ddp, quant int8 or nf4"] == "no: bitsandbytes is not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     without = dict(doctor.combinations())
     assert without["strategy ddp"] == trained
     assert without["strategy deepspeed_stage_3, offload all"] == "no: deepspeed is not installed"
     main(["doctor"])
     assert "no: deepspeed is not installed" in capsys.readouterr().out
+
+
+def test_quantised_bases_on_this_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    assert doctor._quant_works("nf4", cpu) == doctor._quant_works("int8", cpu) == "works on cpu in bf16, fp32"
+    monkeypatch.setattr(quantised, "_bitsandbytes", lambda: SimpleNamespace())
+    assert doctor._quant_works("nf4", cpu).startswith("no: AttributeError: ")
 
 
 def test_without_a_compiler(capsys, monkeypatch):

@@ -49,6 +49,21 @@ def test_one_name_is_a_list_of_it(name, form):
     assert options.adapter[name] == ["att.key"]
 
 
+@pytest.mark.parametrize("text", [r".*[.]att\.(key|value)", "(att|ffn).*", "[ab].*", "all-linear", "blocks.0.*"])
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules"])
+def test_what_is_no_plain_name_is_a_regular_expression(name, text):
+    for form in ([f"--adapter.{name}", text], [f"--adapter.{name}={text}"]):
+        assert _parse([*TRAIN, *form])[0].adapter[name] == text
+
+
+def test_layers_and_patterns():
+    options = ["--adapter.layers_to_transform=0,2", "--adapter.rank_pattern", '{"ffn[.].*": 32}']
+    options += ["--adapter.method_pattern={att.key: miss}", "--adapter.options.layout", "input"]
+    found = _parse([*TRAIN, *options])[0].adapter
+    assert found.layers_to_transform == [0, 2] and found.rank_pattern == {"ffn[.].*": 32}
+    assert found.method_pattern == {"att.key": "miss"} and found.options == {"layout": "input"}
+
+
 def test_lists():
     options, _ = _parse([*TRAIN, "--adapter.target_modules", "att.key,ffn.value", "--loggers=csv"])
     assert options.adapter.target_modules == ["att.key", "ffn.value"] and options.loggers == ["csv"]

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import DEFAULT, checkpoint_key, held_tensors, install, installed, put_in, take_out
+from rwkv_miss.adapters.inject import (
+    DEFAULT,
+    base_shapes,
+    checkpoint_key,
+    held_tensors,
+    install,
+    installed,
+    put_in,
+    take_out,
+)
 from rwkv_miss.adapters.method import METHODS, SELECTION, LinearMethod, find_methods, linear_methods, problems
 from rwkv_miss.adapters.plan import Beside, Plan, beside, linear_shapes, select
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -31,12 +40,13 @@ from rwkv_miss.files import atomic_write, check_name
 from rwkv_miss.fingerprints import is_of_base
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import is_state, state_shapes
+from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float}
+_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float, "quant": str}
 _OUR_TYPE = "RWKV_MISS"
 _OUR_FIELDS = ("method", "method_pattern", "options")
 """The settings that stand under their own names in a folder of our type, beside those in PEFT's format."""
@@ -152,8 +162,8 @@ def _target_names(model: RWKV, config: AdapterConfig, plan: Plan) -> list[str]:
     """Ends of the names of the linears in `plan`; their whole names where those mean others too. PEFT chooses among all
     linears, the head included, so that its other ways to choose could mean more there than here."""
     ends = config.target_modules if isinstance(config.target_modules, list) else list(model.linears)
-    shapes = {checkpoint_key(name): p.shape for name, p in model.named_parameters()}
-    meant = select(AdapterConfig(target_modules=ends), linear_shapes(model.config, shapes))
+    linears = linear_shapes(model.config, parameter_shapes(model.config))
+    meant = select(AdapterConfig(target_modules=ends), linears)
     return ends if meant == list(plan.linears) and not config.exclude_modules else list(plan.linears)
 
 
@@ -415,8 +425,7 @@ def add_adapter(model: RWKV, adapter: AdapterFile, folder: str | os.PathLike, na
     """As `load_adapter`, of an adapter that has been read from `folder`."""
     before = take_out(model)
     try:
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
+        plan = check_fits(adapter, model.config, base_shapes(model), model.fingerprint, folder)
     except UserError:
         if before:
             put_in(model, before)

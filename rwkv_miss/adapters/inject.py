@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,6 +19,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state, has_initial_state, is_state
 from rwkv_miss.model.linear import FrozenLinear
+from rwkv_miss.model.quantised import QuantLinear, refuse_training
+from rwkv_miss.model.recognise import parameter_shapes
 
 DEFAULT = "default"
 """The name of an adapter that is given none."""
@@ -60,8 +63,7 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
     """
     check(config)
     refuse_second(model)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    plan = make_plan(config, model.config, shapes)
+    plan = make_plan(config, model.config, base_shapes(model))
     install(model, config, plan, masters)
     for path, (method, own) in plan.linears.items():
         method.start(model.get_submodule(path), own)
@@ -77,6 +79,7 @@ def install(
 ) -> None:
     """Freezes the model, then replaces the linears in `plan.linears` by their adapters and makes `plan.whole`
     trainable. If a learned state is to be trained and the model has none, one is added."""
+    refuse_training(plan.whole, [name for name, m in model.named_modules() if isinstance(m, QuantLinear)])
     model.requires_grad_(False)
     modules = {}
     for path, (method, own) in plan.linears.items():
@@ -138,6 +141,11 @@ def _place(model: RWKV, path: str) -> tuple[nn.Module, str]:
     """The module that has `path` as an attribute, and the attribute's name."""
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
+
+
+def base_shapes(model: RWKV) -> dict[str, torch.Size]:
+    """The shapes of what a model without an adapter has of its base, by checkpoint key, quantised weights included."""
+    return parameter_shapes(model.config) | {name: p.shape for name, p in model.named_parameters()}
 
 
 def refuse_second(model: RWKV) -> None:

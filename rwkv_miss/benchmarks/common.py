@@ -1,4 +1,4 @@
-"""What the benchmarks share: threads, and other programs' files where they are installed."""
+"""What the benchmarks share: threads, bases, and other programs' files where they are installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from rwkv_miss.checkpoint import TensorSpec, write_pth
+from rwkv_miss.model.init import new_config
+from rwkv_miss.model.recognise import parameter_shapes
 
 
 class Table(NamedTuple):
@@ -36,6 +40,17 @@ def load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def write_random_base(path: Path, n_layer: int, n_embd: int) -> None:
+    """Writes an RWKV-7 of random weights in bf16, with the World vocabulary."""
+    shapes = parameter_shapes(new_config(7, n_layer, n_embd, 65536))
+    rng = torch.Generator().manual_seed(0)
+    write_pth(
+        path,
+        {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()},
+        lambda key: torch.empty(shapes[key], dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=rng),
+    )
 
 
 @contextmanager

@@ -14,18 +14,14 @@ import torch
 
 from rwkv_miss.adapters.files import save_adapter
 from rwkv_miss.adapters.inject import inject, trained_parameters
-from rwkv_miss.benchmarks.common import Table, resident, threads
-from rwkv_miss.checkpoint import TensorSpec, write_pth
+from rwkv_miss.benchmarks.common import Table, resident, threads, write_random_base
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.files import flush
 from rwkv_miss.merging import merge
-from rwkv_miss.model.init import new_config
 from rwkv_miss.model.load import load_model
-from rwkv_miss.model.recognise import parameter_shapes
 
 SIZES = {"0.2B": (12, 768), "0.5B": (24, 1024), "1.5B": (24, 2048)}
 """n_layer and n_embd of each base."""
-VOCAB_SIZE = 65536
 RANK = 64
 ROUNDS = 3
 
@@ -57,14 +53,9 @@ def bench_merge(thread_count: int) -> Table:
 
 
 def _make(base: Path, adapter: Path, n_layer: int, n_embd: int) -> None:
-    shapes = parameter_shapes(new_config(7, n_layer, n_embd, VOCAB_SIZE))
-    rng = torch.Generator().manual_seed(0)
-    write_pth(
-        base,
-        {key: TensorSpec(shape, torch.bfloat16) for key, shape in shapes.items()},
-        lambda key: torch.empty(shapes[key], dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=rng),
-    )
+    write_random_base(base, n_layer, n_embd)
     flush(base)  # or its way to the disk would slow what is measured
+    rng = torch.Generator().manual_seed(0)
     model = inject(load_model(base), AdapterConfig(r=RANK))
     for p in trained_parameters(model).values():
         p.data.uniform_(-0.01, 0.01, generator=rng)

@@ -15,7 +15,7 @@ def run(config: EvalConfig) -> int:
     from rwkv_miss.evaluate import evaluate, perplexity
     from rwkv_miss.progress import show_progress
 
-    model = load(config.model, config.adapter, config.dtype)
+    model = load(config.model, config.adapter, config.dtype, config.quant, config.quant_skip)
     found = evaluate(model, config, show_progress)
     if config.json:
         print(json.dumps(found.figures()))

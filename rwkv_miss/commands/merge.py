@@ -26,6 +26,7 @@ def run(
         overwrite: Replace the file if it is there.
         weights: What each adapter counts, as [0.7,0.3], so that W + 0.7 dW_A + 0.3 dW_B is written; 1 when not given.
     """
+    from rwkv_miss.adapters.files import adapter_folder, read_facts
     from rwkv_miss.merging import merge
     from rwkv_miss.progress import show_progress
 
@@ -44,4 +45,12 @@ def run(
         highlight=False,
         soft_wrap=True,
     )
+    folders = [adapter] if isinstance(adapter, str) else adapter
+    for quant in {facts["quant"] for facts in map(read_facts, map(adapter_folder, folders)) if facts.get("quant")}:
+        console.print(
+            f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are "
+            "not quite those of the run",
+            highlight=False,
+            soft_wrap=True,
+        )
     return 0

@@ -9,7 +9,7 @@ from rwkv_miss.config import TrainConfig
 
 
 def run(config: TrainConfig) -> int:
-    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: by MiSS or another adapter, its state, or all of its weights."""
+    """Fine-tune an RWKV-6 or RWKV-7 checkpoint: an adapter such as MiSS, its initial state, or all of its weights."""
     from rwkv_miss.training.start import is_first_process, train
 
     if not is_first_process():  # of several processes only one prints

@@ -16,7 +16,13 @@ FORMS = {
     "mini": AdapterConfig("mini", r=8, options={"mini_r": 4}),
     "bat": AdapterConfig("bat", r=8),
 }
-EACH = AdapterConfig(r=8, method_pattern={"ffn[.].*": "mini", "att[.]key": "bat"}, rank_pattern={"att.key": 4})
+# One column would add the same to all outputs of a linear, which the next layer norm takes away: no gradient is left.
+EACH = AdapterConfig(
+    r=8,
+    method_pattern={"ffn[.].*": "mini", "att[.]key": "bat"},
+    rank_pattern={"att.key": 4},
+    options={"mini_r": 4},
+)
 TOKENS = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
 
 

@@ -42,13 +42,21 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("dtype", "precision", "share"), [(torch.bfloat16, "auto", 0.7), (torch.float32, "bf16", 1.1)])
-def test_loading_a_base(make_base, data, tmp_path, dtype, precision, share):
+@pytest.mark.parametrize(
+    ("dtype", "precision", "quant", "share"),
+    [
+        (torch.bfloat16, "auto", "none", 0.7),
+        (torch.float32, "bf16", "none", 1.1),
+        (torch.float32, "fp32", "nf4", 0.9),
+    ],
+)
+def test_loading_a_base(make_base, data, tmp_path, dtype, precision, quant, share):
     """Mapped weights cost nothing before they are used; those that are cast cost what they are cast to, half of the
-    file. The rest of the run takes some 50 MB. Reading through the map would cost the file's size besides."""
+    file. The rest of the run takes some 50 MB, with bitsandbytes and its pieces 90. Reading through the map would cost
+    the file's size besides, and so would a whole model in the file's precision."""
     base = make_base(n_layer=6, n_embd=768, vocab_size=256, dtype=dtype)
     config = small_config(base, data, tmp_path / "out")
-    config.precision = precision
+    config.precision, config.quant = precision, quant
     result = run_process([sys.executable, "-c", LOADING, "train", *as_arguments(config)], timeout=120)
     assert result.returncode == 0, result.stderr
     rise, size = float(result.stdout.split("rise")[1]), base.stat().st_size / 1e6
