@@ -17,7 +17,10 @@ from torch.autograd.function import once_differentiable
 from rwkv_miss.adapters.method import LinearMethod
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.linear import FrozenLinear
+from rwkv_miss.model.linear import FrozenLinear, Linear
+
+# Rows x r, as a multiple of the linear's inputs, from which on dW is added to the weight: measured (docs/log.md).
+FOLD_FROM = 128
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
@@ -48,15 +51,32 @@ def delta_weight(D: Tensor, in_features: int) -> Tensor:
     return torch.cat([D.T.contiguous()] * -(-in_features // r), 1)[:, :in_features]
 
 
+def folds(linear: FrozenLinear, n_rows: int, r: int) -> bool:
+    """Whether n_rows rows of x are multiplied by W + dW. The sum is a pass over the weight, the same for any number of
+    rows; it takes the place of two products of 2 r operations for each output of each row (S D, and dy D^T in the
+    backward pass) and of a pass over x's gradient. A weight that is stored in another form is never summed."""
+    return isinstance(linear, Linear) and n_rows * r >= FOLD_FROM * linear.in_features
+
+
+def _folded(linear: Linear, D: Tensor) -> Tensor:
+    """W + dW in W's dtype, in memory of its own."""
+    return add_to_blocks(linear.weight.clone(), D.to(linear.weight.dtype).T.contiguous())
+
+
 class _MissFunction(torch.autograd.Function):
-    """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward."""
+    """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward.
+    W + dW, where it is used, is computed a second time in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: FrozenLinear, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         S = block_sum(rows if keep is None else rows * keep * scale, D.shape[0])
-        y = linear.forward(rows)
-        y.addmm_(S, D.to(y.dtype))
+        ctx.folds = keep is None and folds(linear, len(rows), D.shape[0])
+        if ctx.folds:
+            y = torch.mm(rows, _folded(linear, D).T)
+        else:
+            y = linear.forward(rows)
+            y.addmm_(S, D.to(y.dtype))
         ctx.save_for_backward(S, D, keep)
         ctx.linear, ctx.scale, ctx.x_shape = linear, scale, x.shape
         return y.view(*x.shape[:-1], linear.out_features)
@@ -67,7 +87,9 @@ class _MissFunction(torch.autograd.Function):
         S, D, keep = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dD = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.folds:
+            dx = torch.mm(dy, _folded(ctx.linear, D)).view(ctx.x_shape)
+        elif ctx.needs_input_grad[0]:
             dx = ctx.linear.input_gradient(dy)
             dS = torch.mm(dy, D.to(dy.dtype).T)
             if keep is None:

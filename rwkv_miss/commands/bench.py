@@ -8,9 +8,9 @@ def run(what: str = "all", threads: int = 1) -> int:
     """Time our kernels and tokenizer against other programs, or measure the memory of a training step or a merge.
 
     Args:
-        what: Which benchmark: wkv7, tokenizer, memory (of a training step as its row grows), merge (against a plain
-            copy; it writes 9 GB to the folder for temporary files), or all (of those that take seconds; these two take
-            minutes).
+        what: Which benchmark: wkv7, tokenizer, miss (a linear with MiSS against the linear alone), memory (of a
+            training step as its row grows), merge (against a plain copy; it writes 9 GB to the folder for temporary
+            files), or all (of those that take seconds; the last three take minutes).
         threads: CPU threads that every program gets.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks
