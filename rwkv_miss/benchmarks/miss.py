@@ -18,7 +18,7 @@ from rwkv_miss.model.linear import Linear
 WIDTHS = (768, 1024, 2560)
 """Inputs and outputs of the linears."""
 TOKENS = (512, 2048, 8192)
-DTYPES = (torch.float32, torch.bfloat16)
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 RANK = 64
 ROUNDS = 9
 
@@ -32,12 +32,12 @@ def bench_miss(thread_count: int) -> Table:
 
     Returns:
         A table with a row for each dtype, width and number of tokens: name; frozen_ms, the smallest of `ROUNDS`; for
-        each of miss, peft_miss and peft_lora the ratio of its smallest time to that, and as NAME_median the median of
-        the rounds' ratios; limit, the ratio if every multiplication took as long as those of the frozen linear and
-        nothing else took any time; way, how our MiSS was computed; note, why there are no figures of PEFT.
+        each of miss, peft_miss and peft_lora the median of its rounds' ratios to that; miss_min and miss_max, the
+        smallest and the largest ratio; limit, the ratio of our MiSS if each of its multiplications took as long as
+        those of the frozen linear and nothing else took any time; note, why there are no figures of PEFT.
     """
     peft = importlib.util.find_spec("peft") is not None
-    cells = [(dtype, width, tokens) for dtype in DTYPES for width in WIDTHS for tokens in TOKENS]
+    cells = [(dtype, width, tokens) for dtype in _SHORT for width in WIDTHS for tokens in TOKENS]
     with threads(thread_count):
         rows = [_row(dtype, width, tokens, peft) for dtype, width, tokens in cells]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{thread_count} thread(s)"
@@ -66,17 +66,13 @@ def _row(dtype: torch.dtype, width: int, tokens: int, peft: bool) -> dict[str, A
             if i > 0:  # the first round warms up
                 times[name].append(seconds)
     frozen = times["frozen"]
-    row: dict[str, Any] = {"name": f"{str(dtype).removeprefix('torch.')} {width} wide, {tokens} tokens"}
-    row["frozen_ms"] = min(frozen) * 1e3
-    for name in list(modules)[1:]:
-        row[name] = min(times[name]) / min(frozen)
-        row[f"{name}_median"] = statistics.median(a / b for a, b in zip(times[name], frozen, strict=True))
-    # Of each row and output the frozen linear takes 2 `width` multiplications, and each of MiSS's products r.
-    is_folded = folds(linear, tokens, RANK)
-    row["limit"] = 1 + (1 if is_folded else 3) * RANK / (2 * width)
-    row["way"] = "W + dW" if is_folded else "S D"
-    row["note"] = "" if peft else "not installed: pip install peft"
-    return row
+    ratios = {name: sorted(a / b for a, b in zip(times[name], frozen, strict=True)) for name in list(modules)[1:]}
+    # For each row and output the frozen linear's two products take 2 `width` multiplications, each of MiSS's own r.
+    products = 1 if folds(linear, tokens, RANK) else 3
+    row: dict[str, Any] = {"name": f"{_SHORT[dtype]} {width} wide, T {tokens}", "frozen_ms": min(frozen) * 1e3}
+    row |= {name: statistics.median(found) for name, found in ratios.items()}
+    row |= {"miss_min": ratios["miss"][0], "miss_max": ratios["miss"][-1], "limit": 1 + products * RANK / (2 * width)}
+    return row | {"note": "" if peft else "not installed: pip install peft"}
 
 
 def _peft_modules(linear: Linear, D: Tensor) -> dict[str, nn.Module]:
