@@ -33,15 +33,17 @@ def block_sum(x: Tensor, r: int) -> Tensor:
     return S
 
 
-def add_to_blocks(x: Tensor, block: Tensor) -> Tensor:
-    """Adds block (M, r) to every block of r columns of x (M, in), in place: the transpose of `block_sum`."""
+def add_to_blocks(x: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
+    """Adds block (M, r) to every block of r columns of x (M, in), the transpose of `block_sum`: in place, or into `out`,
+    which is like x."""
     M, n = x.shape
     r = block.shape[1]
     whole = n - n % r
-    x[:, :whole].view(M, -1, r).add_(block.unsqueeze(1))
+    out = x if out is None else out
+    torch.add(x[:, :whole].view(M, -1, r), block.unsqueeze(1), out=out[:, :whole].view(M, -1, r))
     if whole < n:
-        x[:, whole:].add_(block[:, : n - whole])
-    return x
+        torch.add(x[:, whole:], block[:, : n - whole], out=out[:, whole:])
+    return out
 
 
 def delta_weight(D: Tensor, in_features: int) -> Tensor:
@@ -60,7 +62,8 @@ def folds(linear: FrozenLinear, n_rows: int, r: int) -> bool:
 
 def _folded(linear: Linear, D: Tensor) -> Tensor:
     """W + dW in W's dtype, in memory of its own."""
-    return add_to_blocks(linear.weight.clone(), D.to(linear.weight.dtype).T.contiguous())
+    W = linear.weight
+    return add_to_blocks(W, D.to(W.dtype).T.contiguous(), out=torch.empty_like(W))
 
 
 class _MissFunction(torch.autograd.Function):
