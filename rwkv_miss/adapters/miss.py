@@ -34,8 +34,8 @@ def block_sum(x: Tensor, r: int) -> Tensor:
 
 
 def add_to_blocks(x: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
-    """Adds block (M, r) to every block of r columns of x (M, in), the transpose of `block_sum`: in place, or into `out`,
-    which is like x."""
+    """Adds block (M, r) to every block of r columns of x (M, in), the transpose of `block_sum`: in place, or into
+    `out`, which is like x."""
     M, n = x.shape
     r = block.shape[1]
     whole = n - n % r
