@@ -387,8 +387,13 @@ class EvalConfig(DataOptions):
     """The folder of an adapter, or of a run, to load onto the model."""
     exact_match: bool = False
     """Also let the model answer every question and count the answers equal to the data's."""
+    forgetting: str | None = None
+    """The base that the model was tuned from (.pth or .st): also say how much of it the tuning has changed, by the
+    losses of both on `text` and the KL divergence between them."""
+    text: str | None = None
+    """With forgetting: text of the kind that the base was trained on, .jsonl, .txt or a binidx."""
     limit: int | None = None
-    """Use only this many records (of a binidx: documents), the first ones."""
+    """Use only this many records (of a binidx: documents) of data and of text, the first ones."""
     ctx_len: int = 512
     """Tokens in a row when the loss is computed; longer conversations lose their ends."""
     batch_size: int = 32
@@ -411,6 +416,8 @@ class EvalConfig(DataOptions):
         if found := value_problems(self):
             return found
         found = super().problems() + _quant_problems(self)
+        if (self.forgetting is None) != (self.text is None):
+            found.append("forgetting and text go together: give the base and its text, or neither")
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"{name} is {value}; it must be at least 1")
