@@ -260,7 +260,7 @@ def test_gradient_checkpointing_carries_v_first_and_the_states(version):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_layer_to_be_computed_again_keeps_its_input_alone(version):
-    """What a layer hands on as state is not a view of its normalised inputs, which would then live to the last layer."""
+    """What a layer hands on as state is no view of its normalised inputs, which would then live to the last layer."""
     low_rank = LOW_RANK[version]
     models = [MODELS[version](ModelConfig(version, n, 32, 2, 16, 64, 50, low_rank), "torch") for n in (4, 8)]
     batch = packed_batch(length=64)
