@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 Strategy = Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 Offload = Literal["none", "optimizer", "all"]
-STRATEGIES, OFFLOADS = get_args(Strategy), get_args(Offload)
+Quant = Literal["none", "int8", "nf4"]
+STRATEGIES, OFFLOADS, QUANTS = get_args(Strategy), get_args(Offload), get_args(Quant)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 
@@ -188,6 +189,12 @@ class TrainConfig(DataOptions):
     """Largest norm of the gradient; 0 does not clip."""
     gradient_checkpointing: bool = False
     """Compute each block again in the backward pass instead of keeping its activations."""
+    quant: Quant = "none"
+    """Store the weights of the base's frozen linears in fewer bits, by bitsandbytes: int8, or nf4 (4 bits). Each is
+    quantised as it is read. The embedding, the head and the model's own low-rank matrices stay as they are."""
+    quant_skip: list[str] | None = None
+    """With quant: linears that are not quantised, such as [att.key, att.value]. When not given: [att.value, att.output]
+    with nf4, none with int8."""
     precision: str = "auto"
     """Dtype of the frozen weights and the activations: bf16, fp32, or auto, which keeps the base's. What is trained is
     always fp32."""
@@ -287,6 +294,12 @@ class TrainConfig(DataOptions):
             found.append("precision is fp16, whose values end at 65,504, less than training reaches; give bf16 or fp32")
         elif self.precision not in ("auto", "bf16", "fp32"):
             found.append(f"precision is {self.precision!r}; it must be auto, bf16 or fp32")
+        if self.quant not in QUANTS:
+            found.append(f"quant is {self.quant!r}; it must be one of {', '.join(QUANTS)}")
+        elif self.quant == "none" and self.quant_skip is not None:
+            found.append("quant_skip is given without quant; give both, or neither")
+        elif self.quant != "none" and self.offload == "all":
+            found.append(f"offload is all, but weights in {self.quant} stay on the GPU; give offload optimizer")
         for name in ("offload", "deepspeed_config"):
             if getattr(self, name) not in ("none", None) and not self.strategy.startswith("deepspeed"):
                 found.append(f"{name} is given, but strategy is {self.strategy}; give one of DeepSpeed's")

@@ -16,16 +16,21 @@ import torch
 
 from rwkv_miss.adapters.method import METHODS, problems
 from rwkv_miss.adapters.plan import make_plan
-from rwkv_miss.config import OFFLOADS, STRATEGIES, AdapterConfig, TrainConfig
+from rwkv_miss.config import OFFLOADS, QUANTS, STRATEGIES, AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import cache_folder
 from rwkv_miss.model.init import new_config
+from rwkv_miss.model.quantised import quantised_linears, refuse_training
+from rwkv_miss.model.quantised import unusable as quant_unusable
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.ops.dispatch import NATIVE, unusable
 
-_LIBRARIES = ("lightning", "deepspeed", "cuda-bindings", "fla-core", "rwkv")
+_LIBRARIES = ("lightning", "deepspeed", "bitsandbytes", "cuda-bindings", "fla-core", "rwkv")
 # The head size of every RWKV-6 and RWKV-7 that BlinkDL has released.
 _HEAD_SIZE = 64
+_FORMATS = [quant for quant in QUANTS if quant != "none"]
+# The dtypes that a model runs in.
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ def diagnose() -> Diagnosis:
         "torch": None,
     }
     found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    found += [(f"quant {quant}", _quant_works(quant, device)) for quant in _FORMATS]
     found += combinations()
     # Commands run on the GPUs that torch calls cuda (NVIDIA's and AMD's), or on the CPU.
     chosen = next((name for name in NATIVE["cuda" if gpus else "cpu"] if not reasons[name]), "torch")
@@ -91,27 +98,39 @@ def combinations() -> list[tuple[str, str]]:
     names = ["+".join(names) for count in range(1, len(METHODS) + 1) for names in some_of(METHODS, count)]
     adapters = {name: AdapterConfig(name) for name in names}
     adapters |= {f"{name} with modules_to_save": AdapterConfig(name, modules_to_save=["ln"]) for name in names}
-    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    has_deepspeed, has_bitsandbytes = (importlib.util.find_spec(x) is not None for x in ("deepspeed", "bitsandbytes"))
     found = []
-    for strategy, offload in product(STRATEGIES, OFFLOADS):
+    for strategy, offload, quants in product(STRATEGIES, OFFLOADS, (["none"], _FORMATS)):
         way = {"strategy": strategy, "offload": offload}
-        config = TrainConfig(base="", data="", tokenizer="", out=".", **way)
-        if config.problems():
+        configs = [TrainConfig(base="", data="", tokenizer="", out=".", quant=quant, **way) for quant in quants]
+        if any(config.problems() for config in configs):
             continue
-        works = ", ".join(name for name, adapter in adapters.items() if _combine(adapter, config))
+        works = ", ".join(name for name, x in adapters.items() if all(_combine(x, config) for config in configs))
         if strategy.startswith("deepspeed") and not has_deepspeed:
             works = "no: deepspeed is not installed"
-        found.append((f"strategy {strategy}" + (f", offload {offload}" if offload != "none" else ""), works))
+        elif quants == _FORMATS and not has_bitsandbytes:
+            works = "no: bitsandbytes is not installed"
+        chosen = {"strategy": strategy, "offload": offload, "quant": " or ".join(quants)}
+        found.append((", ".join(f"{name} {value}" for name, value in chosen.items() if value != "none"), works))
     return [*found, ("precision", "bf16, fp32 (fp16 is for files)")]
 
 
 def _combine(adapter: AdapterConfig, config: TrainConfig) -> bool:
     sizes = new_config(7, n_layer=1, n_embd=64, vocab_size=256)
     try:
-        make_plan(adapter, sizes, parameter_shapes(sizes))
+        plan = make_plan(adapter, sizes, parameter_shapes(sizes))
+        if config.quant != "none":
+            refuse_training(plan.whole, quantised_linears(sizes, config.quant, config.quant_skip))
     except UserError:
         return False
     return not adapter.problems() + problems(adapter, config)
+
+
+def _quant_works(quant: str, device: torch.device) -> str:
+    """In which dtypes a base can be quantised on a device, or why in none."""
+    reasons = {name: quant_unusable(quant, dtype, device) for name, dtype in _DTYPES.items()}
+    works = [name for name, reason in reasons.items() if not reason]
+    return f"works on {device} in {', '.join(works)}" if works else f"no: {reasons['bf16']}"
 
 
 def _gpus() -> tuple[list, str | None]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import rwkv_miss
-from rwkv_miss.adapters.inject import checkpoint_key, install, installed, refuse_second, trained_parameters
+from rwkv_miss.adapters.inject import base_shapes, checkpoint_key, install, installed, refuse_second, trained_parameters
 from rwkv_miss.adapters.method import METHODS, LinearMethod, find_methods
 from rwkv_miss.adapters.plan import Plan, is_target, linear_shapes
 from rwkv_miss.adapters.whole import METHOD as WHOLE
@@ -316,8 +316,7 @@ def load_adapter(model: RWKV, folder: str | os.PathLike) -> RWKV:
     """
     refuse_second(model)
     adapter = read_adapter(folder)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    plan = check_fits(adapter, model.config, shapes, model.fingerprint, folder)
+    plan = check_fits(adapter, model.config, base_shapes(model), model.fingerprint, folder)
     install(model, adapter.config, plan)
     trained = trained_parameters(model)
     for key, tensor in adapter.tensors.items():

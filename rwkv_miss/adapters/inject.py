@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from rwkv_miss.adapters.method import check
@@ -16,6 +17,8 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state, has_initial_state, is_state
 from rwkv_miss.model.linear import FrozenLinear
+from rwkv_miss.model.quantised import QuantLinear, refuse_training
+from rwkv_miss.model.recognise import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,14 @@ def inject(model: RWKV, config: AdapterConfig, masters: Mapping[str, Tensor] | N
     """
     check(config)
     refuse_second(model)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    install(model, config, make_plan(config, model.config, shapes), masters)
+    install(model, config, make_plan(config, model.config, base_shapes(model)), masters)
     return model
 
 
 def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str, Tensor] | None = None) -> None:
     """Freezes the model, then replaces the linears in `plan.linears` by their adapters and makes `plan.whole`
     trainable. If a learned state is to be trained and the model has none, one is added."""
+    refuse_training(plan.whole, [name for name, m in model.named_modules() if isinstance(m, QuantLinear)])
     model.requires_grad_(False)
     for path, method in plan.linears.items():
         parent, _, name = path.rpartition(".")
@@ -61,6 +64,11 @@ def install(model: RWKV, config: AdapterConfig, plan: Plan, masters: Mapping[str
         add_initial_state(model)
     train_whole(model, plan.whole, masters)
     model.adapter = Installed(config, plan)
+
+
+def base_shapes(model: RWKV) -> dict[str, torch.Size]:
+    """The shapes of what a model without an adapter has of its base, by checkpoint key, quantised weights included."""
+    return parameter_shapes(model.config) | {name: p.shape for name, p in model.named_parameters()}
 
 
 def refuse_second(model: RWKV) -> None:

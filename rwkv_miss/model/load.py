@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state, file_layout, is_state
+from rwkv_miss.model.quantised import quantise, quantised_linears
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
 from rwkv_miss.plain_reads import plain_reads
@@ -23,6 +24,8 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
+    quant: str = "none",
+    quant_skip: Collection[str] | None = None,
 ) -> RWKV:
     """Loads the model in a .pth or .st checkpoint; its version and sizes are inferred from the file.
 
@@ -31,16 +34,18 @@ def load_model(
             and any other as fp32. A learned state beside the weights is fp32 in both. Weights that need no
             conversion stay memory-mapped on the CPU.
         wkv_backend: see `rwkv_miss.ops.BACKENDS`.
+        quant: int8 or nf4 stores the weights of the linears in 8 or 4 bits (`rwkv_miss.model.quantised`), each as soon
+            as it is read, those in `quant_skip` excepted (None: the format's own choice); they cannot be trained then.
 
     Returns:
         The model; `.config` has its sizes, `.fingerprint` identifies the base.
 
     Raises:
         UserError: the file cannot be read, its model is none of those in `rwkv_miss.model.versions`, or its tensors do
-            not fit together.
+            not fit together; or bitsandbytes, which quantises, cannot be imported.
     """
     tensors = read_checkpoint(path)
-    model = build_model(tensors, path, dtype, device, wkv_backend)
+    model = build_model(tensors, path, dtype, device, wkv_backend, quant, quant_skip)
     model.fingerprint = fingerprint(tensors, path)
     return model
 
@@ -51,6 +56,8 @@ def build_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     wkv_backend: str = "auto",
+    quant: str = "none",
+    quant_skip: Collection[str] | None = None,
 ) -> RWKV:
     """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages). The
     model's `fingerprint` is left to the caller."""
@@ -62,11 +69,14 @@ def build_model(
             add_initial_state(model)
     dtype = running_dtype(tensors, dtype)
     wide = torch.promote_types(dtype, torch.float32)
+    quantised = set() if quant == "none" else set(quantised_linears(config, quant, quant_skip))
     with plain_reads(tensors.values()) as reader:  # what is converted is needed no longer
+        for path in quantised:
+            model.set_submodule(path, quantise(tensors[f"{path}.weight"], quant, dtype, reader.read))
         weights = {
             key: file_layout(t, kind).to(wide) if is_state(key) else t if t.dtype == dtype else reader.read(t).to(dtype)
             for key, t in tensors.items()
-            if key not in kind.unused
+            if key not in kind.unused and key.removesuffix(".weight") not in quantised
         }
     model.load_state_dict(weights, assign=True)
     return model.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -42,7 +43,7 @@ _SAME = (
     *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
     "val_split",
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "packing", "seed"),
-    *("adapter", "objective", "precision", "lr", "lr_state", "weight_decay", "betas"),
+    *("adapter", "objective", "quant", "quant_skip", "precision", "lr", "lr_state", "weight_decay", "betas"),
     *("schedule", "warmup_steps", "lr_min", "grad_clip"),
 )
 # How the rows of an optimizer step are shared out. With others, a run goes on if a step has as many rows as before.
@@ -89,6 +90,8 @@ def check_run(config: TrainConfig) -> Resume | None:
         raise UserError("; ".join(found))  # what follows needs values
     found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
     found += loggers.problems(config.loggers)
+    if config.quant != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        found.append(f"quant is {config.quant}, but bitsandbytes is not installed: pip install 'rwkv-miss[quant]'")
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:

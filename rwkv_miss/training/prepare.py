@@ -19,6 +19,7 @@ from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_docu
 from rwkv_miss.data.parts import PartSettings
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
+from rwkv_miss.model.quantised import quantised_linears, refuse_training, unusable
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
 from rwkv_miss.ops.dispatch import check_usable
@@ -65,10 +66,14 @@ def prepare(config: TrainConfig) -> Prepared:
     sizes = infer_config(tensors, config.base)
     dtype = running_dtype(tensors, None if config.precision == "auto" else config.precision)
     unused = MODELS[sizes.version].unused
-    make_plan(config.adapter, sizes, {key: t.shape for key, t in tensors.items() if key not in unused})
+    plan = make_plan(config.adapter, sizes, {key: t.shape for key, t in tensors.items() if key not in unused})
+    if config.quant != "none":
+        refuse_training(plan.whole, quantised_linears(sizes, config.quant, config.quant_skip))
     if is_first_process():  # only here: the others must not use its GPU
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         check_usable(MODELS[sizes.version].op, config.wkv_backend, device, dtype, sizes.head_size)
+        if config.quant != "none" and (reason := unusable(config.quant, dtype, device)):
+            raise UserError(f"quant {config.quant} cannot be used on {device}: {reason}")
     objective = find_objective(config.objective)
     if objective.group_size is not None and config.bptt_chunks:
         raise UserError(

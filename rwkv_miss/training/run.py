@@ -21,6 +21,7 @@ from rwkv_miss.files import atomic_write, remove
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
+from rwkv_miss.model.quantised import QuantLinear
 from rwkv_miss.training import moving, strategies
 from rwkv_miss.training.checks import OURS, Resume, as_yaml, written_by_runs
 from rwkv_miss.training.data_module import PackedData
@@ -46,7 +47,9 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     if resume and resume.step >= prepared.total_steps and not validation_is_pending(out, resume.step, prepared):
         return _done_already(out, resume.step, prepared.total_steps, console)
     L.seed_everything(config.seed, verbose=False)
-    model = build_model(prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend)
+    model = build_model(
+        prepared.tensors, config.base, prepared.dtype, "cpu", config.wkv_backend, config.quant, config.quant_skip
+    )
     model.fingerprint = fingerprint(prepared.tensors, config.base)
     model.gradient_checkpointing = config.gradient_checkpointing
     inject(model, config.adapter, masters=prepared.tensors)
@@ -65,6 +68,8 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
         "answer_lines": config.answer_lines,
         "answer_end": config.answer_end,
     }
+    if config.quant != "none":
+        extra |= {"quant": config.quant, "quant_skip": config.quant_skip}
     saver = Saver(module, out, config, prepared, extra)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
     has_begun = False
@@ -128,11 +133,12 @@ def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
     """What is trained, and on what."""
     sizes = model.config
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in frozen})
+    frozen = {p: p.numel() for p in model.parameters() if not p.requires_grad}
+    quantised = {m: m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantLinear)}
+    formats = sorted({str(p.dtype).removeprefix("torch.") for p in frozen}) + sorted({m.format for m in quantised})
     lines = [
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
-        f"{sum(p.numel() for p in frozen):,} parameters frozen{' in ' + ', '.join(dtypes) if dtypes else ''}, "
+        f"{sum((frozen | quantised).values()):,} parameters frozen{' in ' + ', '.join(formats) if formats else ''}, "
         f"{trained:,} trained",
         f"training: {prepared.report}",
     ]

@@ -48,8 +48,9 @@ def build(config: TrainConfig, on_gpu: bool, watch: Watch) -> tuple[Strategy | s
     plugins: list[Any]
     if config.strategy in ("auto", "ddp"):
         # init_sync: every rank has built the same model, from the same file and seed. DDP would write rank 0's weights
-        # over it, which gives each process on a CPU a copy of the mapped file.
-        settings: dict[str, Any] = {"gradient_as_bucket_view": True, "init_sync": False}
+        # over it, which gives each process on a CPU a copy of the mapped file. broadcast_buffers: quantised weights are
+        # buffers, which DDP would send anew before each forward pass.
+        settings: dict[str, Any] = {"gradient_as_bucket_view": True, "init_sync": False, "broadcast_buffers": False}
         strategy = _DDP(process_group_backend="nccl" if on_gpu else "gloo", timeout=timeout, **settings)
         plugins = [Precision(), _Beside()]
     else:
