@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from rwkv_miss.planning.memory import Memory, memory
 from rwkv_miss.planning.shapes import Base, find_base
 
 _UNITS = {"": 2**30, "gb": 2**30, "gib": 2**30, "g": 2**30, "mb": 2**20, "mib": 2**20, "m": 2**20}
-_LARGEST_BATCH = 4096
+# More rows than anyone runs at once.
+_TOO_MANY = 4097
 
 
 def parse_bytes(text: str) -> float:
@@ -33,16 +35,21 @@ def parse_bytes(text: str) -> float:
 def largest_batch(base: Base, config: PlanConfig, limit: float) -> int:
     """The largest `batch_size` with which a GPU of `limit` bytes suffices; 0 if none does."""
 
-    def fits(batch: int) -> bool:
-        return memory(base, replace(config, batch_size=batch)).device <= limit
+    def takes(batch: int) -> float:
+        return memory(base, replace(config, batch_size=batch)).device
 
-    most = 1
-    while most <= _LARGEST_BATCH and fits(most):
-        most *= 2
-    least = most // 2
+    least, most = 1, _TOO_MANY
+    bytes_of_least, bytes_of_most = takes(least), takes(most)
+    if bytes_of_least > limit:
+        return 0
     while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
+        # The memory grows almost in proportion to the rows: the line through the two is soon right.
+        share = (limit - bytes_of_least) / (bytes_of_most - bytes_of_least)
+        guess = min(max(least + int(share * (most - least)), least + 1), most - 1)
+        if (found := takes(guess)) <= limit:
+            least, bytes_of_least = guess, found
+        else:
+            most, bytes_of_most = guess, found
     return least
 
 
@@ -98,8 +105,23 @@ def _offload_optimizer(config: PlanConfig) -> dict[str, Any]:
     return {"strategy": strategy, "offload": "optimizer"}
 
 
+def _int8(config: PlanConfig) -> dict[str, Any]:
+    return {"quant": "int8"} if config.quant == "none" and _can_quantise(config) else {}
+
+
+def _nf4(config: PlanConfig) -> dict[str, Any]:
+    return {"quant": "nf4"} if config.quant != "nf4" and _can_quantise(config) else {}
+
+
+def _can_quantise(config: PlanConfig) -> bool:
+    is_trained = "full" in config.adapter.method.split("+")
+    return not is_trained and config.offload != "all" and find_spec("bitsandbytes") is not None
+
+
 def _offload_all(config: PlanConfig) -> dict[str, Any]:
-    return {"strategy": "deepspeed_stage_3", "offload": "all"} if config.offload != "all" else {}
+    if config.offload == "all" or config.quant != "none":
+        return {}
+    return {"strategy": "deepspeed_stage_3", "offload": "all"}
 
 
 _CHANGES: list[Callable[[PlanConfig], dict[str, Any]]] = [
@@ -109,6 +131,8 @@ _CHANGES: list[Callable[[PlanConfig], dict[str, Any]]] = [
     _stage_2,
     _stage_3,
     _offload_optimizer,
+    _int8,
+    _nf4,
     _offload_all,
 ]
 """The settings that each change makes; none where it would change nothing."""

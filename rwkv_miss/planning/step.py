@@ -33,7 +33,8 @@ _LAYERS, _CHUNKS = (2, 3), (3, 4)
 
 def model_of(base: Base, config: TrainConfig) -> RWKV:
     """The model that a run trains, on the meta device."""
-    model = build_model(base.tensors, "the base", base.dtype, "meta", kernel_of(config))
+    quant = config.quant, config.quant_skip
+    model = build_model(base.tensors, "the base", base.dtype, "meta", kernel_of(config), *quant)
     model.gradient_checkpointing = config.gradient_checkpointing
     return inject(model.train(), config.adapter)
 
