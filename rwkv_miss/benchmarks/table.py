@@ -9,8 +9,8 @@ from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
-from rwkv_miss.benchmarks.quant import bench_quant
 from rwkv_miss.benchmarks.miss import bench_miss
+from rwkv_miss.benchmarks.quant import bench_quant
 from rwkv_miss.benchmarks.tokenizer import bench_tokenizer
 from rwkv_miss.benchmarks.wkv7 import bench_wkv7
 from rwkv_miss.errors import UserError
