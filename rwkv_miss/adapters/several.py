@@ -39,6 +39,11 @@ def set_adapter(model: RWKV, use: str | Mapping[str, float] | None, merged: bool
     take_out(model)
     if isinstance(use, str) and not merged:
         put_in(model, chosen[use])
+        for path, module in chosen[use].modules.items():  # several at once are not trained
+            module.requires_grad_(True)
+            base_layer = chosen[use].base[path]
+            assert isinstance(base_layer, FrozenLinear)
+            base_layer.requires_grad_(False)
         return model
     modules: dict[str, nn.Module] = {}
     base = standing(model, dict.fromkeys(place for adapter in chosen.values() for place in adapter.base))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter, set_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 
@@ -64,6 +64,10 @@ def test_merged_and_weighed_and_unmerged(either_base, model, use):
     assert not any(p.requires_grad for p in model.parameters())
     assert (merged - alone).norm() <= (1e-5 if alone.dtype == torch.float32 else 0.1) * alone.norm()
     assert torch.equal(logits(set_adapter(model, use)), alone)  # unmerged
+    for name, config in CONFIGS.items():  # and each is trained as it was
+        trained = trained_parameters(set_adapter(model, name))
+        assert len([key for key in trained if "miss_block" in key]) == len(installed(model).plan.linears) > 0
+        assert ("blocks.0.att.time_state" in trained) == ("state" in config.method)
     with pytest.raises(UserError, match="no adapter"):
         save_adapter(set_adapter(model, use, merged=True), "never")
     assert torch.equal(logits(set_adapter(model, None)), logits(load_model(either_base, alone.dtype)))
