@@ -68,9 +68,9 @@ def folds(linear: FrozenLinear, n_rows: int, r: int) -> bool:
     return isinstance(linear, Linear) and n_rows * r >= FOLD_FROM * linear.in_features
 
 
-def _folded(linear: Linear, D: Tensor) -> Tensor:
+def _folded(linear: FrozenLinear, D: Tensor) -> Tensor:
     """W + dW in W's dtype, in memory of its own."""
-    W = linear.weight
+    W = linear.rows(0, linear.out_features)
     return add_to_blocks(W, D.to(W.dtype).T.contiguous(), out=torch.empty_like(W))
 
 

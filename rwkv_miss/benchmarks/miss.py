@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _row(dtype: torch.dtype, width: int, tokens: int, peft: bool) -> dict[str, A
     x.requires_grad_()
     linear = Linear(width, width)
     linear.weight = nn.Parameter(W / width**0.5, requires_grad=False)
-    ours = MissLinear(linear, RANK, 0.0)
+    ours = MissLinear(linear, (RANK, width), 0.0)
     nn.init.normal_(ours.miss_block, std=0.1 / width**0.5)
     modules: dict[str, nn.Module] = {"frozen": linear, "miss": ours}
     if peft:
@@ -62,7 +63,7 @@ def _row(dtype: torch.dtype, width: int, tokens: int, peft: bool) -> dict[str, A
     times: dict[str, list[float]] = {name: [] for name in modules}
     for i in range(ROUNDS + 1):
         for name, module in modules.items():
-            seconds = _seconds(lambda module=module: _run(module, x, dy))
+            seconds = _seconds(partial(_run, module, x, dy))
             if i > 0:  # the first round warms up
                 times[name].append(seconds)
     frozen = times["frozen"]
@@ -78,15 +79,16 @@ def _row(dtype: torch.dtype, width: int, tokens: int, peft: bool) -> dict[str, A
 def _peft_modules(linear: Linear, D: Tensor) -> dict[str, nn.Module]:
     from peft import LoraConfig, MissConfig, PeftConfig, inject_adapter_in_model
 
-    def adapted(config: PeftConfig) -> nn.Module:
+    def beside(config: PeftConfig) -> nn.Module:
         plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
         plain.weight = linear.weight
         holder = nn.ModuleDict({"linear": plain})
-        return inject_adapter_in_model(config, holder)["linear"].to(D.device, linear.weight.dtype)
+        adapted: Any = inject_adapter_in_model(config, holder)
+        return adapted["linear"].to(D.device, linear.weight.dtype)
 
-    miss = adapted(MissConfig(r=len(D), target_modules=["linear"]))
+    miss: Any = beside(MissConfig(r=len(D), target_modules=["linear"]))
     miss.miss_block["default"].data.copy_(D)
-    return {"peft_miss": miss, "peft_lora": adapted(LoraConfig(r=len(D) // 2, target_modules=["linear"]))}
+    return {"peft_miss": miss, "peft_lora": beside(LoraConfig(r=len(D) // 2, target_modules=["linear"]))}
 
 
 def _run(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
