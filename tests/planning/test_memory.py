@@ -110,9 +110,7 @@ def resident(checkpointing: bool, length: int, chunk_len: int | None) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("checkpointing", "length", "chunk_len"), [(False, 8192, None), (True, 16384, None), (False, 16384, CHUNK_LEN)]
-)
+@pytest.mark.parametrize(("checkpointing", "length", "chunk_len"), [(False, 8192, None), (False, 16384, CHUNK_LEN)])
 def test_a_process(checkpointing, length, chunk_len):
     """What a process holds in a step beyond weights and gradients, as the system counts it."""
     config = PlanConfig(

@@ -41,6 +41,7 @@ def test_a_smaller_micro_batch_has_the_same_rows(capsys):
     assert batch_size <= found["batch_size"] < 64 and batch_size * accumulate == 192
 
 
+@pytest.mark.slow
 def test_what_to_change_where_no_batch_fits(capsys):
     found = planned(capsys, "--gpu_memory=1.5GB", "--ctx_len=4096", "--precision=fp32")
     assert found["batch_size"] == 0
