@@ -374,6 +374,37 @@ class TrainConfig(DataOptions):
 
 
 @dataclass(kw_only=True)
+class PlanConfig(TrainConfig):
+    """Tell how much memory a run takes, before anything is loaded: the options are those of train."""
+
+    base: str = ""
+    """The base checkpoint, of which only the sizes are read; not needed with shape."""
+    data: str = ""
+    """Not read: every row is taken to be full, and every token to carry loss."""
+    tokenizer: str = "world"
+    """Not read."""
+    out: str = "out"
+    """Not written."""
+    shape: str | None = None
+    """A released model whose sizes are taken instead of a file's: of RWKV-7 0.1b, 0.4b, 1.5b, 2.9b (or 3b), 7.2b (7b)
+    and 13.3b (13b), of RWKV-6 1.6b, 3b, 7b and 14b."""
+    version: int = 7
+    """Version of RWKV that shape is of: 6 or 7."""
+    gpu_memory: str | None = None
+    """Memory of a GPU, such as 24GB as its name says it (1 GB is 2^30 bytes): tells the largest batch_size that fits,
+    or what to change. wkv_backend cpu plans for a machine without a GPU, whose memory this is then."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        found = super().problems()
+        if not self.shape and not self.base:
+            found.append("neither shape nor base is given; give --shape 1.5b, or a checkpoint as --base")
+        return found
+
+
+@dataclass(kw_only=True)
 class EvalConfig(DataOptions):
     """Measure a model's loss and perplexity on data, and how many of its answers are right."""
 
@@ -387,8 +418,13 @@ class EvalConfig(DataOptions):
     """The folder of an adapter, or of a run, to load onto the model."""
     exact_match: bool = False
     """Also let the model answer every question and count the answers equal to the data's."""
+    forgetting: str | None = None
+    """The base that the model was tuned from (.pth or .st): also say how much of it the tuning has changed, by the
+    losses of both on `text` and the KL divergence between them."""
+    text: str | None = None
+    """With forgetting: text of the kind that the base was trained on, .jsonl, .txt or a binidx."""
     limit: int | None = None
-    """Use only this many records (of a binidx: documents), the first ones."""
+    """Use only this many records (of a binidx: documents) of data and of text, the first ones."""
     ctx_len: int = 512
     """Tokens in a row when the loss is computed; longer conversations lose their ends."""
     batch_size: int = 32
@@ -411,6 +447,8 @@ class EvalConfig(DataOptions):
         if found := value_problems(self):
             return found
         found = super().problems() + _quant_problems(self)
+        if (self.forgetting is None) != (self.text is None):
+            found.append("forgetting and text go together: give the base and its text, or neither")
         for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"{name} is {value}; it must be at least 1")

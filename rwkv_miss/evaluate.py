@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
@@ -28,6 +29,9 @@ from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.progress import Report, no_progress
 
+# Logits of each of two models that are compared at a time: 32 MiB in fp32, of which a few such tensors are needed.
+_MAX_LOGITS = 8 * 2**20
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -40,20 +44,6 @@ class Answer:
     @property
     def is_right(self) -> bool:
         return self.given == self.expected
-
-
-def mean_loss(
-    model: RWKV,
-    tokenizer: Tokenizer,
-    records: Sequence[Record],
-    options: DataOptions,
-    ctx_len: int,
-    batch_size: int,
-    report: Report | None = None,
-) -> tuple[float, int]:
-    """As `documents_loss`, of records."""
-    documents = [encode_record(record, tokenizer, model.config.vocab_size, options) for record in records]
-    return documents_loss(model, documents, ctx_len, batch_size, report)
 
 
 @torch.no_grad()
@@ -72,20 +62,71 @@ def documents_loss(
     Args:
         report: is called after each batch with the rows done and the rows in all.
     """
+    total, tokens = 0.0, 0
+    for batch in _batches(model, documents, ctx_len, batch_size, report):
+        total -= batch_log_probs(model, batch)[0].item()
+        tokens += batch["step_tokens"]
+    return total / tokens, tokens
+
+
+def _batches(
+    model: RWKV, documents: Sequence[Document], ctx_len: int, batch_size: int, report: Report | None
+) -> Iterator[dict[str, Any]]:
+    """The documents as batches of rows, on the model's device. Those that went before are reported."""
     rows, packing = make_rows(documents, ctx_len, packing=True)
     check_losses(packing, "the loss is over a part of the data", allow_dropping=True)
     stream = BatchStream(
         rows, batch_size=batch_size, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False
     )
-    device = model.emb.weight.device
-    total, done = 0.0, 0
+    device, done = model.emb.weight.device, 0
     for batch in stream:
-        on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        total -= batch_log_probs(model, on_device)[0].item()
+        yield {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         done += len(batch["tokens"])
         if report:
             report(done, len(rows))
-    return total / packing.loss_tokens, packing.loss_tokens
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How far a model is from its base on text, per token that carries loss, in nats: the losses (the mean of -log p)
+    of both, and the mean of KL(base || model), the divergence of the distributions of the next token."""
+
+    tokens: int
+    base_loss: float
+    loss: float
+    kl: float
+
+
+@torch.no_grad()
+def forgetting(
+    model: RWKV,
+    base: RWKV,
+    documents: Sequence[Document],
+    ctx_len: int,
+    batch_size: int,
+    report: Report | None = None,
+) -> Forgetting:
+    """Compares a model with its base on documents, which are run as by `documents_loss`. The logits of some positions
+    at a time are in memory.
+
+    Args:
+        base: has the model's vocabulary and is on its device.
+    """
+    size = max(1, _MAX_LOGITS // model.config.vocab_size)
+    base_loss = loss = kl = 0.0
+    tokens = 0
+    for batch in _batches(model, documents, ctx_len, batch_size, report):
+        has_target = batch["targets"] >= 0
+        hidden = [x.hidden(batch["tokens"], None, batch["seq_start"])[0][has_target] for x in (base, model)]
+        for theirs, ours, targets in zip(
+            *(x.split(size) for x in (*hidden, batch["targets"][has_target])), strict=True
+        ):
+            p, q = base.head(theirs).float().log_softmax(-1), model.head(ours).float().log_softmax(-1)
+            base_loss += F.nll_loss(p, targets, reduction="sum").item()
+            loss += F.nll_loss(q, targets, reduction="sum").item()
+            kl += F.kl_div(q, p, reduction="sum", log_target=True).item()
+        tokens += batch["step_tokens"]
+    return Forgetting(tokens, base_loss / tokens, loss / tokens, kl / tokens)
 
 
 def perplexity(loss: float) -> float:
@@ -146,12 +187,13 @@ def answers(
 @dataclass(frozen=True)
 class Evaluation:
     """What a model was found to be on data: the mean of -log p in nats over the `tokens` that carry loss, and its
-    answers if they were asked for."""
+    answers and how far it is from its base if they were asked for."""
 
     records: int
     loss: float
     tokens: int
     answers: list[Answer] | None
+    forgetting: Forgetting | None = None
 
     def figures(self) -> dict[str, Any]:
         """The results by name, as they are written to JSON. That has neither NaN nor infinity: they become None."""
@@ -161,35 +203,58 @@ class Evaluation:
         if self.answers is not None:
             right = sum(answer.is_right for answer in self.answers)
             found |= {"right": right, "exact_match": right / len(self.answers)}
+        if self.forgetting is not None:
+            figures = asdict(self.forgetting)
+            found["forgetting"] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         return found
 
 
 def evaluate(
-    model: RWKV, config: EvalConfig, show: Callable[[str], AbstractContextManager[Report]] = no_progress
+    model: RWKV,
+    config: EvalConfig,
+    show: Callable[[str], AbstractContextManager[Report]] = no_progress,
+    base: RWKV | None = None,
 ) -> Evaluation:
     """Measures a model as `config` says; `config.model` and `config.adapter` are what it was loaded from. Answers are
     not asked for where the loss is not finite.
 
     Args:
         show: shows how far each part is, such as `rwkv_miss.progress.show_progress`.
+        base: what was loaded from `config.forgetting`, if that is given.
 
     Raises:
-        UserError: the data cannot be read, or has no questions where answers are wanted.
+        UserError: the data cannot be read, or has no questions where answers are wanted, or the base has another
+            vocabulary.
         RunError: the model's logits are not finite while it answers.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    if prefix := binidx_prefix(config.data):
-        if config.exact_match:
-            raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
-        documents = open_documents(prefix, model.config.vocab_size, config)[: config.limit]
-        with show("rows of the loss") as report:
-            loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
-        return Evaluation(len(documents), loss, tokens, None)
-    records = list(islice(read_records(config.data, config), config.limit))
+    vocab_size = model.config.vocab_size
+    if base is not None and base.config.vocab_size != vocab_size:
+        raise UserError(
+            f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
+            f"{vocab_size}; give the base that the model was tuned from"
+        )
+    if binidx_prefix(config.data) and config.exact_match:
+        raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
+    records, documents = _read(config.data, config, tokenizer, vocab_size)
+    _, text = _read(config.text, config, tokenizer, vocab_size) if config.text else ([], [])
     with show("rows of the loss") as report:
-        loss, tokens = mean_loss(model, tokenizer, records, config, config.ctx_len, config.batch_size, report)
-    given = None
+        loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
+    changed = given = None
+    if base is not None:
+        with show("rows of the text") as report:
+            changed = forgetting(model, base, text, config.ctx_len, config.batch_size, report)
     if config.exact_match and math.isfinite(loss):
         with show("answers") as report:
             given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, report)
-    return Evaluation(len(records), loss, tokens, given)
+    return Evaluation(len(documents), loss, tokens, given, changed)
+
+
+def _read(
+    path: str, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[list[Record], Sequence[Document]]:
+    """The records of a file and their documents; the documents alone of a binidx."""
+    if prefix := binidx_prefix(path):
+        return [], open_documents(prefix, vocab_size, config)[: config.limit]
+    records = list(islice(read_records(path, config), config.limit))
+    return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_miss import load_model
+from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
+from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.cli import main
 from rwkv_miss.data.templates import chat_prompt
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -165,3 +166,38 @@ def test_eval_parts_a_text_as_training_does(base, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     assert main([*argv[:2], f"--data={tmp_path / 'data.jsonl'}", "--tokenizer=bytes", "--separator=x"]) == 2
     assert "leave it out for .jsonl" in capsys.readouterr().err
+
+
+def test_eval_compares_a_model_with_its_base_on_the_bases_text(base, data, make_base, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    model = inject(load_model(base), AdapterConfig(r=4))
+    for parameter in trained_parameters(model).values():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    save_adapter(model, adapter)
+    merge(base, adapter, tmp_path / "merged.pth")
+    text = tmp_path / "text.txt"
+    text.write_text("what the base has read")
+
+    def figures(**options: object) -> dict:
+        assert main(["eval", "--tokenizer=bytes", "--json", *(f"--{name}={x}" for name, x in options.items())]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def on_text(**model: object) -> tuple[float, int]:
+        found = figures(**model, data=text)
+        return found["loss"], found["tokens"]
+
+    compared = {"data": data, "forgetting": base, "text": text}
+    tuned = figures(model=base, adapter=adapter, **compared)["forgetting"]
+    assert (tuned["base_loss"], tuned["tokens"]) == pytest.approx(on_text(model=base), rel=1e-6)
+    assert (tuned["loss"], tuned["tokens"]) == pytest.approx(on_text(model=base, adapter=adapter), rel=1e-6)
+    assert tuned["kl"] > 0.01
+    assert figures(model=tmp_path / "merged.pth", **compared)["forgetting"] == pytest.approx(tuned, rel=1e-4)
+    assert figures(model=base, **compared)["forgetting"]["kl"] == 0
+    argv = ["eval", f"--model={base}", f"--data={data}", "--tokenizer=bytes", f"--forgetting={base}"]
+    assert main([*argv, f"--text={text}"]) == 0
+    assert f"KL(base || model) 0.0000 a token, {tuned['tokens']} tokens of {text}\n" in capsys.readouterr().out
+    assert main(argv) == 2
+    assert "forgetting and text go together" in capsys.readouterr().err
+    argv[-1] = f"--forgetting={make_base('other.pth', vocab_size=300)}"
+    assert main([*argv, f"--text={text}"]) == 2
+    assert "other.pth: the vocabulary has 300 tokens" in capsys.readouterr().err

@@ -28,6 +28,7 @@ LAYERS = [
     {"adapters"},
     {"export", "generation", "doctor", "describe"},
     {"training"},
+    {"planning"},
     {"merging", "evaluate"},
     {"benchmarks"},
     {"commands"},

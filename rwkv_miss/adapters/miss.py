@@ -20,7 +20,10 @@ from rwkv_miss.adapters.factors import exact_multiple
 from rwkv_miss.adapters.method import Factors, LinearMethod
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.model.linear import FrozenLinear
+from rwkv_miss.model.linear import FrozenLinear, Linear
+
+# Rows x r, as a multiple of the linear's inputs, from which on dW is added to the weight: measured (docs/log.md).
+FOLD_FROM = 128
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:
@@ -33,15 +36,17 @@ def block_sum(x: Tensor, r: int) -> Tensor:
     return S
 
 
-def add_to_blocks(x: Tensor, block: Tensor) -> Tensor:
-    """Adds block (M, r) to every block of r columns of x (M, in), in place: the transpose of `block_sum`."""
+def add_to_blocks(x: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
+    """Adds block (M, r) to every block of r columns of x (M, in), the transpose of `block_sum`: in place, or into
+    `out`, which is like x."""
     M, n = x.shape
     r = block.shape[1]
     whole = n - n % r
-    x[:, :whole].view(M, -1, r).add_(block.unsqueeze(1))
+    out = x if out is None else out
+    torch.add(x[:, :whole].view(M, -1, r), block.unsqueeze(1), out=out[:, :whole].view(M, -1, r))
     if whole < n:
-        x[:, whole:].add_(block[:, : n - whole])
-    return x
+        torch.add(x[:, whole:], block[:, : n - whole], out=out[:, whole:])
+    return out
 
 
 def delta_weight(D: Tensor, in_features: int) -> Tensor:
@@ -56,19 +61,37 @@ def _ones(r: int, in_features: int) -> Tensor:
     return (torch.arange(in_features) % r == torch.arange(r)[:, None]).float()
 
 
+def folds(linear: FrozenLinear, n_rows: int, r: int) -> bool:
+    """Whether n_rows rows of x are multiplied by W + dW. The sum is a pass over the weight, the same for any number of
+    rows; it takes the place of two products of 2 r operations for each output of each row (S D, and dy D^T in the
+    backward pass) and of a pass over x's gradient. A weight that is stored in another form is never summed."""
+    return isinstance(linear, Linear) and n_rows * r >= FOLD_FROM * linear.in_features
+
+
+def _folded(linear: FrozenLinear, D: Tensor) -> Tensor:
+    """W + dW in W's dtype, in memory of its own."""
+    W = linear.rows(0, linear.out_features)
+    return add_to_blocks(W, D.to(W.dtype).T.contiguous(), out=torch.empty_like(W))
+
+
 class _MissFunction(torch.autograd.Function):
     """y = x W^T + S D as one autograd node: beside the weights, it saves only S (and the dropout mask) for backward.
-    A D (r, m) is repeated out / m times."""
+    A D (r, m) is repeated out / m times. W + dW, where it is used, is computed a second time in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: FrozenLinear, D: Tensor, keep: Tensor | None, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         S = block_sum(rows if keep is None else rows * keep * scale, D.shape[0])
-        y = linear.forward(rows)
-        if D.shape[1] == linear.out_features:
-            y.addmm_(S, D.to(y.dtype))
+        is_whole = D.shape[1] == linear.out_features
+        ctx.folds = keep is None and is_whole and folds(linear, len(rows), D.shape[0])
+        if ctx.folds:
+            y = torch.mm(rows, _folded(linear, D).T)
         else:
-            y.view(len(y), -1, D.shape[1]).add_(torch.mm(S, D.to(y.dtype)).unsqueeze(1))
+            y = linear.forward(rows)
+            if is_whole:
+                y.addmm_(S, D.to(y.dtype))
+            else:
+                y.view(len(y), -1, D.shape[1]).add_(torch.mm(S, D.to(y.dtype)).unsqueeze(1))
         ctx.save_for_backward(S, D, keep)
         ctx.linear, ctx.scale, ctx.x_shape = linear, scale, x.shape
         return y.view(*x.shape[:-1], linear.out_features)
@@ -79,21 +102,22 @@ class _MissFunction(torch.autograd.Function):
         S, D, keep = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dD = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.folds:
+            dx = torch.mm(dy, _folded(ctx.linear, D))
+        elif ctx.needs_input_grad[0]:
             dx = ctx.linear.input_gradient(dy)
         if D.shape[1] < dy.shape[1]:
             dy = dy.view(len(dy), -1, D.shape[1]).sum(dim=1)
-        if dx is not None:
+        if dx is not None and not ctx.folds:
             dS = torch.mm(dy, D.to(dy.dtype).T)
             if keep is None:
                 add_to_blocks(dx, dS)
             else:
                 spread = add_to_blocks(torch.zeros_like(dx), dS)
                 dx.addcmul_(spread, keep.to(dx.dtype), value=ctx.scale)
-            dx = dx.view(ctx.x_shape)
         if ctx.needs_input_grad[2]:
             dD = torch.mm(S.T, dy).to(D.dtype)
-        return dx, None, dD, None, None
+        return dx if dx is None else dx.view(ctx.x_shape), None, dD, None, None
 
 
 class MissLinear(nn.Module):

@@ -9,6 +9,7 @@ from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
+from rwkv_miss.benchmarks.miss import bench_miss
 from rwkv_miss.benchmarks.quant import bench_quant
 from rwkv_miss.benchmarks.tokenizer import bench_tokenizer
 from rwkv_miss.benchmarks.wkv7 import bench_wkv7
@@ -25,6 +26,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS: dict[str, Benchmark] = {
     "wkv7": Benchmark(bench_wkv7, True),
     "tokenizer": Benchmark(bench_tokenizer, True),
+    "miss": Benchmark(bench_miss, False),
     "memory": Benchmark(bench_memory, False),
     "merge": Benchmark(bench_merge, False),
     "methods": Benchmark(bench_methods, False),

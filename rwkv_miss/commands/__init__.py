@@ -16,6 +16,7 @@ from rwkv_miss.commands import (
     info,
     init,
     merge,
+    plan,
     report,
     train,
 )
@@ -23,6 +24,7 @@ from rwkv_miss.commands import (
 COMMANDS: dict[str, Callable[..., int]] = {
     "init": init.run,
     "data binidx": data_binidx.run,
+    "plan": plan.run,
     "train": train.run,
     "report": report.run,
     "merge": merge.run,

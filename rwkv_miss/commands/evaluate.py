@@ -16,7 +16,8 @@ def run(config: EvalConfig) -> int:
     from rwkv_miss.progress import show_progress
 
     model = load(config.model, config.adapter, config.dtype, config.quant, config.quant_skip)
-    found = evaluate(model, config, show_progress)
+    base = load(config.forgetting, None, config.dtype) if config.forgetting else None
+    found = evaluate(model, config, show_progress, base)
     if config.json:
         print(json.dumps(found.figures()))
     else:
@@ -30,6 +31,11 @@ def run(config: EvalConfig) -> int:
         if found.answers is not None:
             figures = found.figures()
             print(f"exact match: {figures['right']} of {found.records} ({figures['exact_match']:.1%})")
+        if text := found.forgetting:
+            print(
+                f"forgetting: loss {text.base_loss:.4f} of the base, {text.loss:.4f} of the model, KL(base || model) "
+                f"{text.kl:.4f} a token, {text.tokens:,} tokens of {config.text}"
+            )
     if not math.isfinite(found.loss):
         raise RunError(f"the loss is not finite ({found.loss}); the weights of the model or of the adapter are damaged")
     return 0

@@ -113,7 +113,8 @@ class Block(nn.Module):
         out, att_shift, wkv, first = self.att(self.ln1(x), context, before.att_shift, before.wkv)
         x = x + out
         out, ffn_shift = self.ffn(self.ln2(x), context, before.ffn_shift)
-        return x + out, first, LayerState(att_shift, wkv, ffn_shift)
+        # Copies: views of the last tokens would keep the whole sequence's tensors until the last layer has run.
+        return x + out, first, LayerState(att_shift.clone(), wkv, ffn_shift.clone())
 
 
 class Head(nn.Linear):

@@ -24,8 +24,9 @@ from rwkv_miss.model.linear import FrozenLinear
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
-# Weights that are quantised or dequantised at a time: fp32 copies of them are made.
-_PIECE = 2**22
+# Weights that are quantised or dequantised at a time: fp32 copies of them are made. On a CPU larger ones leave holes in
+# the heap, which then grows with the number of linears (glibc); on a GPU smaller ones would take longer to launch.
+_PIECES = {"cpu": 2**18, "cuda": 2**22}
 # Weights of a block in NF4. A row whose number is a multiple of it begins a block, whatever the rows' length.
 _BLOCK = 64
 
@@ -106,7 +107,7 @@ class QuantLinear(FrozenLinear):
 
     def rows(self, start: int, stop: int) -> Tensor:
         found = torch.empty(stop - start, self.in_features, dtype=self.dtype, device=self.packed.device)
-        step = _rows_of_piece(self.in_features)
+        step = _rows_of_piece(self.in_features, self.packed.device)
         for first in range(start - start % _BLOCK, stop, step):
             piece = self._unpack(first, min(first + step, stop))
             at = first - start
@@ -150,11 +151,16 @@ def quantise(weight: Tensor, format: str, dtype: torch.dtype, read: Callable[[Te
     """
     out_features, in_features = weight.shape
     block = FORMATS[format].block(in_features)
-    pieces = []
-    for rows in weight.split(_rows_of_piece(in_features)):
+    found: list[Tensor] = []  # the whole weight's, into which each piece's are copied
+    first = 0
+    for rows in weight.split(_rows_of_piece(in_features, weight.device)):
         blocks = F.pad(read(rows).reshape(-1), (0, -rows.numel() % block)).view(-1, block)
-        pieces.append(FORMATS[format].pack(blocks))
-    packed, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        parts = FORMATS[format].pack(blocks)
+        found = found or [part.new_empty(-(-weight.numel() // block), *part.shape[1:]) for part in parts]
+        for whole, part in zip(found, parts, strict=True):
+            whole[first : first + len(blocks)] = part
+        first += len(blocks)
+    packed, scales = found
     return QuantLinear(in_features, out_features, format, packed, scales, dtype)
 
 
@@ -197,9 +203,9 @@ def unusable(format: str, dtype: torch.dtype, device: torch.device) -> str | Non
     return None if bool((found == _BLOCK).all()) else "bitsandbytes gives wrong results"
 
 
-def _rows_of_piece(in_features: int) -> int:
+def _rows_of_piece(in_features: int, device: torch.device) -> int:
     """How many rows are handled at a time: a multiple of `_BLOCK`, so that no block lies in two pieces."""
-    return max(1, _PIECE // in_features // _BLOCK) * _BLOCK
+    return max(1, _PIECES[device.type] // in_features // _BLOCK) * _BLOCK
 
 
 @cache

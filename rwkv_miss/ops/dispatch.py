@@ -97,8 +97,10 @@ def check_usable(op: str, backend: str, device: torch.device, dtype: torch.dtype
 @torch.compiler.assume_constant_result
 def unusable(op: str, backend: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
     """Why a backend cannot take tensors of that device, dtype and head size here, or None if it can. None for "auto",
-    which always finds one."""
-    return None if backend == "auto" else IMPLEMENTATIONS[backend].unusable(op, device, dtype, n)
+    which always finds one, and on the meta device, where nothing is computed."""
+    if backend == "auto" or device.type == "meta":
+        return None
+    return IMPLEMENTATIONS[backend].unusable(op, device, dtype, n)
 
 
 @torch.compiler.assume_constant_result

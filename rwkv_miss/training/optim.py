@@ -14,7 +14,6 @@ from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.adapters.method import Group
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.model.base import RWKV
-from rwkv_miss.training.zero import cpu_adam
 
 
 def lr_scale(step: int, total: int, config: TrainConfig) -> float:
@@ -54,7 +53,11 @@ def configure(
         {"params": list(parameters.values()), "lr": group.lr, "weight_decay": group.weight_decay}
         for group, parameters in groups.items()
     ]
-    kind = AdamW if config.offload == "none" else cpu_adam()
+    kind: type[Optimizer] = AdamW
+    if config.offload != "none":
+        from rwkv_miss.training.zero import cpu_adam
+
+        kind = cpu_adam()
     optimizer = kind(settings, betas=config.betas)  # type: ignore[call-arg]
     return optimizer, LambdaLR(optimizer, lambda step: lr_scale(step, total_steps, config))
 

@@ -7,12 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss import AdapterConfig, ModelConfig, inject
-from rwkv_miss.adapters.miss import MissLinear, _MissFunction, add_to_blocks, block_sum, delta_weight
-from rwkv_miss.model.linear import Linear
+from rwkv_miss.adapters import miss
+from rwkv_miss.adapters.miss import MissLinear, _MissFunction, add_to_blocks, block_sum, delta_weight, folds
+from rwkv_miss.model.linear import FrozenLinear, Linear
 from rwkv_miss.model.rwkv7 import RWKV7
 
 # (in, out, r): r divides `in` or does not; r = 1; r = `in`; r just below `in` and just above half of it.
 SHAPES = [(24, 10, 6), (24, 10, 7), (10, 24, 4), (12, 5, 1), (12, 5, 12), (13, 6, 12), (13, 6, 7), (5, 3, 3)]
+
+
+@pytest.fixture(params=["S D", "W + dW"])
+def way(request, monkeypatch) -> str:
+    """Both ways of computing the layer, whatever the number of rows."""
+    monkeypatch.setattr(miss, "FOLD_FROM", 0 if request.param == "W + dW" else 2**30)
+    return request.param
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,7 +70,7 @@ def test_delta_weight(n_in, out, r):
 @pytest.mark.parametrize(("n_in", "out", "r"), SHAPES)
 @pytest.mark.parametrize("lead", [(9,), (2, 5), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_outputs_and_gradients_of_the_dense_formula(n_in, out, r, lead, dtype):
+def test_outputs_and_gradients_of_the_dense_formula(n_in, out, r, lead, dtype, way):
     x, W, D = normal(*lead, n_in, dtype=dtype), normal(out, n_in, seed=1, dtype=dtype), normal(r, out, seed=2)
     D = D.to(torch.float64 if dtype == torch.float64 else torch.float32)
     mine = run(lambda x, D: _MissFunction.apply(x, frozen(W), D, None, 1.0), x, D)
@@ -73,7 +81,7 @@ def test_outputs_and_gradients_of_the_dense_formula(n_in, out, r, lead, dtype):
 
 @pytest.mark.parametrize(("n_in", "out", "r"), [(6, 4, 3), (7, 3, 4)])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_finite_differences(n_in, out, r, dropout):
+def test_finite_differences(n_in, out, r, dropout, way):
     """With dropout too, for one fixed mask that is passed in."""
     W, x, D = normal(out, n_in), normal(2, 3, n_in).requires_grad_(), normal(r, out).requires_grad_()
     keep = normal(6, n_in, seed=4) > 0 if dropout else None
@@ -84,7 +92,7 @@ def test_finite_differences(n_in, out, r, dropout):
     assert torch.autograd.gradcheck(function, (x, D))
 
 
-def test_dropout_of_the_formula_is_on_the_branch_alone():
+def test_dropout_of_the_formula_is_on_the_branch_alone(way):
     x, W, D = normal(6, 7), normal(4, 7, seed=1), normal(3, 4, seed=2)
     keep = normal(6, 7, seed=4) > 0
     mine = run(lambda x, D: _MissFunction.apply(x, frozen(W), D, keep, 2.5), x, D)
@@ -92,7 +100,7 @@ def test_dropout_of_the_formula_is_on_the_branch_alone():
     assert_close(mine, exact, 1e-14)
 
 
-def test_not_contiguous_inputs():
+def test_not_contiguous_inputs(way):
     W, D = normal(4, 7, seed=1), normal(3, 4, seed=2)
     x = normal(7, 5, 2).transpose(0, 2)
     assert not x.is_contiguous()
@@ -114,7 +122,7 @@ def test_block_sum_and_add_to_blocks_are_transposes():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_only_the_block_sums_are_kept_for_the_backward_pass(dropout):
+def test_only_the_block_sums_are_kept_for_the_backward_pass(dropout, way):
     layer = adapted(64, 40, 6, dropout)
     x = torch.randn(7, 11, 64, requires_grad=True)
     kept = []
@@ -129,7 +137,7 @@ def test_only_the_block_sums_are_kept_for_the_backward_pass(dropout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_steps", [1, 2, 33])
 @pytest.mark.parametrize("r", [1, 5, 8])
-def test_a_new_adapter_changes_no_bit_of_the_logits(random_weights, dtype, n_steps, r):
+def test_a_new_adapter_changes_no_bit_of_the_logits(random_weights, dtype, n_steps, r, way):
     config = ModelConfig(7, 2, 32, 2, 16, 128, 64, {"w": 5, "a": 6, "v": 3, "g": 9})
     model = RWKV7(config)
     model.load_state_dict(random_weights(n_layer=2))
@@ -139,6 +147,29 @@ def test_a_new_adapter_changes_no_bit_of_the_logits(random_weights, dtype, n_ste
         before, _ = model(tokens)
         after, _ = inject(model, AdapterConfig(r=r))(tokens)
     assert torch.equal(before, after)
+
+
+def test_dw_is_added_to_the_weight_for_many_rows_and_to_a_plain_weight_alone():
+    class Other(FrozenLinear):
+        """A linear without a weight that could be summed."""
+
+        in_features, out_features = 64, 40
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ W.T
+
+    W = normal(40, 64, dtype=torch.float32)
+    calls = []
+    plain = frozen(W)
+    plain.forward = lambda x: calls.append(len(x)) or x @ W.T
+    D = normal(16, 40, seed=2, dtype=torch.float32)
+    x = normal(512, 64, dtype=torch.float32)
+    for linear in (plain, Other()):
+        for rows in (511, 512):
+            y = _MissFunction.apply(x[:rows], linear, D, None, 1.0)
+            assert torch.allclose(y, x[:rows] @ (W + dense_delta(D, 64)).T, atol=1e-3)
+            assert folds(linear, rows, 16) == (linear is plain and rows == 512)
+    assert calls == [511]
 
 
 def test_dropout_is_for_training_alone():
@@ -167,11 +198,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 @pytest.mark.parametrize(("n_in", "out", "r"), SHAPES)
 @pytest.mark.parametrize("lead", [(9,), (2, 5)])
 def test_hf_peft(n_in, out, r, lead):
-    miss = pytest.importorskip("peft.tuners.miss")
+    peft_miss = pytest.importorskip("peft.tuners.miss")
     layer = adapted(n_in, out, r)
     linear = nn.Linear(n_in, out, bias=False)
     linear.weight.data = layer.base_layer.weight.data
-    theirs = miss.MissLinear(linear, "default", r=r, config=miss.MissConfig(r=r))
+    theirs = peft_miss.MissLinear(linear, "default", r=r, config=peft_miss.MissConfig(r=r))
     theirs.miss_block["default"].data.copy_(layer.miss_block.data)
     x = torch.randn(*lead, n_in)
     dy = torch.randn(*lead, out)

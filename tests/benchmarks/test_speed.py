@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import pytest
 
-from rwkv_miss.benchmarks import tokenizer, wkv7
+from rwkv_miss.benchmarks import miss, tokenizer, wkv7
 from rwkv_miss.benchmarks.table import run_benchmarks
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
@@ -25,6 +26,8 @@ def rwkv7_wkv_infctx_naive(q, k, v, w, a, b, state=None, scale=1.0):
 def short(monkeypatch):
     monkeypatch.setattr(wkv7, "ROUNDS", 1)
     monkeypatch.setattr(tokenizer, "TEXT_BYTES", 20_000)
+    for name, value in {"WIDTHS": (32,), "TOKENS": (8, 512), "RANK": 8, "ROUNDS": 3}.items():
+        monkeypatch.setattr(miss, name, value)
 
 
 @pytest.fixture
@@ -71,6 +74,27 @@ def test_the_tokenizer_against_the_trie():
     pytest.importorskip("rwkv")
     ours, trie = tokenizer.bench_tokenizer(1).rows
     assert ours["mb_per_s"] > 0 and trie["ratio"] == pytest.approx(ours["mb_per_s"] / trie["mb_per_s"])
+
+
+def test_miss_beside_the_frozen_linear_alone(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows = miss.bench_miss(1).rows
+    assert [row["name"] for row in rows] == [f"{dtype} 32 wide, T {n}" for dtype in ("fp32", "bf16") for n in (8, 512)]
+    assert [row["limit"] for row in rows] == 2 * [1 + 3 * 8 / 64, 1 + 8 / 64]  # S D for few rows, W + dW for many
+    for row in rows:
+        assert row["frozen_ms"] > 0 and 0 < row["miss_min"] <= row["miss"] <= row["miss_max"]
+        assert row["note"].startswith("not installed") and "peft_miss" not in row
+
+
+@pytest.mark.slow
+def test_miss_beside_pefts(monkeypatch):
+    pytest.importorskip("peft")
+    for row in miss.bench_miss(1).rows:
+        assert row["peft_miss"] > 0 and row["peft_lora"] > 0 and row["note"] == ""
+    modules = miss._peft_modules
+    monkeypatch.setattr(miss, "_peft_modules", lambda linear, D: modules(linear, D * 1.1))
+    with pytest.raises(AssertionError, match="PEFT's MiSS disagrees"):
+        miss.bench_miss(1)
 
 
 @pytest.mark.parametrize(("what", "threads", "found"), [("gpu", 1, "no 'gpu'"), ("all", 0, "threads is 0")])

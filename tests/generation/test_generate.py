@@ -8,16 +8,20 @@ import pytest
 import torch
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import kl_divergence
 
-from rwkv_miss import load_model
+from rwkv_miss import evaluate, load_model
 from rwkv_miss.config import DataOptions
+from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.evaluate import Answer, Evaluation, answers, mean_loss, perplexity
+from rwkv_miss.evaluate import Answer, Evaluation, Forgetting, answers, documents_loss, forgetting, perplexity
 from rwkv_miss.generation.generate import STOP, generate, stream, strip_pieces
 from rwkv_miss.generation.sampling import Sampling, choose
+from rwkv_miss.model.base import RWKV
 from tests.scripted import Scripted
 
 OPTIONS = DataOptions()
@@ -191,26 +195,55 @@ def record(question: str, answer: str) -> Record:
     return Record("here", (("user", question), ("assistant", answer)))
 
 
+RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (("text", "abc"),))]
+
+
+def documents(records: list[Record]) -> list[Document]:
+    return [encode_record(r, BYTES, 256, OPTIONS) for r in records]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_mean_loss_is_that_of_each_record_alone(model, batch_size):
-    records = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (("text", "abc"),))]
-    total, count = 0.0, 0
-    for r in records:
+def by_hand(*models: RWKV) -> list[tuple[int, list[Tensor]]]:
+    """Each of RECORDS' tokens that carry loss, with each model's logits for it, run on that record alone."""
+    found = []
+    for r in RECORDS:
         ids, carries_loss = [], []
         for text, is_answer in render(r, OPTIONS):
             ids += list(text.encode())
             carries_loss += [is_answer] * len(text.encode())
         ids, carries_loss = [*ids, 0], [*carries_loss, True]
-        log_p = model(torch.tensor([ids]))[0][0].log_softmax(-1)
-        for i in range(1, len(ids)):
-            if carries_loss[i]:
-                total -= log_p[i - 1, ids[i]].item()
-                count += 1
-    loss, n_tokens = mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=batch_size)
-    assert n_tokens == count
-    assert loss == pytest.approx(total / count, rel=1e-6)
-    assert perplexity(loss) == pytest.approx(math.exp(total / count), rel=1e-5)
+        logits = [model(torch.tensor([ids]))[0][0] for model in models]
+        found += [(ids[i], [x[i - 1] for x in logits]) for i in range(1, len(ids)) if carries_loss[i]]
+    return found
+
+
+def mean_nll(found: list[tuple[int, list[Tensor]]], which: int) -> float:
+    return -sum(logits[which].log_softmax(-1)[token].item() for token, logits in found) / len(found)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_mean_loss_is_that_of_each_record_alone(model, batch_size):
+    found = by_hand(model)
+    loss, n_tokens = documents_loss(model, documents(RECORDS), ctx_len=64, batch_size=batch_size)
+    assert n_tokens == len(found)
+    assert loss == pytest.approx(mean_nll(found, 0), rel=1e-6)
+    assert perplexity(loss) == pytest.approx(math.exp(mean_nll(found, 0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("most_logits", [1, 5 * 256, 2**20])
+def test_forgetting_is_the_divergence_of_each_record_alone(model, make_base, monkeypatch, most_logits):
+    monkeypatch.setattr(evaluate, "_MAX_LOGITS", most_logits)
+    base = load_model(make_base(vocab_size=256, seed=5))
+    found = by_hand(base, model)
+    categorical = torch.distributions.Categorical
+    divergences = [kl_divergence(*(categorical(logits=x.double()) for x in logits)).item() for _, logits in found]
+    said = forgetting(model, base, documents(RECORDS), ctx_len=64, batch_size=2)
+    assert said.tokens == len(found)
+    assert said.base_loss == pytest.approx(mean_nll(found, 0), rel=1e-6)
+    assert said.loss == pytest.approx(mean_nll(found, 1), rel=1e-6)
+    assert said.kl == pytest.approx(sum(divergences) / len(found), rel=1e-5)
+    same = forgetting(base, base, documents(RECORDS), ctx_len=64, batch_size=2)
+    assert same.kl == 0 and same.loss == same.base_loss
 
 
 def test_perplexity_of_a_huge_loss():
@@ -253,7 +286,7 @@ def test_logits_that_are_not_finite_end_the_answers(model):
 def test_the_rows_of_the_loss_are_reported(model):
     records = [record("q" * 20, "a" * 30) for _ in range(5)]
     done = []
-    mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=2, report=lambda *x: done.append(x))
+    documents_loss(model, documents(records), ctx_len=64, batch_size=2, report=lambda *x: done.append(x))
     assert done == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -262,6 +295,9 @@ def test_figures_that_json_has_no_numbers_for_are_none():
     assert Evaluation(3, 1e4, 9, None).figures() == {"records": 3, "tokens": 9, "loss": 1e4, "perplexity": None}
     right, wrong = Answer("p", "a", "a"), Answer("p", "a", "b")
     found = Evaluation(4, 1.0, 9, [right, wrong, wrong, wrong]).figures()
+    assert "forgetting" not in found
+    found = Evaluation(4, 1.0, 9, [right, wrong, wrong, wrong], Forgetting(5, 1.0, math.inf, math.nan)).figures()
+    assert found["forgetting"] == {"tokens": 5, "base_loss": 1.0, "loss": None, "kl": None}
     assert found["right"] == 1 and found["exact_match"] == 0.25 and found["perplexity"] == pytest.approx(math.e)
 
 
@@ -278,9 +314,9 @@ def test_a_right_answer_may_hold_a_blank_line():
 def test_a_loss_of_a_part_says_so(model, caplog):
     records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
     records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))
-    mean_loss(model, BYTES, records[:1], OPTIONS, ctx_len=64, batch_size=2)
+    documents_loss(model, documents(records[:1]), ctx_len=64, batch_size=2)
     assert "ctx_len" not in caplog.text
-    mean_loss(model, BYTES, records, OPTIONS, ctx_len=64, batch_size=2)
+    documents_loss(model, documents(records), ctx_len=64, batch_size=2)
     [said] = [message for message in caplog.messages if "ctx_len" in message]
     assert "of 4 records, 2 lose their ends to ctx_len 64 and 1 have nothing left to learn" in said
     assert "with 205 of 300 loss tokens; ctx_len 220 would keep 99 %" in said

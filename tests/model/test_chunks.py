@@ -258,6 +258,22 @@ def test_gradient_checkpointing_carries_v_first_and_the_states(version):
     assert peaks[1] < peaks[0] / 2
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_layer_to_be_computed_again_keeps_its_input_alone(version):
+    """What a layer hands on as state is no view of its normalised inputs, which would then live to the last layer."""
+    low_rank = LOW_RANK[version]
+    models = [MODELS[version](ModelConfig(version, n, 32, 2, 16, 64, 50, low_rank), "torch") for n in (4, 8)]
+    batch = packed_batch(length=64)
+
+    def forward(model: RWKV) -> None:
+        model.gradient_checkpointing = True
+        model(batch["tokens"], None, batch["seq_start"])
+
+    few, many = (peak_bytes(lambda model=model: forward(model)) for model in models)
+    inputs, states = 2 * 64 * 32 * 4, 2 * (2 * 32 + 2 * 16 * 16) * 4
+    assert many - few < 4 * (1.5 * inputs + 3 * states)
+
+
 def test_counts_what_is_alive():
     x = torch.ones(1000, requires_grad=True)
 
