@@ -426,11 +426,11 @@ def add_adapter(model: RWKV, adapter: AdapterFile, folder: str | os.PathLike, na
     before = take_out(model)
     try:
         plan = check_fits(adapter, model.config, base_shapes(model), model.fingerprint, folder)
+        install(model, adapter.config, plan, adapter.whole, name)  # into tensors of their own, beside the base's
     except UserError:
         if before:
             put_in(model, before)
         raise
-    install(model, adapter.config, plan, adapter.whole, name)  # into tensors of their own, beside the base's
     held = held_tensors(model)
     for key, tensor in adapter.held.items():
         held[key].data.copy_(tensor)

@@ -248,6 +248,9 @@ def test_every_option_of_peft(make_base, tmp_path, options):
     if options.get("bias") != "all":
         opened = peft.PeftModel.from_pretrained(load_model(base), tmp_path / "ours").eval()
         assert (opened(TOKENS)[0] - expected).norm() <= 1e-5 * expected.norm()
+        # Nothing more is beside a linear there than was trained.
+        written = load_file(tmp_path / "ours/adapter_model.safetensors")
+        assert peft.get_peft_model_state_dict(opened).keys() == written.keys()
 
 
 def test_ranks_and_methods_by_pattern(either_base, tmp_path):

@@ -147,3 +147,17 @@ def test_the_weights_of_a_merge(either_base, folders, tmp_path, capsys):
     half = set_adapter(load_adapter(load_model(either_base), folders["one"]), {"default": 0.5}, merged=True)
     for key, tensor in torch.load(merged).items():
         assert torch.allclose(tensor, dict(half.named_parameters())[key], rtol=0, atol=1e-7), key
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_a_quantised_base(either_base, folders, format):
+    """Merged, it has the dequantised weights plus dW in place of the quantised ones; unmerged, the quantised ones."""
+    pytest.importorskip("bitsandbytes")
+    model = load_model(either_base, quant=format, quant_skip=[]).eval()
+    before = logits(model)
+    for name in ("one", "two"):
+        load_adapter(model, folders[name], name)
+    weighed = logits(set_adapter(model, {"one": 0.5, "two": 2.0}))
+    merged = logits(set_adapter(model, {"one": 0.5, "two": 2.0}, merged=True))
+    assert (merged - weighed).norm() < 1e-5 * merged.norm() < 1e-3 * (merged - before).norm()
+    assert torch.equal(logits(set_adapter(model, None)), before)

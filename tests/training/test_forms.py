@@ -90,6 +90,10 @@ def test_a_folder_of_pefts_trains_on_and_resumes_and_merges(base, data, tmp_path
     with torch.no_grad():
         adapted = load_adapter(load_model(base), config.out).eval()(TOKENS)[0]
         torch.testing.assert_close(opened(TOKENS)[0], adapted, rtol=0, atol=2e-5)
+    # A run that hardly moves ends where the folder is.
+    quiet_train(replace(straight, lr=1e-9, max_steps=1, overwrite=True))
+    for key, tensor in peft.get_peft_model_state_dict(theirs).items():
+        torch.testing.assert_close(adapter(straight.out)[key], tensor, rtol=0, atol=1e-7)
     with pytest.raises(UserError, match="adapter_from is given, whose folder has its own settings"):
         quiet_train(replace(straight, adapter=AdapterConfig(r=8), overwrite=True))
     with pytest.raises(UserError, match="lr_state is given, but"):
