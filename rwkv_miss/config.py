@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 Strategy = Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 Offload = Literal["none", "optimizer", "all"]
 Quant = Literal["none", "int8", "nf4"]
+Rounding = Literal["nearest", "stochastic"]
 STRATEGIES, OFFLOADS, QUANTS = get_args(Strategy), get_args(Offload), get_args(Quant)
 BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_miss.adapters.files import AdapterFile, check_fits, load_adapter, read_adapter
@@ -22,7 +23,7 @@ from rwkv_miss.adapters.plan import Plan
 from rwkv_miss.adapters.several import set_adapter
 from rwkv_miss.ahead import computed_ahead
 from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
-from rwkv_miss.config import ModelConfig
+from rwkv_miss.config import ModelConfig, Rounding
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import target_of
 from rwkv_miss.export.target import Target, Weights
@@ -36,6 +37,7 @@ from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
 from rwkv_miss.plain_reads import Reader, plain_reads
 from rwkv_miss.progress import Report
+from rwkv_miss.rounding import round_into
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -71,6 +73,8 @@ class MergeReport:
     logits_error: the root mean square of the logits' difference, merged - (base + adapter), relative to that of the
         logits of base + adapter.
     logits_effect: the same for (base + adapter) - base: how much the adapter changes the logits.
+    divergence: KL(base + adapter || merged), the mean over the tokens of the check, in nats.
+    divergence_effect: KL(base + adapter || base), the same.
     """
 
     out: Path
@@ -78,6 +82,8 @@ class MergeReport:
     layers: list[MergedLayer]
     logits_error: float
     logits_effect: float
+    divergence: float
+    divergence_effect: float
 
     def kinds(self) -> dict[str, list[MergedLayer]]:
         """The layers, grouped by their names without the block's number: all `att.key` together, and so on."""
@@ -108,11 +114,13 @@ def merge(
     overwrite: bool = False,
     on_tensor: Report | None = None,
     weights: Sequence[float] | None = None,
+    rounding: Rounding = "nearest",
+    tokens: Sequence[int] | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
-    the base's keys, shapes and order. Of several adapters, or one with
-    a weight, it writes W + sum of w_i dW_i, where a tensor that was trained directly counts as its difference from the
-    base's. A learned state that the base lacks comes last, in the layout of state files.
+    the base's keys, shapes and order. Of several adapters, or one with a weight, it writes W + sum of w_i dW_i, where a
+    tensor that was trained directly counts as its difference from the base's. A learned state that the base lacks comes
+    last, in the layout of state files.
 
     The files are read in pieces and one tensor is held at a time, in the check one block. Each sum is taken in fp32 and
     cast once. What was written is read back, and its logits are compared with those of base + adapter; only then does
@@ -126,6 +134,9 @@ def merge(
         overwrite: replace `out_path` if it is there.
         on_tensor: called with (tensors done, tensors in all) after each tensor that is written, and again for each that
             is read back.
+        rounding: of what is merged into bf16 weights: see `rwkv_miss.rounding`.
+        tokens: the text on which the check compares logits, without ids beyond the vocabulary; random tokens when not
+            given.
 
     Raises:
         UserError: the adapter was made for another base, does not fit, or a file cannot be read or written; or the base
@@ -161,6 +172,11 @@ def merge(
     }
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
+    changed = {key for p in parts for key in (*p.plan.whole, *(f"{path}.weight" for path in p.plan.linears))}
+    if rounding != "nearest" and not any(specs[key].dtype == torch.bfloat16 for key in changed & specs.keys()):
+        raise UserError(f"rounding is {rounding}, which is for bf16, but nothing is merged into bf16 weights")
+    tokens = [i for i in tokens or () if i < sizes.vocab_size]
+    tokens = tokens or torch.randint(sizes.vocab_size, (_VERIFY_TOKENS,), generator=_rng("")).tolist()
     done = 0
 
     def count() -> None:
@@ -170,13 +186,13 @@ def merge(
             on_tensor(done, 2 * len(specs))
 
     with atomic_write(out_path) as part:
-        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, count)
+        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, rounding, count)
         scales = [p.weight for p in parts]
         del parts  # the check reads them again
         with ThreadPoolExecutor(2) as threads:
             # While the file is read back it goes to the disk, and what it is to compute is found.
             flushed = threads.submit(flush, part)
-            expected = threads.submit(_expected_logits, base, base_path, mark, folders, scales)
+            expected = threads.submit(_expected_logits, base, base_path, mark, folders, scales, tokens)
             written = _read_back(part, target, specs, checksums, count)
             if state_only:
                 merged, tolerance = _with_state(base, base_path, mark, folders, scales, part), 0.0
@@ -185,11 +201,11 @@ def merge(
                 # The coarser of the two files' dtypes says how far rounding may carry them apart.
                 tolerance = max(_TOLERANCE[t.dtype] for file in (base, written) for t in file.values())
             with plain_reads([*base.values(), *written.values()]) as reader:
-                found = _logits(merged, reader)
-            error, effect = _compare(*expected.result(), found, tolerance)
+                found = _logits(merged, tokens, reader)
+            figures = _compare(*expected.result(), found, tolerance)
             flushed.result()
     names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
-    return MergeReport(out_path, ", ".join(sorted(names)), layers, error, effect)
+    return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures)
 
 
 def _read_parts(
@@ -223,6 +239,7 @@ def _write(
     base: Mapping[str, Tensor],
     base_path: Path,
     parts: Sequence[_Part],
+    rounding: Rounding,
     count: Callable[[], None],
 ) -> tuple[list[MergedLayer], dict[str, int]]:
     """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
@@ -237,7 +254,7 @@ def _write(
         if mine := [p for p in parts if path in p.plan.linears or name in p.plan.whole]:
             label = path if any(path in p.plan.linears for p in mine) else name
             W = base.get(name, torch.zeros(()).expand(spec.shape))
-            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out)
+            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out, rounding)
         else:
             if spec.dtype == base[name].dtype:
                 reader.read(base[name], out)
@@ -362,13 +379,15 @@ def _replacements(W: Tensor, trained: Tensor, reader: Reader) -> Iterable[tuple[
         yield exact - reader.read(W_rows).float(), exact
 
 
-def _write_rows(name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor) -> tuple[MergedLayer, bool]:
+def _write_rows(
+    name: str, pieces: Iterable[tuple[Tensor, Tensor]], out: Tensor, rounding: Rounding
+) -> tuple[MergedLayer, bool]:
     """Writes the second tensor of each pair to `out`; the first is its difference from the base. Returns what merging
     did, and whether all that was written is finite."""
     delta_squares = lost_squares = 0.0
-    lost = torch.empty_like(_rows(out)[0], dtype=torch.float32)
+    lost, rng = torch.empty_like(_rows(out)[0], dtype=torch.float32), _rng(name)
     for (delta, exact), out_rows in zip(pieces, _rows(out), strict=True):
-        out_rows.copy_(exact)
+        round_into(out_rows, exact, rounding, rng)
         delta_squares += torch.linalg.vector_norm(delta).item() ** 2
         lost_squares += torch.linalg.vector_norm(torch.sub(out_rows, exact, out=lost[: len(exact)])).item() ** 2
     loss = math.sqrt(lost_squares / delta_squares) if delta_squares else 0.0
@@ -383,12 +402,14 @@ def _expected_logits(
     mark: str,
     folders: Sequence[str | os.PathLike],
     weights: Sequence[float],
+    tokens: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The logits of the base, and of base + adapters."""
     model = build_model(base, base_path).eval().requires_grad_(False)
     model.fingerprint = mark
     with plain_reads(base.values()) as reader:
-        return _logits(model, reader), _logits(_with_adapters(model, folders, weights), reader)
+        base_logits = _logits(model, tokens, reader)
+        return base_logits, _logits(_with_adapters(model, folders, weights), tokens, reader)
 
 
 def _with_state(
@@ -409,15 +430,19 @@ def _with_state(
     return model
 
 
-def _logits(model: RWKV, reader: Reader) -> Tensor:
-    """The model's logits of some tokens, which are always the same."""
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, _VERIFY_TOKENS), generator=rng)
-    return logits_block_by_block(model, tokens, reader).float()
+def _logits(model: RWKV, tokens: Sequence[int], reader: Reader) -> Tensor:
+    return logits_block_by_block(model, torch.tensor([tokens]), reader).float()
 
 
-def _compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> tuple[float, float]:
-    """(logits_error, logits_effect) of `MergeReport`; RunError where the error is more than rounding."""
+def _rng(name: str) -> torch.Generator:
+    """The same random numbers for a tensor in every merge, and others for each tensor."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def _compare(
+    base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float
+) -> tuple[float, float, float, float]:
+    """The last four figures of `MergeReport`; RunError where the error is more than rounding."""
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
         if not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")
@@ -429,4 +454,10 @@ def _compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: fl
             f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
             f"({tolerance:.0e}); nothing was written"
         )
-    return error, effect
+    return error, effect, _divergence(adapted, merged), _divergence(adapted, base_logits)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) of the distributions with these logits (B, T, V), in nats, the mean over B and T."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean().item()

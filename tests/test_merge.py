@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
+from rwkv_miss.__main__ import main
 from rwkv_miss.adapters import miss
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.errors import RunError, UserError
@@ -274,6 +275,55 @@ def test_the_report(make_base, tmp_path):
     scale = adapted.square().mean().sqrt()
     for value, a, b in ((report.logits_error, merged, adapted), (report.logits_effect, adapted, plain)):
         assert value == pytest.approx(((a - b).square().mean().sqrt() / scale).item(), rel=0.5)
+
+
+def test_the_divergence_on_a_text(make_base, tmp_path):
+    base = make_base(dtype=BF16)
+    folder = make_adapter(base, tmp_path / "adapter", std=0.1)
+    tokens = list(range(1, 60, 2))
+    report = merge(base, folder, tmp_path / "out.pth", tokens=[*tokens, 64])  # 64 is beyond the vocabulary
+    with torch.no_grad():
+        model = load_model(base)
+        plain = model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        adapted = load_adapter(model, folder)(torch.tensor([tokens]))[0].double().log_softmax(-1)
+        merged = load_model(tmp_path / "out.pth")(torch.tensor([tokens]))[0].double().log_softmax(-1)
+    for found, q in ((report.divergence, merged), (report.divergence_effect, plain)):
+        assert found == pytest.approx((adapted.exp() * (adapted - q)).sum(-1).mean().item(), rel=1e-3)
+    assert 0 < report.divergence < report.divergence_effect
+
+
+def test_stochastic_rounding_keeps_small_updates_in_the_mean(make_base, tmp_path):
+    base = make_base(dtype=BF16)
+    folder = make_adapter(base, tmp_path / "adapter", std=1e-5)
+    exact, before = expected_weights(base, folder, torch.float64), read_checkpoint(base)
+    kept = {}
+    for rounding in ("nearest", "stochastic"):
+        merge(base, folder, tmp_path / f"{rounding}.pth", rounding=rounding)
+        cast = read_checkpoint(tmp_path / f"{rounding}.pth")
+        dot = sum(((cast[k].double() - W.double()) * (exact[k] - W)).sum() for k, W in before.items() if k in exact)
+        kept[rounding] = (dot / sum((exact[k] - W).square().sum() for k, W in before.items() if k in exact)).item()
+    assert kept["nearest"] < 0.5  # most updates are far below a step of bf16
+    assert kept["stochastic"] == pytest.approx(1, abs=0.1)
+    merge(base, folder, tmp_path / "again.pth", rounding="stochastic")
+    again = read_checkpoint(tmp_path / "again.pth")
+    assert all(torch.equal(again[key], tensor) for key, tensor in cast.items())
+
+
+def test_stochastic_rounding_is_for_bf16(base, folder, tmp_path):
+    with pytest.raises(UserError, match="nothing is merged into bf16"):
+        merge(base, folder, tmp_path / "out.pth", rounding="stochastic")
+
+
+def test_a_loss_of_more_than_a_tenth_is_a_warning(make_base, tmp_path, capsys):
+    base = make_base(dtype=BF16)
+    for std, is_warned in ((0.001, True), (1.0, False)):
+        folder = make_adapter(base, tmp_path / f"{std}", std=std)
+        assert (
+            main(["merge", "--base", str(base), "--adapter", str(folder), "--out", str(tmp_path / f"{std}.pth")]) == 0
+        )
+        said = capsys.readouterr().out
+        assert ("more than 10% of the update of 18 layers" in said) == is_warned
+        assert "nats a token on random tokens (no tokenizer is recorded)" in said
 
 
 # Refused, or failed: nothing is written, and what was there stays

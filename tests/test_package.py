@@ -22,7 +22,7 @@ MODULES = {
 LAYERS = [
     {"errors"},
     {"ahead", "config", "files", "progress"},
-    {"plain_reads"},
+    {"plain_reads", "rounding"},
     {"checkpoint", "fingerprints", "ops"},
     {"model"},
     {"adapters"},

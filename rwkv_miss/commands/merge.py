@@ -1,9 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
+from rwkv_miss.config import Rounding
+
+if TYPE_CHECKING:
+    from rwkv_miss.merging import MergedLayer
+
+# A share of an update that is worth a warning where the cast drops more of it.
+_MUCH = 0.1
+# What the written file is compared on: a question, code, and text that is not English.
+_PROMPTS = (
+    "User: Why is the sky blue?\n\nAssistant: Because air scatters",
+    "def mean(x):\n    return sum(x) /",
+    "今天天气很好，我们去",
+)
 
 
 def run(
@@ -14,6 +30,7 @@ def run(
     state_only: bool = False,
     overwrite: bool = False,
     weights: list[float] | None = None,
+    rounding: Rounding = "nearest",
 ) -> int:
     """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
 
@@ -25,13 +42,18 @@ def run(
         state_only: Write only the learned state, as a file that runtimes load beside the base.
         overwrite: Replace the file if it is there.
         weights: What each adapter counts, as [0.7,0.3], so that W + 0.7 dW_A + 0.3 dW_B is written; 1 when not given.
+        rounding: Of what is merged into bf16 weights. nearest: the smallest error of each weight. stochastic: up or
+            down by chance, so that updates far smaller than bf16's steps are kept in the mean instead of lost.
     """
     from rwkv_miss.adapters.files import adapter_folder, read_facts
     from rwkv_miss.merging import merge
     from rwkv_miss.progress import show_progress
 
+    folders = [adapter] if isinstance(adapter, str) else adapter
+    facts = [read_facts(adapter_folder(folder)) for folder in folders]
+    tokens, text = _check_text({known.get("tokenizer") for known in facts})
     with show_progress("tensors written and read back") as on_tensor:
-        report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights)
+        report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights, rounding, tokens)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
     for kind, layers in report.kinds().items():
         losses = [layer.cast_loss for layer in layers]
@@ -39,18 +61,46 @@ def run(
         table.add_row(kind, str(len(layers)), f"{norm:.4g}", f"{sum(losses) / len(losses):.2%}", f"{max(losses):.2%}")
     console = Console(markup=False)
     console.print(table)
-    console.print(
+    lines = [
         f"{report.dtype}; logits of the written file differ from base + adapter by {report.logits_error:.1e} of their "
         f"size; the adapter changes the base's by {report.logits_effect:.1e}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    folders = [adapter] if isinstance(adapter, str) else adapter
-    for quant in {facts["quant"] for facts in map(read_facts, map(adapter_folder, folders)) if facts.get("quant")}:
-        console.print(
-            f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are "
-            "not quite those of the run",
-            highlight=False,
-            soft_wrap=True,
-        )
+        f"KL(base + adapter || written file) is {report.divergence:.1e} nats a token on {text}; "
+        f"KL(base + adapter || base) is {report.divergence_effect:.1e}",
+    ]
+    if rounding == "nearest" and (warning := _loss_warning(report.layers, report.dtype)):
+        lines.append(warning)
+    lines += [
+        f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are not "
+        "quite those of the run"
+        for quant in sorted({known["quant"] for known in facts if known.get("quant")})
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_text(tokenizers: set[str | None]) -> tuple[list[int] | None, str]:
+    """The token ids of `_PROMPTS`, and what they are; None where the adapters do not say which tokenizer they use."""
+    from rwkv_miss.data.tokenizers import load_tokenizer
+    from rwkv_miss.errors import UserError
+
+    [name] = tokenizers if len(tokenizers) == 1 else [None]
+    if name is None:
+        return None, "random tokens (no tokenizer is recorded)"
+    try:
+        tokenizer = load_tokenizer(name)
+    except UserError:
+        return None, f"random tokens (the tokenizer {name} is not there)"
+    return tokenizer.encode("\n\n".join(_PROMPTS)), f"{len(_PROMPTS)} prompts"
+
+
+def _loss_warning(layers: Iterable[MergedLayer], dtype: str) -> str | None:
+    """What to say of layers of which the cast drops much; None if there are none."""
+    if not (much := [layer for layer in layers if layer.cast_loss > _MUCH]):
+        return None
+    worst = max(much, key=lambda layer: layer.cast_loss)
+    ways = "--dtype fp32" + (", or --rounding stochastic to keep them in the mean" if "bfloat16" in dtype else "")
+    return (
+        f"warning: the cast dropped more than {_MUCH:.0%} of the update of {len(much)} layers, most of {worst.name} "
+        f"({worst.cast_loss:.0%}): their updates are smaller than the dtype's steps; merge with {ways}"
+    )
