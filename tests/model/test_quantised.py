@@ -106,6 +106,7 @@ def test_models_compute_with_the_dequantised_weights(either_base, format, dtype,
     tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
     results = []
     for m in (model, plain):
+        torch.manual_seed(0)  # some methods begin with random matrices
         trained = trained_parameters(inject(m, AdapterConfig(method, r=4)))
         rng = torch.Generator().manual_seed(2)
         for p in trained.values():
