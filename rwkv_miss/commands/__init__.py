@@ -24,8 +24,8 @@ from rwkv_miss.commands import (
 COMMANDS: dict[str, Callable[..., int]] = {
     "init": init.run,
     "data binidx": data_binidx.run,
-    "plan": plan.run,
     "train": train.run,
+    "plan": plan.run,
     "report": report.run,
     "merge": merge.run,
     "convert": convert.run,

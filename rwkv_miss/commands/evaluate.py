@@ -15,8 +15,9 @@ def run(config: EvalConfig) -> int:
     from rwkv_miss.evaluate import evaluate, perplexity
     from rwkv_miss.progress import show_progress
 
-    model = load(config.model, config.adapter, config.dtype, config.quant, config.quant_skip)
-    base = load(config.forgetting, None, config.dtype) if config.forgetting else None
+    form = config.dtype, config.quant, config.quant_skip
+    model = load(config.model, config.adapter, *form)
+    base = load(config.forgetting, None, *form) if config.forgetting else None
     found = evaluate(model, config, show_progress, base)
     if config.json:
         print(json.dumps(found.figures()))

@@ -16,8 +16,6 @@ from rwkv_miss.planning.memory import Memory, memory
 from rwkv_miss.planning.shapes import Base, find_base
 
 _UNITS = {"": 2**30, "gb": 2**30, "gib": 2**30, "g": 2**30, "mb": 2**20, "mib": 2**20, "m": 2**20}
-# More rows than anyone runs at once.
-_TOO_MANY = 4097
 
 
 def parse_bytes(text: str) -> float:
@@ -38,18 +36,15 @@ def largest_batch(base: Base, config: PlanConfig, limit: float) -> int:
     def takes(batch: int) -> float:
         return memory(base, replace(config, batch_size=batch)).device
 
-    least, most = 1, _TOO_MANY
-    bytes_of_least, bytes_of_most = takes(least), takes(most)
-    if bytes_of_least > limit:
+    if (found := takes(1)) > limit:
         return 0
+    each = max(takes(2) - found, 1)
+    least, most, guess = 1, 2**30, 1
     while most - least > 1:
-        # The memory grows almost in proportion to the rows: the line through the two is soon right.
-        share = (limit - bytes_of_least) / (bytes_of_most - bytes_of_least)
-        guess = min(max(least + int(share * (most - least)), least + 1), most - 1)
-        if (found := takes(guess)) <= limit:
-            least, bytes_of_least = guess, found
-        else:
-            most, bytes_of_most = guess, found
+        # The memory grows almost in proportion to the rows, so that this is soon right.
+        guess = min(max(guess + int((limit - found) // each), least + 1), 64 * least, most - 1)
+        found = takes(guess)
+        least, most = (guess, most) if found <= limit else (least, guess)
     return least
 
 

@@ -20,35 +20,36 @@ def planned(capsys, *arguments: str) -> dict:
 
 def test_what_is_printed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    assert main([*SMALL, "--gpu_memory=24GB"]) == 0
+    assert main([*SMALL, "--gpu_memory=2GB", "--batch_size=1"]) == 0
     out = capsys.readouterr().out
-    for part in ("weights, frozen", "optimizer state", "activations", "logits", "each GPU", "fits into 24GB"):
+    for part in ("weights, frozen", "optimizer state", "activations", "logits", "each GPU", "fits into 2GB"):
         assert part in out
     assert main([*SMALL, "--wkv_backend=cpu"]) == 0
     assert "each process" in capsys.readouterr().out
 
 
 def test_the_largest_batch_is_the_largest(capsys):
-    found = planned(capsys, "--gpu_memory=2GB")
+    found = planned(capsys, "--gpu_memory=1.5GB")
     for batch_size, fits in ((found["batch_size"], True), (found["batch_size"] + 1, False)):
-        assert (planned(capsys, f"--batch_size={batch_size}")["device"] <= 2 * 2**30) == fits
+        assert (planned(capsys, f"--batch_size={batch_size}")["device"] <= 1.5 * 2**30) == fits
 
 
 def test_a_smaller_micro_batch_has_the_same_rows(capsys):
-    found = planned(capsys, "--gpu_memory=2GB", "--batch_size=64", "--accumulate=3")
+    found = planned(capsys, "--gpu_memory=1.2GB", "--batch_size=64", "--accumulate=3")
     said = found["lines"][-1].split("--batch_size ")[1].split()
     batch_size, accumulate = int(said[0]), int(said[2])
     assert batch_size <= found["batch_size"] < 64 and batch_size * accumulate == 192
 
 
+@pytest.mark.slow
 def test_what_to_change_where_no_batch_fits(capsys):
-    found = planned(capsys, "--gpu_memory=1.2GB", "--ctx_len=8192", "--precision=fp32")
+    found = planned(capsys, "--gpu_memory=1.5GB", "--ctx_len=4096", "--precision=fp32")
     assert found["batch_size"] == 0
-    *_, title, first, second, third, fourth = found["lines"]
-    assert "does not fit into 1.2GB with any batch_size" in title
-    sizes = [float(line.split(": ")[1].split()[0]) for line in (first, second, third, fourth)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 1.2 < sizes[-2]
+    title = next(line for line in found["lines"] if "does not fit into 1.5GB with any batch_size" in line)
+    first, second, *rest = found["lines"][found["lines"].index(title) + 1 :]
     assert first.startswith("  batch_size 1, accumulate 8: ") and second.startswith("  precision bf16: ")
+    sizes = [float(line.split(": ")[1].split()[0]) for line in (first, second, *rest)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= 1.5 < sizes[-2]
 
 
 def test_a_file_and_its_model_by_name_are_the_same(capsys, make_base):

@@ -28,6 +28,7 @@ def test_there_are_presets():
     assert len(PRESETS) >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_fits_into_the_memory_that_it_names(path):
     said = re.match(r"# RWKV-(\d) (\S+) in (\d+ GB): ", path.read_text())

@@ -15,6 +15,7 @@ from rwkv_miss import load_model, merge
 from rwkv_miss.adapters.files import read_facts
 from rwkv_miss.adapters.method import METHODS
 from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.cli import main
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model import quantised
@@ -71,6 +72,7 @@ def test_methods_train_resume_and_merge_under_zero_2(any_base, data, tmp_path):
     code = "import json, sys; from rwkv_miss.cli import main; sys.exit(any([main(x) for x in json.loads(sys.argv[1])]))"
     done = run_process([sys.executable, "-c", code, json.dumps(commands)], timeout=200)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the adapter was trained on the base in nf4") == len(TRAINED)
     for out, values in expected.items():
         assert losses(out) == pytest.approx(values, rel=2e-5) and Path(out, "merged.pth").is_file()
 
@@ -87,6 +89,17 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path, strategy, quant
     assert losses(two.out) == pytest.approx(losses(one.out), rel=2e-5)
     for name, tensor in adapter(two.out).items():
         torch.testing.assert_close(tensor, adapter(one.out)[name], rtol=2e-3, atol=5e-5)
+
+
+def test_eval_computes_what_the_run_did(any_base, data, tmp_path, capsys):
+    config = quantised_config(any_base, data, tmp_path, val_data=str(data), precision="fp32", ctx_len=192)
+    best = quiet_train(config).best_val_loss
+    found = {}
+    for quant in ("none", "nf4"):
+        options = [f"--model={any_base}", f"--adapter={config.out}", f"--data={data}", "--tokenizer=bytes"]
+        assert main(["eval", *options, f"--quant={quant}", "--ctx_len=192", "--json"]) == 0
+        found[quant] = json.loads(capsys.readouterr().out)["loss"]
+    assert found["nf4"] == pytest.approx(best, rel=1e-5) != pytest.approx(found["none"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
