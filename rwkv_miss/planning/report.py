@@ -11,6 +11,7 @@ from rwkv_miss.planning.fit import changes, largest_batch, parse_bytes
 from rwkv_miss.planning.memory import Row, memory
 from rwkv_miss.planning.shapes import find_base
 from rwkv_miss.training.objective import OBJECTIVES
+from rwkv_miss.training.prepare import with_adapters_settings
 
 
 @dataclass
@@ -36,11 +37,13 @@ def plan(config: PlanConfig) -> Planned:
     """
     if found := value_problems(config) + value_problems(config.adapter, "adapter."):
         raise UserError("; ".join(found))
-    found = config.problems() + config.adapter.problems() + method.problems(config.adapter, config)
+    found = config.problems() + config.adapter.problems()
+    found += method.problems(config.adapter, None if config.adapter_from else config)
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:
         raise UserError("; ".join(found))
+    config = with_adapters_settings(config)
     limit = parse_bytes(config.gpu_memory) if config.gpu_memory else None
     base = find_base(config)
     needed = memory(base, config)

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rwkv_miss.adapters.files import read_adapter
+from rwkv_miss.adapters.method import problems
 from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
@@ -25,6 +28,8 @@ from rwkv_miss.model.versions import MODELS
 from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training.checks import is_first_process
 from rwkv_miss.training.objective import Objective, find_objective
+
+_C = TypeVar("_C", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,20 @@ class Prepared:
         if self.val_rows is None:
             return False
         return step % (self.val_every or self.steps_an_epoch) == 0 or step == self.total_steps
+
+
+def with_adapters_settings(config: _C) -> _C:
+    """The settings of a run, with those of `adapter_from`'s folder as its adapter's.
+
+    Raises:
+        UserError: the folder cannot be read, or its methods have no use for a setting of the run.
+    """
+    if config.adapter_from is None:
+        return config
+    config = replace(config, adapter=read_adapter(config.adapter_from).config)
+    if found := problems(config.adapter, config):
+        raise UserError(f"{config.adapter_from}: {'; '.join(found)}")
+    return config
 
 
 def prepare(config: TrainConfig) -> Prepared:

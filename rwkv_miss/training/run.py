@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 import rwkv_miss
-from rwkv_miss.adapters.files import load_adapter, read_adapter, read_facts
+from rwkv_miss.adapters.files import load_adapter, read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
-from rwkv_miss.adapters.method import problems
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
@@ -29,7 +27,7 @@ from rwkv_miss.training import moving, strategies
 from rwkv_miss.training.checks import OURS, Resume, as_yaml, written_by_runs
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
-from rwkv_miss.training.prepare import Prepared, prepare
+from rwkv_miss.training.prepare import Prepared, prepare, with_adapters_settings
 from rwkv_miss.training.progress import TrainingDisplay
 from rwkv_miss.training.record import Record
 from rwkv_miss.training.reporting import Reporter
@@ -46,10 +44,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
         resume: where to go on, if the run does.
     """
     out, settings = Path(config.out), config
-    if config.adapter_from is not None:
-        config = replace(config, adapter=read_adapter(config.adapter_from).config)
-        if found := problems(config.adapter, config):
-            raise UserError(f"{config.adapter_from}: {'; '.join(found)}")
+    config = with_adapters_settings(config)
     prepared = prepare(config)
     if resume and resume.step >= prepared.total_steps and not validation_is_pending(out, resume.step, prepared):
         return _done_already(out, resume.step, prepared.total_steps, console)

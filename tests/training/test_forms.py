@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
+from rwkv_miss.config import PlanConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.planning.report import plan
 from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
 FORMS = {
@@ -90,6 +92,8 @@ def test_a_folder_of_pefts_trains_on_and_resumes_and_merges(base, data, tmp_path
     with torch.no_grad():
         adapted = load_adapter(load_model(base), config.out).eval()(TOKENS)[0]
         torch.testing.assert_close(opened(TOKENS)[0], adapted, rtol=0, atol=2e-5)
+    planned = plan(PlanConfig(base=str(base), adapter_from=config.adapter_from))
+    assert planned.trained == sum(tensor.numel() for tensor in adapter(config.out).values())
     # A run that hardly moves ends where the folder is.
     quiet_train(replace(straight, lr=1e-9, max_steps=1, overwrite=True))
     for key, tensor in peft.get_peft_model_state_dict(theirs).items():
