@@ -85,6 +85,11 @@ class MergeReport:
     divergence: float
     divergence_effect: float
 
+    def dropped(self, share: float) -> list[MergedLayer]:
+        """The layers of which the cast dropped more than this share of the update, the worst first."""
+        found = [layer for layer in self.layers if layer.cast_loss > share]
+        return sorted(found, key=lambda layer: layer.cast_loss, reverse=True)
+
     def kinds(self) -> dict[str, list[MergedLayer]]:
         """The layers, grouped by their names without the block's number: all `att.key` together, and so on."""
         found: dict[str, list[MergedLayer]] = {}

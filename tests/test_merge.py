@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
-from rwkv_miss.__main__ import main
 from rwkv_miss.adapters import miss
 from rwkv_miss.checkpoint import read_checkpoint
+from rwkv_miss.cli import main
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export import pth
 from tests.helpers import adapters

@@ -249,7 +249,7 @@ def _find_peft(peft: dict[str, Any], recorded: str | None, file: str) -> str:
     if readers := [name for name, method in methods.items() if method.reads(peft)]:
         return recorded if recorded in readers else readers[0]
     types = dict.fromkeys(method.peft_type for method in methods.values())
-    if peft.get("peft_type") not in types:
+    if str(peft.get("peft_type")) not in types:
         raise UserError(f"{file}: peft_type is {peft.get('peft_type')!r}; only {', '.join(types)} adapters can be read")
     said = [f"{name} is {v!r:.40}" for name, v in peft.items() if isinstance(v, str) and name not in _NO_SETTINGS]
     raise UserError(f"{file}: there is no form of {peft['peft_type']} with these settings: {', '.join(said)}")

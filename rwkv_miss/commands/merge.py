@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
 from rwkv_miss.config import Rounding
-
-if TYPE_CHECKING:
-    from rwkv_miss.merging import MergedLayer
 
 # A share of an update that is worth a warning where the cast drops more of it.
 _MUCH = 0.1
@@ -67,8 +61,12 @@ def run(
         f"KL(base + adapter || written file) is {report.divergence:.1e} nats a token on {text}; "
         f"KL(base + adapter || base) is {report.divergence_effect:.1e}",
     ]
-    if rounding == "nearest" and (warning := _loss_warning(report.layers, report.dtype)):
-        lines.append(warning)
+    if rounding == "nearest" and (much := report.dropped(_MUCH)):
+        ways = "--dtype fp32" + (", or --rounding stochastic to keep them in the mean" if "bf" in report.dtype else "")
+        lines.append(
+            f"warning: the cast dropped more than {_MUCH:.0%} of the update of {len(much)} layers, most of "
+            f"{much[0].name} ({much[0].cast_loss:.0%}): updates smaller than the dtype's steps; merge with {ways}"
+        )
     lines += [
         f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are not "
         "quite those of the run"
@@ -92,15 +90,3 @@ def _check_text(tokenizers: set[str | None]) -> tuple[list[int] | None, str]:
     except UserError:
         return None, f"random tokens (the tokenizer {name} is not there)"
     return tokenizer.encode("\n\n".join(_PROMPTS)), f"{len(_PROMPTS)} prompts"
-
-
-def _loss_warning(layers: Iterable[MergedLayer], dtype: str) -> str | None:
-    """What to say of layers of which the cast drops much; None if there are none."""
-    if not (much := [layer for layer in layers if layer.cast_loss > _MUCH]):
-        return None
-    worst = max(much, key=lambda layer: layer.cast_loss)
-    ways = "--dtype fp32" + (", or --rounding stochastic to keep them in the mean" if "bfloat16" in dtype else "")
-    return (
-        f"warning: the cast dropped more than {_MUCH:.0%} of the update of {len(much)} layers, most of {worst.name} "
-        f"({worst.cast_loss:.0%}): their updates are smaller than the dtype's steps; merge with {ways}"
-    )
