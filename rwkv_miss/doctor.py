@@ -29,6 +29,7 @@ _LIBRARIES = ("lightning", "deepspeed", "bitsandbytes", "cuda-bindings", "fla-co
 # The head size of every RWKV-6 and RWKV-7 that BlinkDL has released.
 _HEAD_SIZE = 64
 _FORMATS = [quant for quant in QUANTS if quant != "none"]
+_WITH_MODULES = " with modules_to_save"
 # The dtypes that a model runs in.
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -97,7 +98,7 @@ def combinations() -> list[tuple[str, str]]:
     """For each way to share the work, what can be trained in it, by the checks that a run makes of its settings."""
     names = ["+".join(names) for count in (1, 2) for names in some_of(METHODS, count)]
     adapters = {name: AdapterConfig(name) for name in names}
-    adapters |= {f"{name} with modules_to_save": AdapterConfig(name, modules_to_save=["ln"]) for name in names}
+    adapters |= {name + _WITH_MODULES: AdapterConfig(name, modules_to_save=["ln"]) for name in names}
     has_deepspeed, has_bitsandbytes = (importlib.util.find_spec(x) is not None for x in ("deepspeed", "bitsandbytes"))
     found = []
     for strategy, offload, quants in product(STRATEGIES, OFFLOADS, (["none"], _FORMATS)):
@@ -113,6 +114,22 @@ def combinations() -> list[tuple[str, str]]:
         chosen = {"strategy": strategy, "offload": offload, "quant": " or ".join(quants)}
         found.append((", ".join(f"{name} {value}" for name, value in chosen.items() if value != "none"), works))
     return [*found, ("precision", "bf16, fp32 (fp16 is for files)")]
+
+
+def shortened(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Lines of a diagnosis for people: ways that train the same share a line, and each name is said once."""
+    ways: dict[str, list[str]] = {}
+    for way, works in lines:
+        if way.startswith("strategy "):
+            ways.setdefault(works, []).append(way)
+    found = [line for line in lines if not line[0].startswith("strategy ")]
+    for works, alike in ways.items():
+        names = works.split(", ")
+        if alone := [name for name in names if name + _WITH_MODULES in names]:
+            rest = [name for name in names if name not in alone and not name.endswith(_WITH_MODULES)]
+            works = f"{', '.join(alone)}, each also{_WITH_MODULES}" + (f"; {', '.join(rest)}" if rest else "")
+        found += [("can be trained", works), ("  by", "; ".join(alike))]
+    return found
 
 
 def _combine(adapter: AdapterConfig, config: TrainConfig) -> bool:

@@ -41,6 +41,11 @@ def test_what_combines_is_what_the_checks_let_through(capsys, monkeypatch):
     frozen = ", ".join(name for name in trained.split(", ") if "full" not in name)
     expected |= {f"strategy {way}, quant int8 or nf4": frozen for way in ways if "all" not in way}
     assert dict(doctor.combinations()) == expected | {"precision": "bf16, fp32 (fp16 is for files)"}
+    said = dict(doctor.shortened([line for line in doctor.combinations() if "quant" not in line[0]]))
+    assert (
+        said["can be trained"] == ", ".join(n for n in names if n != "full") + ", each also with modules_to_save; full"
+    )
+    assert said["  by"].split("; ") == [f"strategy {way}" for way in ways]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     assert dict(doctor.combinations())["strategy ddp, quant int8 or nf4"] == "no: bitsandbytes is not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -9,14 +9,13 @@ def run(json: bool = False) -> int:
     Args:
         json: Print one JSON object instead of text.
     """
-    from rwkv_miss.doctor import diagnose
+    from rwkv_miss.doctor import diagnose, shortened
 
     diagnosis = diagnose()
     if json:
         facts = {"chosen": diagnosis.chosen, "is_native": diagnosis.is_native, "found": dict(diagnosis.found)}
         print(json_format.dumps(facts))
     else:
-        for name, text in diagnosis.found:
-            print(f"{name:<45} {text}")
-        print(f"{'auto takes':<45} {diagnosis.chosen}")
+        for name, text in [*shortened(diagnosis.found), ("auto takes", diagnosis.chosen)]:
+            print(f"{name:<15} {text}")
     return 0 if diagnosis.is_native else 1
