@@ -100,13 +100,18 @@ def combinations() -> list[tuple[str, str]]:
     adapters = {name: AdapterConfig(name) for name in names}
     adapters |= {name + _WITH_MODULES: AdapterConfig(name, modules_to_save=["ln"]) for name in names}
     has_deepspeed, has_bitsandbytes = (importlib.util.find_spec(x) is not None for x in ("deepspeed", "bitsandbytes"))
+    planned = {quant: {name for name, x in adapters.items() if _is_possible(x, quant)} for quant in QUANTS}
     found = []
     for strategy, offload, quants in product(STRATEGIES, OFFLOADS, (["none"], _FORMATS)):
         way = {"strategy": strategy, "offload": offload}
         configs = [TrainConfig(base="", data="", tokenizer="", out=".", quant=quant, **way) for quant in quants]
         if any(config.problems() for config in configs):
             continue
-        works = ", ".join(name for name, x in adapters.items() if all(_combine(x, config) for config in configs))
+        works = ", ".join(
+            name
+            for name, x in adapters.items()
+            if all(name in planned[config.quant] and not problems(x, config) for config in configs)
+        )
         if strategy.startswith("deepspeed") and not has_deepspeed:
             works = "no: deepspeed is not installed"
         elif quants == _FORMATS and not has_bitsandbytes:
@@ -132,15 +137,16 @@ def shortened(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def _combine(adapter: AdapterConfig, config: TrainConfig) -> bool:
+def _is_possible(adapter: AdapterConfig, quant: str) -> bool:
+    """Whether it can be trained on a base that is quantised so, whatever the strategy."""
     sizes = new_config(7, n_layer=1, n_embd=64, vocab_size=256)
     try:
         plan = make_plan(adapter, sizes, parameter_shapes(sizes))
-        if config.quant != "none":
-            refuse_training(plan.whole, quantised_linears(sizes, config.quant, config.quant_skip))
+        if quant != "none":
+            refuse_training(plan.whole, quantised_linears(sizes, quant, None))
     except UserError:
         return False
-    return not adapter.problems() + problems(adapter, config)
+    return not adapter.problems()
 
 
 def _quant_works(quant: str, device: torch.device) -> str:

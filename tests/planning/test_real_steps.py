@@ -158,6 +158,7 @@ def parts(**settings) -> dict[str, tuple[float, float]]:
     return {name: sizes for name, *sizes in memory(find_base(config), config).rows}
 
 
+@pytest.mark.slow
 def test_what_each_strategy_shares():
     full = {"adapter": AdapterConfig(method="full"), "gradient_checkpointing": True}
     alone = parts(**full)
@@ -187,11 +188,11 @@ def test_accumulated_gradients_stay():
 
 @pytest.mark.parametrize(("version", "name"), [(version, name) for version, names in SHAPES.items() for name in names])
 def test_a_released_model_has_the_size_that_it_is_called(version, name):
-    """Names cut digits off (0.19 is 0.1b), but for one that rounds up."""
+    """Names cut digits off (0.19 is 0.1b), but for two that are rounded."""
     parameters = sum(x.numel() for x in find_base(PlanConfig(shape=name, version=version)).tensors.values()) / 1e9
     digits = 10 ** len(name.removesuffix("b").partition(".")[2])
     called = float(name.removesuffix("b"))
-    assert int(parameters * digits) / digits == called or parameters == pytest.approx(called, rel=0.005)
+    assert int(parameters * digits) / digits == called or parameters == pytest.approx(called, rel=0.025)
 
 
 @pytest.mark.parametrize(("version", "shape", "paper"), [(7, "3b", 47.2), (6, "7b", 88.1)])
