@@ -25,15 +25,16 @@ def computed_ahead(
     sizes: Mapping[str, int], compute: Callable[[str, Tensor], Tensor]
 ) -> Iterator[Callable[[str], Tensor]]:
     """In the context, a function that returns `compute` of each name, to be called in the names' order. While the
-    caller uses one result, a thread computes those that come next, as many as fit beside it into one buffer of the
-    largest's size. (Blocks of memory that come and go cost page faults and leave holes in the heap.)
+    caller uses one result, two threads compute those that come next, as many as fit beside it into one buffer, which
+    holds the largest and one of the next size. (Blocks of memory that come and go cost page faults and leave holes in
+    the heap.)
 
     Args:
         sizes: the bytes of each name's result.
         compute: called with a name and uint8 memory of that size, in which it puts its result. What it raises is
             raised where the result is asked for.
     """
-    buffer = torch.empty(max(map(_padded, sizes.values())), dtype=torch.uint8)
+    buffer = torch.empty(sum(sorted(set(map(_padded, sizes.values())))[-2:]), dtype=torch.uint8)
     to_start, to_return = deque(sizes), deque(sizes)
     results: deque[_Result] = deque()  # the one that the caller uses, and those behind it
 
@@ -46,7 +47,7 @@ def computed_ahead(
             else:
                 return
             name = to_start.popleft()
-            future = thread.submit(compute, name, buffer[at : at + sizes[name]])
+            future = threads.submit(compute, name, buffer[at : at + sizes[name]])
             results.append(_Result(at, at + length, future))
 
     def result(name: str) -> Tensor:
@@ -56,11 +57,11 @@ def computed_ahead(
         start_all_that_fit()
         return results[0].future.result()
 
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(2) as threads:
         try:
             yield result
         finally:
-            thread.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
 
 
 def _padded(nbytes: int) -> int:

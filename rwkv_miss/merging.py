@@ -259,7 +259,7 @@ def _write(
         if mine := [p for p in parts if path in p.plan.linears or name in p.plan.whole]:
             label = path if any(path in p.plan.linears for p in mine) else name
             W = base.get(name, torch.zeros(()).expand(spec.shape))
-            layers[label], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out, rounding)
+            layers[name], is_finite = _write_rows(label, _pieces(W, name, mine, kind, reader), out, rounding)
         else:
             if spec.dtype == base[name].dtype:
                 reader.read(base[name], out)
@@ -285,7 +285,7 @@ def _write(
     sizes_in_bytes = {name: s.shape.numel() * s.dtype.itemsize for name, s in specs.items()}
     with plain_reads(base.values()) as reader, computed_ahead(sizes_in_bytes, compute) as computed:
         target.write(part, Weights(sizes, specs, written_next))
-    return list(layers.values()), checksums
+    return [layers[name] for name in specs if name in layers], checksums
 
 
 def _read_back(
