@@ -26,7 +26,7 @@ from rwkv_miss.model.versions import MODELS
 
 # Weights that are quantised or dequantised at a time: fp32 copies of them are made. On a CPU larger ones leave holes in
 # the heap, which then grows with the number of linears (glibc); on a GPU smaller ones would take longer to launch.
-_PIECES = {"cpu": 2**18, "cuda": 2**22}
+_PIECE_ON_CPU, _PIECE = 2**18, 2**22
 # Weights of a block in NF4. A row whose number is a multiple of it begins a block, whatever the rows' length.
 _BLOCK = 64
 
@@ -205,7 +205,8 @@ def unusable(format: str, dtype: torch.dtype, device: torch.device) -> str | Non
 
 def _rows_of_piece(in_features: int, device: torch.device) -> int:
     """How many rows are handled at a time: a multiple of `_BLOCK`, so that no block lies in two pieces."""
-    return max(1, _PIECES[device.type] // in_features // _BLOCK) * _BLOCK
+    weights = _PIECE_ON_CPU if device.type == "cpu" else _PIECE  # the meta device stands for a GPU
+    return max(1, weights // in_features // _BLOCK) * _BLOCK
 
 
 @cache
