@@ -25,7 +25,7 @@ def computed_ahead(
     sizes: Mapping[str, int], compute: Callable[[str, Tensor], Tensor]
 ) -> Iterator[Callable[[str], Tensor]]:
     """In the context, a function that returns `compute` of each name, to be called in the names' order. While the
-    caller uses one result, two threads compute those that come next, as many as fit beside it into one buffer, which
+    caller uses one result, a thread computes those that come next, as many as fit beside it into one buffer, which
     holds the largest and one of the next size. (Blocks of memory that come and go cost page faults and leave holes in
     the heap.)
 
@@ -47,7 +47,7 @@ def computed_ahead(
             else:
                 return
             name = to_start.popleft()
-            future = threads.submit(compute, name, buffer[at : at + sizes[name]])
+            future = thread.submit(compute, name, buffer[at : at + sizes[name]])
             results.append(_Result(at, at + length, future))
 
     def result(name: str) -> Tensor:
@@ -57,11 +57,11 @@ def computed_ahead(
         start_all_that_fit()
         return results[0].future.result()
 
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(1) as thread:
         try:
             yield result
         finally:
-            threads.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=True)
 
 
 def _padded(nbytes: int) -> int:

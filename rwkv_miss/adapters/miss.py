@@ -172,8 +172,12 @@ class Miss(LinearMethod):
 
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         D = tensors["miss_block"].float()
-        outputs = torch.arange(start, start + len(W), device=D.device) % D.shape[1]
-        return delta_weight(D[:, outputs], W.shape[1])
+        stop = start + len(W)
+        if stop <= D.shape[1]:
+            columns = D[:, start:stop]  # without a copy: a merge asks for few rows at a time
+        else:
+            columns = D[:, torch.arange(start, stop, device=D.device) % D.shape[1]]
+        return delta_weight(columns, W.shape[1])
 
     def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
         D = tensors["miss_block"].float()
