@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations as some_of
@@ -16,7 +17,7 @@ import torch
 
 from rwkv_miss.adapters.method import METHODS, problems
 from rwkv_miss.adapters.plan import make_plan
-from rwkv_miss.config import OFFLOADS, QUANTS, STRATEGIES, AdapterConfig, TrainConfig
+from rwkv_miss.config import OFFLOADS, QUANTS, STRATEGIES, AdapterConfig, ModelConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import cache_folder
 from rwkv_miss.model.init import new_config
@@ -100,7 +101,11 @@ def combinations() -> list[tuple[str, str]]:
     adapters = {name: AdapterConfig(name) for name in names}
     adapters |= {name + _WITH_MODULES: AdapterConfig(name, modules_to_save=["ln"]) for name in names}
     has_deepspeed, has_bitsandbytes = (importlib.util.find_spec(x) is not None for x in ("deepspeed", "bitsandbytes"))
-    planned = {quant: {name for name, x in adapters.items() if _is_possible(x, quant)} for quant in QUANTS}
+    sizes = new_config(7, n_layer=1, n_embd=64, vocab_size=256)
+    shapes = parameter_shapes(sizes)
+    planned = {
+        quant: {name for name, x in adapters.items() if _is_possible(x, quant, sizes, shapes)} for quant in QUANTS
+    }
     found = []
     for strategy, offload, quants in product(STRATEGIES, OFFLOADS, (["none"], _FORMATS)):
         way = {"strategy": strategy, "offload": offload}
@@ -137,11 +142,10 @@ def shortened(lines: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def _is_possible(adapter: AdapterConfig, quant: str) -> bool:
-    """Whether it can be trained on a base that is quantised so, whatever the strategy."""
-    sizes = new_config(7, n_layer=1, n_embd=64, vocab_size=256)
+def _is_possible(adapter: AdapterConfig, quant: str, sizes: ModelConfig, shapes: Mapping[str, torch.Size]) -> bool:
+    """Whether it can be trained on a base of these sizes that is quantised so, whatever the strategy."""
     try:
-        plan = make_plan(adapter, sizes, parameter_shapes(sizes))
+        plan = make_plan(adapter, sizes, shapes)
         if quant != "none":
             refuse_training(plan.whole, quantised_linears(sizes, quant, None))
     except UserError:

@@ -401,6 +401,13 @@ def _write_rows(
     return MergedLayer(name, math.sqrt(delta_squares), loss), is_finite
 
 
+def _base_model(base: Mapping[str, Tensor], base_path: Path, mark: str) -> RWKV:
+    """The base, to which adapters may be added."""
+    model = build_model(base, base_path).eval().requires_grad_(False)
+    model.fingerprint = mark
+    return model
+
+
 def _expected_logits(
     base: Mapping[str, Tensor],
     base_path: Path,
@@ -410,8 +417,7 @@ def _expected_logits(
     tokens: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """The logits of the base, and of base + adapters."""
-    model = build_model(base, base_path).eval().requires_grad_(False)
-    model.fingerprint = mark
+    model = _base_model(base, base_path, mark)
     with plain_reads(base.values()) as reader:
         base_logits = _logits(model, tokens, reader)
         return base_logits, _logits(_with_adapters(model, folders, weights), tokens, reader)
@@ -426,8 +432,7 @@ def _with_state(
     file: Path,
 ) -> RWKV:
     """Base + adapters, with the state in `file` in place of theirs."""
-    model = build_model(base, base_path).eval().requires_grad_(False)
-    model.fingerprint = mark
+    model = _base_model(base, base_path, mark)
     _with_adapters(model, folders, weights)
     for time_mix in model.time_mixes():
         time_mix.time_state = None

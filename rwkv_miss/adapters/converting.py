@@ -14,6 +14,7 @@ import torch
 
 from rwkv_miss.adapters.bat import METHOD as BAT
 from rwkv_miss.adapters.files import AdapterFile, add_adapter, check_fits, peft_method, read_adapter, save_adapter
+from rwkv_miss.adapters.inject import base_shapes
 from rwkv_miss.adapters.method import METHODS, LinearMethod, find_methods, linear_methods, name_of
 from rwkv_miss.adapters.miss import METHOD as MISS
 from rwkv_miss.adapters.plan import Plan
@@ -60,7 +61,7 @@ def convert(
     found = read_old(adapter, origin) if Path(adapter).is_file() else read_adapter(adapter)
     model = load_model(base)
     if to is not None:
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        shapes = base_shapes(model)
         plan = check_fits(found, model.config, shapes, model.fingerprint, adapter)
         found = _as_method(found, plan, {path: shapes[f"{path}.weight"] for path in plan.linears}, to, adapter)
     add_adapter(model, found, adapter)
