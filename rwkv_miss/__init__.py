@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rwkv_miss.adapters.inject import inject
     from rwkv_miss.adapters.several import set_adapter
     from rwkv_miss.config import AdapterConfig, ModelConfig, TrainConfig
-    from rwkv_miss.merging import MergeReport, merge
+    from rwkv_miss.merging.merge import MergeReport, merge
     from rwkv_miss.model.load import load_model
     from rwkv_miss.training.result import TrainResult
     from rwkv_miss.training.start import train
@@ -30,8 +30,8 @@ _HOMES = {
     "set_adapter": "adapters.several",
     "train": "training.start",
     "TrainResult": "training.result",
-    "merge": "merging",
-    "MergeReport": "merging",
+    "merge": "merging.merge",
+    "MergeReport": "merging.merge",
 }
 __all__ = [
     "AdapterConfig",

@@ -21,8 +21,8 @@ MODULES = {
 # The parts of the package from the lowest to the highest: each may import those below it, and itself.
 LAYERS = [
     {"errors"},
-    {"ahead", "config", "files", "progress"},
-    {"plain_reads", "rounding"},
+    {"config", "files", "progress"},
+    {"plain_reads"},
     {"checkpoint", "fingerprints", "ops"},
     {"model"},
     {"adapters"},

@@ -17,7 +17,7 @@ from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.benchmarks.common import Table, resident, threads, write_random_base
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.files import flush
-from rwkv_miss.merging import merge
+from rwkv_miss.merging.merge import merge
 from rwkv_miss.model.load import load_model
 
 SIZES = {"0.2B": (12, 768), "0.5B": (24, 1024), "1.5B": (24, 2048)}

@@ -18,7 +18,7 @@ from rwkv_miss.benchmarks.common import Table, threads
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, read_safetensors, write_pth
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.merging import merge
+from rwkv_miss.merging.merge import merge
 from rwkv_miss.model.init import init_weights, new_config
 from rwkv_miss.model.load import load_model
 

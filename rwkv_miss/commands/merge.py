@@ -40,7 +40,7 @@ def run(
             down by chance, so that updates far smaller than bf16's steps are kept in the mean instead of lost.
     """
     from rwkv_miss.adapters.files import adapter_folder, read_facts
-    from rwkv_miss.merging import merge
+    from rwkv_miss.merging.merge import merge
     from rwkv_miss.progress import show_progress
 
     folders = [adapter] if isinstance(adapter, str) else adapter

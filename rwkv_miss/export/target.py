@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rwkv_miss.checkpoint import TensorSpec
@@ -18,13 +19,22 @@ class Weights:
 
     sizes: the model's sizes.
     specs: every tensor's shape and dtype by its key in BlinkDL's layout, in the order of the file to write.
-    compute: key -> the tensor that its spec describes. It is called once for each key, in that order, and what it
-        returned before may be overwritten by the next call.
+    pieces: key -> some rows after the other of the tensor that its spec describes, contiguous. It is called once for
+        each key, in that order, and what it gave before may be overwritten when the next is asked for.
     """
 
     sizes: ModelConfig
     specs: Mapping[str, TensorSpec]
-    compute: Callable[[str], Tensor]
+    pieces: Callable[[str], Iterable[Tensor]]
+
+    def compute(self, key: str) -> Tensor:
+        """The whole tensor, for formats that are written so; called in place of `pieces`."""
+        spec = self.specs[key]
+        out, at = torch.empty(spec.shape.numel(), dtype=spec.dtype), 0
+        for piece in self.pieces(key):
+            out[at : at + piece.numel()] = piece.flatten()
+            at += piece.numel()
+        return out.view(spec.shape)
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,8 @@ class Target:
     suffix: what the names of such files end in.
     write: (path, weights): writes the file, one tensor at a time. Raises OSError if it cannot be written, UserError if
         the format cannot hold the model.
-    read: path -> the tensors of such a file by their keys in BlinkDL's layout, equal to those that `Weights.compute`
-        made: a file is verified by reading it back.
+    read: path -> the tensors of such a file by their keys in BlinkDL's layout, equal to those of `Weights`: a file is
+        verified by reading it back.
     """
 
     suffix: str

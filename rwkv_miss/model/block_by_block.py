@@ -57,8 +57,10 @@ def logits_block_by_block(model: RWKV, tokens: Tensor, reader: Reader) -> Tensor
         for hook in hooks:
             hook.remove()
     head = model.head.weight
-    pieces = [head] if head.requires_grad else map(reader.read, head.split(_ROWS))
-    return torch.cat([F.linear(hidden, rows) for rows in pieces], -1)
+    if head.requires_grad:
+        return F.linear(hidden, head)
+    part = torch.empty_like(head[:_ROWS])
+    return torch.cat([F.linear(hidden, reader.read(rows, part[: len(rows)])) for rows in head.split(_ROWS)], -1)
 
 
 def _size(p: Tensor) -> int:

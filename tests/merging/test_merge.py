@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,10 @@ from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.cli import main
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export import pth
+from rwkv_miss.merging import sums
 from tests.helpers import adapters
 from tests.processes import run_process
 
-# The module rwkv_miss.merging.
-MODULE = sys.modules[merge.__module__]
 WEIGHTS = "adapter_model.safetensors"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -71,6 +71,13 @@ def assert_same(path: Path, expected: dict[str, torch.Tensor]) -> None:
     for name, tensor in merged.items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
         assert tensor.is_contiguous()
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch) -> None:
+    """A small base is merged in as many pieces as a large one."""
+    monkeypatch.setattr(sys.modules[merge.__module__], "_CHUNK", 2000)
+    monkeypatch.setattr(sums, "_PIECE", 100)
 
 
 @pytest.fixture
@@ -245,7 +252,7 @@ def test_a_state_in_the_wrong_layout_is_found(random_weights6, tmp_path, monkeyp
     base = tmp_path / "base.pth"
     torch.save(random_weights6, base)
     folder = make_trained(base, tmp_path / "adapter", AdapterConfig("state"))
-    monkeypatch.setattr(MODULE, "file_layout", lambda state, kind: state)
+    monkeypatch.setattr(sums, "file_layout", lambda state, kind: state)
     with pytest.raises(RunError, match="nothing was written"):
         merge(base, folder, tmp_path / "out.pth", state_only=state_only)
     assert not (tmp_path / "out.pth").exists()
@@ -537,14 +544,15 @@ def test_a_delta_that_was_left_out_is_found(make_base, tmp_path, monkeypatch, st
 
 def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
     """The bytes of one weight are changed between writing and renaming."""
-    write = pth.write_pth
+    write = pth.write_pth_in_pieces
 
-    def corrupting(path: Path, specs, compute) -> None:
+    def corrupting(path: Path, specs, pieces) -> None:
         written = {}
 
-        def kept(name: str) -> torch.Tensor:
-            written[name] = compute(name).clone()
-            return written[name]
+        def kept(name: str) -> Iterator[torch.Tensor]:
+            for piece in pieces(name):
+                written[name] = piece.clone()
+                yield piece
 
         write(path, specs, kept)
         data = bytearray(path.read_bytes())
@@ -552,7 +560,7 @@ def test_a_corrupted_file_is_found(base, folder, tmp_path, out, monkeypatch):
         data[at : at + 4096] = bytes(4096)
         path.write_bytes(data)
 
-    monkeypatch.setattr(pth, "write_pth", corrupting)
+    monkeypatch.setattr(pth, "write_pth_in_pieces", corrupting)
     assert_refused(tmp_path, base, folder, out, "blocks.1.ffn.key.weight was read back changed", error=RunError)
 
 

@@ -7,11 +7,12 @@ import time
 import pytest
 import torch
 
-from rwkv_miss.ahead import computed_ahead
+from rwkv_miss.merging.ahead import computed_ahead
 
 
 @pytest.mark.parametrize("sizes", [[64, 8, 64, 8, 8, 64], [100, 1, 1, 1, 1, 1, 90], [10], [1, 2, 3, 200, 3, 2, 1]])
-def test_no_result_is_overwritten_while_it_is_used(sizes):
+@pytest.mark.parametrize("memory", [0, 300])
+def test_no_result_is_overwritten_while_it_is_used(sizes, memory):
     names = {str(i): size for i, size in enumerate(sizes)}
     computed = []
 
@@ -19,7 +20,7 @@ def test_no_result_is_overwritten_while_it_is_used(sizes):
         computed.append(name)
         return memory.fill_(int(name))
 
-    with computed_ahead(names, compute) as result:
+    with computed_ahead(names, compute, memory) as result:
         for i, size in enumerate(sizes):
             found = result(str(i))
             time.sleep(0.01)  # in which the thread overwrites what it may
@@ -34,7 +35,7 @@ def test_what_fits_beside_a_result_is_computed_while_it_is_used():
         computed.append(name)
         return memory
 
-    with computed_ahead({"a": 64, "b": 64, "c": 256, "d": 64, "e": 64}, compute) as result:
+    with computed_ahead({"a": 64, "b": 64, "c": 256, "d": 64, "e": 64}, compute, 0) as result:
         result("a")
         while len(computed) < 2:
             time.sleep(0.001)
@@ -54,7 +55,7 @@ def test_an_error_is_raised_where_its_result_is_asked_for():
             raise ValueError("b cannot be computed")
         return memory
 
-    with computed_ahead({"a": 64, "b": 64, "c": 64, "d": 512}, compute) as result:
+    with computed_ahead({"a": 64, "b": 64, "c": 64, "d": 512}, compute, 0) as result:
         result("a")
         with pytest.raises(ValueError, match="b cannot"):
             result("b")

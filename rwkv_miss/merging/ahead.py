@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 class _Result(NamedTuple):
@@ -22,19 +24,20 @@ class _Result(NamedTuple):
 
 @contextmanager
 def computed_ahead(
-    sizes: Mapping[str, int], compute: Callable[[str, Tensor], Tensor]
-) -> Iterator[Callable[[str], Tensor]]:
+    sizes: Mapping[_Name, int], compute: Callable[[_Name, Tensor], Tensor], memory: int
+) -> Iterator[Callable[[_Name], Tensor]]:
     """In the context, a function that returns `compute` of each name, to be called in the names' order. While the
-    caller uses one result, a thread computes those that come next, as many as fit beside it into one buffer, which
-    holds the largest and one of the next size. (Blocks of memory that come and go cost page faults and leave holes in
-    the heap.)
+    caller uses one result, a thread computes those that come next, as many as fit beside it into one buffer. (Blocks of
+    memory that come and go cost page faults and leave holes in the heap.)
 
     Args:
         sizes: the bytes of each name's result.
         compute: called with a name and uint8 memory of that size, in which it puts its result. What it raises is
             raised where the result is asked for.
+        memory: bytes of the buffer; it is larger if that is too little for the largest result and one of the next size.
     """
-    buffer = torch.empty(sum(sorted(set(map(_padded, sizes.values())))[-2:]), dtype=torch.uint8)
+    least = sum(sorted(set(map(_padded, sizes.values())))[-2:])
+    buffer = torch.empty(max(least, min(memory, sum(map(_padded, sizes.values())))), dtype=torch.uint8)
     to_start, to_return = deque(sizes), deque(sizes)
     results: deque[_Result] = deque()  # the one that the caller uses, and those behind it
 
@@ -50,7 +53,7 @@ def computed_ahead(
             future = thread.submit(compute, name, buffer[at : at + sizes[name]])
             results.append(_Result(at, at + length, future))
 
-    def result(name: str) -> Tensor:
+    def result(name: _Name) -> Tensor:
         assert name == to_return[0], name
         if to_return.popleft() != next(iter(sizes)):
             results.popleft()

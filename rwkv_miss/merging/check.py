@@ -1,0 +1,137 @@
+"""The check of a merge: what was written is read back, and computes what base + adapter computes."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rwkv_miss.adapters.files import load_adapter
+from rwkv_miss.adapters.several import set_adapter
+from rwkv_miss.checkpoint import TensorSpec
+from rwkv_miss.errors import RunError
+from rwkv_miss.model.base import RWKV
+from rwkv_miss.model.block_by_block import logits_block_by_block
+from rwkv_miss.model.initial_state import load_initial_state
+from rwkv_miss.model.load import build_model
+from rwkv_miss.plain_reads import Reader, plain_reads
+
+# The largest difference allowed between the logits of the merged file and of base + adapter: its root mean square
+# relative to that of the logits. The two round differently, more so in bf16 and fp16.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+
+class Adapted(NamedTuple):
+    """A base file, its fingerprint, and the folders and weights of the adapters that are merged into it."""
+
+    base: Mapping[str, Tensor]
+    path: Path
+    mark: str
+    folders: Sequence[str | os.PathLike]
+    weights: Sequence[float]
+
+
+class Figures(NamedTuple):
+    """The figures of `MergeReport` that the check finds."""
+
+    logits_error: float
+    logits_effect: float
+    divergence: float
+    divergence_effect: float
+
+
+def checksum(tensor: Tensor, reader: Reader, before: int = 0) -> int:
+    """The CRC-32 of a tensor's bytes, and of those `before` it."""
+    for piece in tensor.contiguous().view(-1).view(torch.uint8).split(2**20):
+        before = zlib.crc32(reader.read(piece).numpy().data, before)
+    return before
+
+
+def check_tensors(
+    written: Mapping[str, Tensor],
+    specs: Mapping[str, TensorSpec],
+    checksums: Mapping[str, int],
+    count: Callable[[], None],
+) -> None:
+    """Looks at every byte of the file. RunError if one is not what was written."""
+    with plain_reads(written.values()) as reader, ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda tensor: checksum(tensor, reader), written.values())
+        for (name, tensor), sum_read in zip(written.items(), found, strict=True):
+            if (tensor.shape, tensor.dtype, sum_read) != (specs[name].shape, specs[name].dtype, checksums[name]):
+                raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
+            count()
+
+
+def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The logits of the base, and of base + adapters."""
+    model = _base_model(adapted)
+    with plain_reads(adapted.base.values()) as reader:
+        base_logits = _logits(model, tokens, reader)
+        return base_logits, _logits(_with_adapters(model, adapted), tokens, reader)
+
+
+def written_logits(
+    adapted: Adapted, file: Path, written: Mapping[str, Tensor], state_only: bool, tokens: Sequence[int]
+) -> tuple[Tensor, float]:
+    """The logits of the written model, or of base + adapters with the state in the file in place of theirs; and how far
+    they may be from those of base + adapters."""
+    if state_only:
+        model, tolerance = _with_adapters(_base_model(adapted), adapted), 0.0
+        for time_mix in model.time_mixes():
+            time_mix.time_state = None
+        load_initial_state(model, file)
+    else:
+        model = build_model(written, file).eval().requires_grad_(False)
+        # The coarser of the two files' dtypes says how far rounding may carry them apart.
+        tolerance = max(_TOLERANCE[t.dtype] for tensors in (adapted.base, written) for t in tensors.values())
+    with plain_reads([*adapted.base.values(), *written.values()]) as reader:
+        return _logits(model, tokens, reader), tolerance
+
+
+def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> Figures:
+    """How far the logits are apart; RunError where that is more than rounding."""
+    for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
+        if not torch.isfinite(logits).all():
+            raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")
+    scale = adapted.square().mean().sqrt()
+    error = ((merged - adapted).square().mean().sqrt() / scale).item()
+    effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
+    if not error <= tolerance:  # also if it is NaN, as for logits that are all zero
+        raise RunError(
+            f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
+            f"({tolerance:.0e}); nothing was written"
+        )
+    return Figures(error, effect, _divergence(adapted, merged), _divergence(adapted, base_logits))
+
+
+def _base_model(adapted: Adapted) -> RWKV:
+    """The base, to which adapters may be added."""
+    model = build_model(adapted.base, adapted.path).eval().requires_grad_(False)
+    model.fingerprint = adapted.mark
+    return model
+
+
+def _with_adapters(model: RWKV, adapted: Adapted) -> RWKV:
+    """The base with all the adapters at once."""
+    for i, folder in enumerate(adapted.folders):
+        load_adapter(model, folder, str(i))
+    if list(adapted.weights) == [1]:
+        return model
+    return set_adapter(model, {str(i): w for i, w in enumerate(adapted.weights)})
+
+
+def _logits(model: RWKV, tokens: Sequence[int], reader: Reader) -> Tensor:
+    return logits_block_by_block(model, torch.tensor([tokens]), reader).float()
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) of the distributions with these logits (B, T, V), in nats, the mean over B and T."""
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean().item()
