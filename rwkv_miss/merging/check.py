@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from xxhash import xxh3_64
 
 from rwkv_miss.adapters.files import load_adapter
+from rwkv_miss.adapters.inject import InUse, take_out
 from rwkv_miss.adapters.several import set_adapter
 from rwkv_miss.checkpoint import TensorSpec
 from rwkv_miss.errors import RunError
@@ -47,34 +48,49 @@ class Figures(NamedTuple):
     divergence_effect: float
 
 
-def checksum(tensor: Tensor, reader: Reader, before: int = 0) -> int:
-    """The CRC-32 of a tensor's bytes, and of those `before` it."""
+def add_to_checksum(checksum: xxh3_64, tensor: Tensor, reader: Reader) -> xxh3_64:
+    """The checksum with the tensor's bytes after those that it has seen."""
     for piece in tensor.contiguous().view(-1).view(torch.uint8).split(2**20):
-        before = zlib.crc32(reader.read(piece).numpy().data, before)
-    return before
+        checksum.update(reader.read(piece).numpy().data)
+    return checksum
 
 
 def check_tensors(
     written: Mapping[str, Tensor],
     specs: Mapping[str, TensorSpec],
-    checksums: Mapping[str, int],
+    checksums: Mapping[str, xxh3_64],
     count: Callable[[], None],
 ) -> None:
     """Looks at every byte of the file. RunError if one is not what was written."""
     with plain_reads(written.values()) as reader, ThreadPoolExecutor(2) as threads:
-        found = threads.map(lambda tensor: checksum(tensor, reader), written.values())
-        for (name, tensor), sum_read in zip(written.items(), found, strict=True):
-            if (tensor.shape, tensor.dtype, sum_read) != (specs[name].shape, specs[name].dtype, checksums[name]):
+        found = threads.map(lambda tensor: add_to_checksum(xxh3_64(), tensor, reader), written.values())
+        for (name, tensor), read in zip(written.items(), found, strict=True):
+            is_as_specified = (tensor.shape, tensor.dtype) == (specs[name].shape, specs[name].dtype)
+            if not is_as_specified or read.digest() != checksums[name].digest():
                 raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
             count()
 
 
 def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The logits of the base, and of base + adapters."""
-    model = _base_model(adapted)
+    model = _with_adapters(_base_model(adapted), adapted)
+    in_use = model.adapter
+    assert isinstance(in_use, InUse)
     with plain_reads(adapted.base.values()) as reader:
-        base_logits = _logits(model, tokens, reader)
-        return base_logits, _logits(_with_adapters(model, adapted), tokens, reader)
+        if in_use.whole:  # more than linears has two values
+            both = _logits(model, [tokens], reader)
+            take_out(model)
+            return _logits(model, [tokens], reader), both
+
+        # One pass over the file for two sequences, of which the first takes the way beside the adapters.
+        def first_by_base(module: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+            return torch.cat([base[module](inputs[0][:1]), y[1:]])
+
+        base = {in_use.modules[path]: cast(nn.Module, in_use.base[path]) for path in in_use.modules}
+        for module in base:
+            module.register_forward_hook(first_by_base)
+        base_logits, both = _logits(model, [tokens, tokens], reader).split(1)
+        return base_logits, both
 
 
 def written_logits(
@@ -92,7 +108,7 @@ def written_logits(
         # The coarser of the two files' dtypes says how far rounding may carry them apart.
         tolerance = max(_TOLERANCE[t.dtype] for tensors in (adapted.base, written) for t in tensors.values())
     with plain_reads([*adapted.base.values(), *written.values()]) as reader:
-        return _logits(model, tokens, reader), tolerance
+        return _logits(model, [tokens], reader), tolerance
 
 
 def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> Figures:
@@ -127,8 +143,8 @@ def _with_adapters(model: RWKV, adapted: Adapted) -> RWKV:
     return set_adapter(model, {str(i): w for i, w in enumerate(adapted.weights)})
 
 
-def _logits(model: RWKV, tokens: Sequence[int], reader: Reader) -> Tensor:
-    return logits_block_by_block(model, torch.tensor([tokens]), reader).float()
+def _logits(model: RWKV, tokens: Sequence[Sequence[int]], reader: Reader) -> Tensor:
+    return logits_block_by_block(model, torch.tensor(tokens), reader).float()
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_64
 
 from rwkv_miss.adapters.files import check_fits, read_adapter
 from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoint
@@ -26,7 +27,7 @@ from rwkv_miss.export.target import Target, Weights
 from rwkv_miss.files import atomic_write, flush
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.merging.ahead import computed_ahead
-from rwkv_miss.merging.check import Adapted, check_tensors, checksum, compare, expected_logits, written_logits
+from rwkv_miss.merging.check import Adapted, add_to_checksum, check_tensors, compare, expected_logits, written_logits
 from rwkv_miss.merging.sums import Part, Sums, is_finite, rng_of
 from rwkv_miss.model.initial_state import is_state, state_shapes
 from rwkv_miss.model.recognise import infer_config
@@ -218,9 +219,9 @@ def _write(
     parts: Sequence[Part],
     rounding: Rounding,
     count: Callable[[], None],
-) -> tuple[list[MergedLayer], dict[str, int]]:
+) -> tuple[list[MergedLayer], dict[str, xxh3_64]]:
     """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
-    checksums: dict[str, int] = {}
+    checksums: dict[str, xxh3_64] = {}
 
     def compute(chunk: _Chunk, memory: Tensor) -> Tensor:
         name, dtype = chunk.name, specs[chunk.name].dtype
@@ -235,10 +236,10 @@ def _write(
         return out
 
     def pieces(name: str) -> Iterator[Tensor]:
-        checksums[name] = 0
+        checksums[name] = xxh3_64()
         for chunk in chunks[name]:
             rows = computed(chunk)
-            checksums[name] = checksum(rows, reader, checksums[name])  # here, since this thread has more time
+            add_to_checksum(checksums[name], rows, reader)  # here, since this thread has more time
             yield rows
         count()
 
