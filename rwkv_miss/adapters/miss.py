@@ -21,32 +21,10 @@ from rwkv_miss.adapters.method import Factors, LinearMethod
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.linear import FrozenLinear, Linear
+from rwkv_miss.ops.blocks import add_to_blocks, block_sum
 
 # Rows x r, as a multiple of the linear's inputs, from which on dW is added to the weight: measured (docs/log.md).
 FOLD_FROM = 128
-
-
-def block_sum(x: Tensor, r: int) -> Tensor:
-    """S (M, r) of x (M, in), in x's dtype: the sum of x's blocks of r columns."""
-    M, n = x.shape
-    whole = n - n % r
-    S = x[:, :whole].view(M, -1, r).sum(dim=1)
-    if whole < n:
-        S[:, : n - whole] += x[:, whole:]
-    return S
-
-
-def add_to_blocks(x: Tensor, block: Tensor, out: Tensor | None = None) -> Tensor:
-    """Adds block (M, r) to every block of r columns of x (M, in), the transpose of `block_sum`: in place, or into
-    `out`, which is like x."""
-    M, n = x.shape
-    r = block.shape[1]
-    whole = n - n % r
-    out = x if out is None else out
-    torch.add(x[:, :whole].view(M, -1, r), block.unsqueeze(1), out=out[:, :whole].view(M, -1, r))
-    if whole < n:
-        torch.add(x[:, whole:], block[:, : n - whole], out=out[:, whole:])
-    return out
 
 
 def delta_weight(D: Tensor, in_features: int) -> Tensor:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from rwkv_miss import AdapterConfig, ModelConfig, inject
 from rwkv_miss.adapters import miss
-from rwkv_miss.adapters.miss import MissLinear, _MissFunction, add_to_blocks, block_sum, delta_weight, folds
+from rwkv_miss.adapters.miss import MissLinear, _MissFunction, delta_weight, folds
 from rwkv_miss.model.linear import FrozenLinear, Linear
 from rwkv_miss.model.rwkv7 import RWKV7
+from rwkv_miss.ops.blocks import add_to_blocks, block_sum
 
 # (in, out, r): r divides `in` or does not; r = 1; r = `in`; r just below `in` and just above half of it.
 SHAPES = [(24, 10, 6), (24, 10, 7), (10, 24, 4), (12, 5, 1), (12, 5, 12), (13, 6, 12), (13, 6, 7), (5, 3, 3)]
