@@ -1,5 +1,5 @@
-"""Sums over the blocks of r columns of a matrix, the last of which may be shorter: in PyTorch operations, or for bf16 on
-a CPU in C++, where a compiler is found. (fp32 in C++ is only as fast as PyTorch.)"""
+"""Sums over the blocks of r columns of a matrix, the last of which may be shorter: in PyTorch operations, or for bf16
+on a CPU in C++, where a compiler is found. (fp32 in C++ is only as fast as PyTorch.)"""
 
 from __future__ import annotations
 
