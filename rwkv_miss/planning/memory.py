@@ -116,7 +116,7 @@ def _with_zero(
 
     share = sizes.trained / ranks
     copies = 2 if stage < 3 and zero.get("overlap_comm", True) else 1
-    buffers = 4 * zero.get("reduce_bucket_size", _BUCKET) * copies
+    buffers = zero.get("reduce_bucket_size", min(_BUCKET, sizes.trained // 4)) * 4 * copies
     backward = phase not in ("forward", "optimizer")
     if phase == "optimizer":
         held["activations"] = 0 if offloads else held["activations"] / ranks

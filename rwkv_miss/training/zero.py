@@ -65,7 +65,12 @@ def _deepspeed_files() -> Any:
 
 
 class _DeepSpeed(Together, DeepSpeedStrategy):
-    """DeepSpeed, watched, with files that are written and read as ours are."""
+    """DeepSpeed, watched, with files that are written and read as ours are.
+
+    fits_buffers: make the buffers that gradients go through no larger than all gradients, of which an adapter has few.
+    """
+
+    fits_buffers = True
 
     def _setup_model_and_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         from pydantic import ValidationError
@@ -76,6 +81,11 @@ class _DeepSpeed(Together, DeepSpeedStrategy):
         for p in model.parameters():
             if not p.requires_grad:
                 setattr(p, "ds_optim_param", True)  # noqa: B010 (the type has no such attribute)
+        if self.fits_buffers:
+            assert isinstance(self.config, dict)
+            zero = self.config["zero_optimization"]
+            trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+            zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], trained)
         try:
             engine, optimizer = super()._setup_model_and_optimizer(model, *args, **kwargs)
         except ValidationError as e:
@@ -116,6 +126,7 @@ def make_deepspeed(config: TrainConfig, on_gpu: bool, timeout: timedelta) -> Dee
         logging_level=logging.ERROR,
     )
     strategy.config = merged(strategy.config or {}, settings)
+    strategy.fits_buffers = "reduce_bucket_size" not in settings.get("zero_optimization", {})
     return strategy
 
 
