@@ -39,10 +39,11 @@ def render(record: Record, options: DataOptions) -> list[Span]:
     stop there (`read_records` warns of it).
     """
     if record.is_text:
-        return [Span(record.turns[0][1], True)]
+        return [Span(record.turns[0].content, True)]
     spans = []
     prompt = ""
-    for role, content in record.turns:
+    for turn in record.turns:
+        role, content = turn.role, turn.content
         if role == "assistant":
             spans += [Span(f"{prompt}Assistant:", False), Span(f" {_answer(content, options)}\n\n", True)]
             prompt = ""
@@ -80,7 +81,7 @@ def chat_prompt(question: str) -> str:
 
 def holds_stop(record: Record, options: DataOptions) -> bool:
     """Whether an answer of the record, in the form that the model learns, holds `STOP`."""
-    return any(role == "assistant" and STOP in _answer(content, options) for role, content in record.turns)
+    return any(turn.role == "assistant" and STOP in _answer(turn.content, options) for turn in record.turns)
 
 
 def _answer(content: str, options: DataOptions) -> str:

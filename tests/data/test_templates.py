@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.templates import Span, answer_text, chat_prompt, holds_stop, prompt_text, render
 from rwkv_miss.errors import UserError
 
@@ -24,7 +24,7 @@ def text_of(record, options):
 
 @pytest.mark.parametrize("options", [KEEP, OLD])
 def test_question_and_answer(options):
-    record = talk(("user", "How many?"), ("assistant", "Two.\n#### 2"))
+    record = talk(Turn("user", "How many?"), Turn("assistant", "Two.\n#### 2"))
     assert render(record, options) == [
         Span("User: How many?\n\nAssistant:", False),
         Span(" Two.\n#### 2" + ("\n\n" if options is OLD else ""), True),
@@ -36,13 +36,13 @@ def test_question_and_answer(options):
 @pytest.mark.parametrize("options", [KEEP, OLD])
 def test_system_and_several_turns(options):
     record = talk(
-        ("system", "Be brief."),
-        ("user", "Hi"),
-        ("assistant", "Hello"),
-        ("user", "One"),
-        ("user", "Two"),
-        ("assistant", "Three"),
-        ("user", "not answered"),
+        Turn("system", "Be brief."),
+        Turn("user", "Hi"),
+        Turn("assistant", "Hello"),
+        Turn("user", "One"),
+        Turn("user", "Two"),
+        Turn("assistant", "Three"),
+        Turn("user", "not answered"),
     )
     end = "\n\n" if options is OLD else ""
     spans = render(record, options)
@@ -67,7 +67,13 @@ def test_system_and_several_turns(options):
     ],
 )
 def test_blank_lines_of_users_collapse_and_those_of_answers_stay(written, clean):
-    record = talk(("system", written), ("user", written), ("assistant", written), ("user", "more"), ("assistant", "b"))
+    record = talk(
+        Turn("system", written),
+        Turn("user", written),
+        Turn("assistant", written),
+        Turn("user", "more"),
+        Turn("assistant", "b"),
+    )
     prompt = f"System: {clean}\n\nUser: {clean}\n\nAssistant:"
     assert text_of(record, KEEP) == f"{prompt} {written}\n\nUser: more\n\nAssistant: b"
     assert text_of(record, OLD) == f"{prompt} {clean}\n\nUser: more\n\nAssistant: b\n\n"
@@ -79,21 +85,21 @@ def test_blank_lines_of_users_collapse_and_those_of_answers_stay(written, clean)
 
 
 def test_an_answer_that_ends_in_a_blank_line_keeps_it():
-    record = talk(("user", "q"), ("assistant", "a\n\n"))
+    record = talk(Turn("user", "q"), Turn("assistant", "a\n\n"))
     assert text_of(record, KEEP).endswith("Assistant: a\n\n")
     assert text_of(record, DataOptions(answer_end="blank_line")).endswith("Assistant: a\n\n\n\n")
 
 
 def test_a_stop_inside_an_answer_is_told():
-    record = talk(("user", "q"), ("assistant", "a\n\nUser: b\n\nAssistant: c"))
+    record = talk(Turn("user", "q"), Turn("assistant", "a\n\nUser: b\n\nAssistant: c"))
     assert holds_stop(record, KEEP) and not holds_stop(record, JOIN)
     assert render(record, KEEP)[-1] == Span(" a\n\nUser: b\n\nAssistant: c", True)
-    assert not holds_stop(talk(("user", "a\n\nUser: b"), ("assistant", "c")), KEEP)
-    assert not holds_stop(Record("f.txt:1", (("text", "a\n\nUser: b"),)), KEEP)
+    assert not holds_stop(talk(Turn("user", "a\n\nUser: b"), Turn("assistant", "c")), KEEP)
+    assert not holds_stop(Record("f.txt:1", (Turn("text", "a\n\nUser: b"),)), KEEP)
 
 
 def test_text_is_left_as_it_is():
-    record = Record("f.txt:1", (("text", " a\r\n\n\nb "),))
+    record = Record("f.txt:1", (Turn("text", " a\r\n\n\nb "),))
     assert render(record, OLD) == render(record, KEEP) == [Span(" a\r\n\n\nb ", True)]
     for function in (prompt_text, answer_text):
         with pytest.raises(UserError, match=r"f\.txt:1: plain text has no question"):

@@ -14,7 +14,7 @@ from torch.distributions import kl_divergence
 from rwkv_miss import evaluate, load_model
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.templates import prompt_text, render
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
@@ -192,10 +192,10 @@ def test_stripped_pieces(pieces):
 
 
 def record(question: str, answer: str) -> Record:
-    return Record("here", (("user", question), ("assistant", answer)))
+    return Record("here", (Turn("user", question), Turn("assistant", answer)))
 
 
-RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (("text", "abc"),))]
+RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (Turn("text", "abc"),))]
 
 
 def documents(records: list[Record]) -> list[Document]:
@@ -312,8 +312,8 @@ def test_a_right_answer_may_hold_a_blank_line():
 
 
 def test_a_loss_of_a_part_says_so(model, caplog):
-    records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
-    records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))
+    records = [Record(f"r:{n}", (Turn("user", "q"), Turn("assistant", "a" * n))) for n in (1, 90, 200)]
+    records.append(Record("r:4", (Turn("user", "q" * 90), Turn("assistant", "a"))))
     documents_loss(model, documents(records[:1]), ctx_len=64, batch_size=2)
     assert "ctx_len" not in caplog.text
     documents_loss(model, documents(records), ctx_len=64, batch_size=2)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.records import ROLES, Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
 _WITH_INPUT = ("instruction", "output")
@@ -21,7 +21,8 @@ KNOWN_PAIRS = (
 _ADVICE = "name yours with prompt_field and answer_field, or with text_field"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
-Turns = tuple[tuple[str, str], ...]
+Turns = tuple[Turn, ...]
+ROLES = ("system", "user", "assistant")
 
 
 def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Record:
@@ -55,14 +56,14 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     if shape == ("messages",) and not is_named:
         turns = _messages(where, fields["messages"], unread)
     elif len(shape) == 1:
-        turns = (("text", _string(where, fields, shape[0])),)
+        turns = (Turn("text", _string(where, fields, shape[0])),)
     else:
         prompt, answer = (_string(where, fields, name) for name in shape)
         if shape == _WITH_INPUT and not is_named:
             read.add("input")
             if fields.get("input", "") != "":
                 prompt = f"{prompt}\n{_string(where, fields, 'input')}"
-        turns = (("user", prompt), ("assistant", answer))
+        turns = (Turn("user", prompt), Turn("assistant", answer))
     unread |= dict.fromkeys(name for name, value in fields.items() if name not in read and value not in _EMPTY)
     return Record(where, turns, tuple(unread))
 
@@ -112,11 +113,11 @@ def _messages(where: str, messages: Any, unread: dict[str, None]) -> Turns:
             raise UserError(f"{at}: role {role!r} is not known; use {', '.join(ROLES)}")
         if role == "system" and i > 0:
             raise UserError(f"{at}: a system turn can only be the first; move it or make it a user turn")
-        turns.append((role, _string(at, message, "content", advice)))
+        turns.append(Turn(role, _string(at, message, "content", advice)))
         for name, value in message.items():
             if name not in ("role", "content") and value not in _EMPTY:
                 unread[f"messages[].{name}"] = None
-    if not any(role == "assistant" for role, _ in turns):
+    if not any(turn.role == "assistant" for turn in turns):
         raise UserError(f"{where}: messages has no assistant turn, so there is no answer to learn")
     return tuple(turns)
 
