@@ -47,7 +47,7 @@ def test_known_shapes(tmp_path):
     assert turns(path) == [
         (Turn("text", " as it\r\nis "),),
         (Turn("user", "q"), Turn("assistant", "a")),
-        (Turn("user", "do\nthis"), Turn("assistant", "done")),
+        (Turn("user", "do", "this"), Turn("assistant", "done")),
         (Turn("user", "do"), Turn("assistant", "done")),
         (Turn("user", "do"), Turn("assistant", "done")),
         (Turn("user", "q"), Turn("assistant", "r")),
@@ -113,7 +113,10 @@ GOOD = b'{"text": "fine"}\n'
         (b'{"messages": "hi"}', "messages is a string, not a list"),
         (b'{"messages": ["hi"]}', "messages[0] is a string, not an object with role and content"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: lacks the field 'content'; found 'role'; each message"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "messages[0]: role 'tool' is not known"),
+        (
+            b'{"messages": [{"role": "critic", "content": "x"}]}',
+            "messages[0]: role 'critic' is not known; use system, ",
+        ),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "messages has no assistant turn"),
         (b'{"messages": []}', "messages has no assistant turn"),
         (
@@ -306,7 +309,8 @@ def test_a_suffix_in_capitals_is_read(tmp_path):
 
 
 def test_fields_that_are_not_read_are_named_once_with_their_records(tmp_path, caplog):
-    call = {"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [{"id": 1}], "weight": 0}
+    call = {"role": "assistant", "content": "a", "reasoning_content": "hm", "weight": 0}
+    call["tool_calls"] = [{"id": 1, "function": {"name": "f"}}]
     path = write(
         tmp_path / "a.jsonl",
         {"messages": [{"role": "user", "content": "q"}, call, call], "id": 1},
@@ -315,17 +319,17 @@ def test_fields_that_are_not_read_are_named_once_with_their_records(tmp_path, ca
         {"instruction": "i", "input": "x", "output": "o", "system": "", "history": [], "id": None},
         {"text": "t", "source": "web"},
     )
-    records = list(read_records(path, DataOptions()))
+    records = list(read_records(path, DataOptions(learn="all")))
     assert [sorted(record.unread) for record in records] == [
-        ["id", "messages[].reasoning_content", "messages[].tool_calls", "messages[].weight"],
-        ["messages[].reasoning_content", "messages[].tool_calls"],
-        ["history", "id", "input", "system"],
+        ["id", "messages[].tool_calls[].id", "messages[].weight"],
+        ["messages[].tool_calls[].id"],
+        ["id", "input"],
         [],
         ["source"],
     ]
     [said] = caplog.messages
     assert said.startswith(f"{path}: fields that are not read, with the records that have them: ")
-    for name, count in {"id": 2, "messages[].tool_calls": 2, "messages[].weight": 1, "history": 1, "source": 1}.items():
+    for name, count in {"id": 2, "tool_calls": 2, "reasoning_content": 2, "messages[].weight": 1, "source": 1}.items():
         assert f"'{name}' ({count})" in said
 
 
