@@ -70,6 +70,7 @@ def write(
     values["tools"] = [{"type": "function", "function": _function(tool)} for tool in tools] or None
     try:
         text = compiled(source).render(values)
+        text.encode("utf-8")  # an escape in a call's arguments may have become half of a surrogate pair
     except UserError:
         raise
     except Exception as error:  # whatever the expressions of the template raise

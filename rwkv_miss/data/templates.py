@@ -155,17 +155,21 @@ def settled(options: _O, adapters: str | None = None) -> _O:
     """The options with a template that no file has to be read for: the one given, or else the one of an adapter.
 
     Args:
-        adapters: what is recorded with the adapter that is used, if one is.
+        adapters: what is recorded with the adapter that is used, if one is. No file is read for it.
 
     Raises:
         UserError: as `find_template`.
     """
-    adapters = _BEFORE.get(str(adapters), adapters)
-    if options.template is not None and adapters is not None:
-        ours, theirs = find_template(options.template), find_template(adapters)
-        if ours != theirs:
-            _log.warning("template is %s, but the adapter was trained with %s", ours.name, theirs.name)
-    return replace(options, template=recorded(find_template(options.template or adapters)))
+    theirs = _BEFORE.get(str(adapters), adapters)
+    if options.template is None and theirs is not None:
+        if theirs not in TEMPLATES and not theirs.startswith("{"):
+            raise UserError(f"the adapter was trained with a template {theirs!r:.40}, unknown here; give --template")
+        return replace(options, template=recorded(find_template(theirs)))
+    ours = recorded(find_template(options.template))
+    if theirs not in (None, ours):
+        names = [text if text in TEMPLATES else "one of its own" for text in (ours, str(theirs))]
+        _log.warning("template is %s, but the adapter was trained with %s", *names)
+    return replace(options, template=ours)
 
 
 def recorded(template: Template) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.readers.fields import record_of
 from rwkv_miss.data.records import Call, Record, Tool, Turn
+from rwkv_miss.data.rendering import holds_stop, render, unused
+from rwkv_miss.data.templates import TEMPLATES
 from rwkv_miss.errors import UserError
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -178,3 +182,46 @@ def test_what_is_refused(item, said):
     with pytest.raises(UserError) as error:
         read(item)
     assert str(error.value).startswith("f:1: ") and said in str(error.value)
+
+
+# What may stand in a field: strings that fit often, and whatever else JSON has.
+WORDS = st.sampled_from(
+    ["q", "a", "", " ", "<think>b</think>c", "\ud800", "user", "assistant", "tool", "gpt", "{}", "{"]
+)
+NAMES = st.sampled_from(
+    [*("role", "content", "from", "value", "name", "arguments", "function", "type", "text", "reasoning_content")]
+)
+VALUES = st.recursive(
+    WORDS | st.none() | st.booleans() | st.sampled_from([0, 1, 0.5, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=12,
+)
+CALLS = st.lists(st.fixed_dictionaries({"name": WORDS, "arguments": VALUES}) | VALUES, max_size=2)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": WORDS, "content": WORDS | VALUES},
+        optional={"tool_calls": CALLS, "reasoning_content": WORDS, "weight": st.sampled_from([0, 1, "1"])},
+    ),
+    max_size=4,
+)
+ITEMS = st.one_of(
+    st.fixed_dictionaries({"messages": MESSAGES | VALUES}, optional={"tools": CALLS, "system": WORDS}),
+    st.fixed_dictionaries({"question": WORDS, "answer": WORDS}, optional={"history": VALUES, "system": VALUES}),
+    st.fixed_dictionaries({"chosen": MESSAGES | WORDS, "rejected": MESSAGES | WORDS}, optional={"prompt": VALUES}),
+    st.fixed_dictionaries({"prefix": VALUES, "suffix": WORDS, "middle": WORDS}),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ITEMS, st.sampled_from([*TEMPLATES]), st.sampled_from(["weighted", "all", "last"]))
+def test_whatever_stands_in_the_fields_is_read_and_written_or_refused(item, template, learn):
+    options = DataOptions(template=template, learn=learn)
+    try:
+        record = record_of("f:1", item, options)
+        unused(record, options)
+        text = "".join(span.text for span in render(record, options))
+        holds_stop(record, options)
+    except UserError as error:
+        assert str(error).startswith("f:1: ")
+    else:
+        assert text.encode()

@@ -276,6 +276,26 @@ def test_a_file_of_ones_own_is_the_template_that_it_says(tmp_path):
     assert find_template(str(path)).stops == ("<|im_end|>",)
 
 
+def test_a_jinja_is_written_as_by_transformers():
+    """Text and masks are those of the library whose language it is."""
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils")
+    turns = (SYSTEM, Q, Turn("assistant", "a"), Q, Turn("assistant", "b", calls=CALLING.calls))
+    source = JINJA.replace(
+        "message.content + '<|im_end|>' }}{%", "message.content ~ (message.tool_calls or '') | tojson }}{%"
+    )
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    call = {"name": "weather", "arguments": {"city": "Turin"}}
+    messages[-1]["tool_calls"] = [{"type": "function", "function": call}]
+    [text], [marked] = theirs.render_jinja_template(
+        [messages], chat_template=source, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    spans = render(Record("f:1", turns), DataOptions(template=json.dumps({"jinja": source})))
+    assert "".join(span.text for span in spans) == text.removesuffix("\n")
+    assert [span.text for span in spans if span.learned] == [text[begin:end] for begin, end in marked]
+    [asked], _ = theirs.render_jinja_template([messages[1:2]], chat_template=source, add_generation_prompt=True)
+    assert chat_prompt(Q.content, find_template(json.dumps({"jinja": source}))) == asked
+
+
 @pytest.mark.parametrize("name", [*TEMPLATES, "yaml", "jinja"])
 def test_what_is_recorded_is_the_template_again_without_its_file(tmp_path, name):
     given = name
@@ -301,7 +321,19 @@ def test_without_one_the_template_is_worlds(caplog):
 
 def test_another_template_than_the_adapters_is_told(caplog):
     assert settled(DataOptions(template="world"), "g1").template == "world"
-    assert caplog.messages == ["template is world, but the adapter was trained with g1"]
+    assert settled(DataOptions(template="g1"), json.dumps(CHATML)).template == "g1"
+    assert caplog.messages == [
+        "template is world, but the adapter was trained with g1",
+        "template is g1, but the adapter was trained with one of its own",
+    ]
+
+
+def test_what_an_adapter_records_names_no_file(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(json.dumps(CHATML))
+    with pytest.raises(UserError, match=r"the adapter was trained with a template '.*unknown here; give --template"):
+        settled(DataOptions(), str(path))
+    assert settled(DataOptions(template="g1"), str(path)).template == "g1"
 
 
 @pytest.mark.parametrize(

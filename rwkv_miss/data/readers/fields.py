@@ -257,7 +257,7 @@ def _call(at: str, call: Any) -> Call:
         raise UserError(f"{at} is {kind(function)}, not an object with name and arguments; {_CORRECT}")
     _check_there(at, function, ("name",), _CORRECT)
     name, arguments = _string(at, dict(function), "name"), function.get("arguments") or {}
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    text = arguments if isinstance(arguments, str) else _as_json(at, "arguments", arguments)
     arguments = _json(at, "arguments", text)
     if not isinstance(arguments, dict):
         raise UserError(f"{at}: arguments is {kind(arguments)}, not an object; {_CORRECT}")
@@ -284,6 +284,7 @@ def _tools(where: str, fields: dict[str, Any], unread: dict[str, None]) -> tuple
         parameters = left.pop("parameters", None) or {}
         if not isinstance(parameters, dict):
             raise UserError(f"{at}: parameters is {kind(parameters)}, not an object; {_CORRECT}")
+        _string(at, {"parameters": _as_json(at, "parameters", parameters)}, "parameters")
         unread |= dict.fromkeys(f"tools[].{key}" for key in left if key != "type" and left[key] not in _EMPTY)
         found.append(Tool(name, description, parameters))
     return tuple(found)
@@ -303,6 +304,13 @@ def _json(at: str, name: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of too many digits, and nesting too deep
         raise UserError(f"{at}: {name} is not JSON ({error}); {_CORRECT}") from error
+
+
+def _as_json(at: str, name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{at}: {name} cannot be written as JSON ({error}); {_CORRECT}") from error
 
 
 def _check_there(at: str, fields: dict[str, Any], names: tuple[str, ...], advice: str) -> None:
