@@ -104,10 +104,10 @@ def chat_prompt(question: str, template: Template) -> str:
 
 def unused(record: Record, options: DataOptions) -> list[str]:
     """The names of what the record holds and its template does not write."""
-    if record.is_text:
+    answers = [turn for turn in record.turns if turn.role == "assistant"]
+    if not record.tools and not any(turn.calls or turn.thought or "<think>" in turn.content for turn in answers):
         return []
     template = find_template(options.template)
-    answers = [turn for turn in record.turns if turn.role == "assistant"]
     thoughts = [_split(record.where, turn, template)[0] for turn in answers]
     there = {
         "tools": bool(record.tools),
@@ -120,6 +120,8 @@ def unused(record: Record, options: DataOptions) -> list[str]:
     found = [name for name, is_there in there.items() if is_there and written[name] is None]
     if template.thought is not None and any(thoughts[:-1]):
         found.append("reasoning_content of earlier answers")
+    if template.tools is not None and any(_has_details(tool) for tool in record.tools):
+        found.append("tools[].parameters, but for names and types")
     return found
 
 
@@ -199,7 +201,7 @@ def _answer(
 
 def _split(where: str, turn: Turn, template: Template) -> tuple[str, str]:
     """The thought of an assistant's turn, which is empty if it has none, and what it says after that."""
-    if template.keeps_thoughts or not (found := _THOUGHT.match(turn.content)):
+    if template.keeps_thoughts or template.jinja is not None or not (found := _THOUGHT.match(turn.content)):
         return turn.thought.strip(), turn.content
     if turn.thought:
         raise UserError(f"{where}: an answer has a thought in reasoning_content and one in its content; remove one")
@@ -250,6 +252,15 @@ def _tool_line(tool: Tool, template: Template) -> str:
         parameters.append(f"{name}: {kind}" if isinstance(kind, str) else name)
     values = {"name": tool.name, "parameters": ", ".join(parameters), "description": _clean(tool.description)}
     return fill(template.tool_line, **values).rstrip()
+
+
+def _has_details(tool: Tool) -> bool:
+    """Whether a tool's parameters say more than their names and types."""
+    properties = tool.parameters.get("properties")
+    schemas = properties.values() if isinstance(properties, Mapping) else ()
+    return not tool.parameters.keys() <= {"type", "properties"} or any(
+        not isinstance(schema, Mapping) or not schema.keys() <= {"type"} for schema in schemas
+    )
 
 
 def _clean(content: str) -> str:

@@ -158,17 +158,21 @@ def settled(options: _O, adapters: str | None = None) -> _O:
         adapters: what is recorded with the adapter that is used, if one is. No file is read for it.
 
     Raises:
-        UserError: as `find_template`.
+        UserError: as `find_template`, or an option that the template has no use for.
     """
     theirs = _BEFORE.get(str(adapters), adapters)
-    if options.template is None and theirs is not None:
+    given = options.template
+    if given is None and theirs is not None:
         if theirs not in TEMPLATES and not theirs.startswith("{"):
             raise UserError(f"the adapter was trained with a template {theirs!r:.40}, unknown here; give --template")
-        return replace(options, template=recorded(find_template(theirs)))
-    ours = recorded(find_template(options.template))
+        given = theirs
+    template = find_template(given)
+    ours = recorded(template)
     if theirs not in (None, ours):
         names = [text if text in TEMPLATES else "one of its own" for text in (ours, str(theirs))]
         _log.warning("template is %s, but the adapter was trained with %s", *names)
+    if template.jinja is not None and (options.answer_lines, options.answer_end) != ("keep", "token"):
+        raise UserError("answer_lines and answer_end are given, but a template in Jinja decides that; leave them out")
     return replace(options, template=ours)
 
 
@@ -180,7 +184,10 @@ def recorded(template: Template) -> str:
 
 
 def fill(string: str, **values: str) -> str:
-    """The string with the values in the places of their names in braces; other braces stay."""
+    """The string with the values in the places of their names in braces; other braces stay, also those of values."""
+    if len(values) == 1:  # much the most frequent, and quicker so
+        [(name, value)] = values.items()
+        return string.replace(f"{{{name}}}", value)
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), string)
 
 

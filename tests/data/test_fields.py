@@ -133,6 +133,7 @@ def test_a_text_to_fill_in():
         (talk({"role": "user", "content": ["x"]}), "content[0] is a string; only text can be learned"),
         (talk(QUESTION, {"role": "assistant", "content": None}), "messages[1]: field 'content' is null"),
         (talk(QUESTION, {"role": "assistant", "content": None, "tool_calls": []}), "messages[1]: field 'content' is"),
+        (talk({"role": "user", "tool_calls": [{"name": "f"}]}), "messages[0]: lacks the field 'content'"),
         (talk(QUESTION, ANSWER | {"tool_calls": "f"}), "messages[1]: tool_calls is a string, not a list"),
         (talk(QUESTION, ANSWER | {"tool_calls": ["f"]}), "tool_calls[0] is a string, not an object"),
         (talk(QUESTION, ANSWER | {"tool_calls": [{}]}), "tool_calls[0]: lacks the field 'name'"),
@@ -199,8 +200,13 @@ VALUES = st.recursive(
 CALLS = st.lists(st.fixed_dictionaries({"name": WORDS, "arguments": VALUES}) | VALUES, max_size=2)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
-        {"role": WORDS, "content": WORDS | VALUES},
-        optional={"tool_calls": CALLS, "reasoning_content": WORDS, "weight": st.sampled_from([0, 1, "1"])},
+        {"role": WORDS},
+        optional={
+            "content": WORDS | VALUES,
+            "tool_calls": CALLS,
+            "reasoning_content": WORDS,
+            "weight": st.sampled_from([0, 1, "1"]),
+        },
     ),
     max_size=4,
 )

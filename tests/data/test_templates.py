@@ -184,6 +184,12 @@ def test_what_a_template_does_not_write_is_named():
         ["reasoning_content"],
         [],
     ]
+    by_jinja = DataOptions(template=json.dumps({"jinja": JINJA}))
+    assert unused(inline, by_jinja) == [] and unused(record, by_jinja) == ["tools", "tool_calls", "reasoning_content"]
+    detailed = Tool("f", parameters={"properties": {"x": {"type": "string", "description": "d"}}})
+    asked = Record("f:1", (Q, A), tools=(detailed,))
+    assert unused(asked, DataOptions(template="g1")) == ["tools[].parameters, but for names and types"]
+    assert unused(asked, DataOptions()) == ["tools"]
     assert unused(Record("f:1", (Turn("text", "<think>x</think>"),)), DataOptions(template="g1")) == []
 
 
@@ -317,6 +323,12 @@ def test_what_is_recorded_is_the_template_again_without_its_file(tmp_path, name)
 def test_without_one_the_template_is_worlds(caplog):
     assert settled(DataOptions()).template == settled(DataOptions(), "rwkv-world").template == "world"
     assert settled(DataOptions(template="g1"), "g1").template == "g1" and not caplog.messages
+
+
+def test_a_jinja_decides_how_answers_end():
+    options = DataOptions(template=json.dumps({"jinja": JINJA}), answer_end="blank_line")
+    with pytest.raises(UserError, match="answer_lines and answer_end are given, but a template in Jinja decides that"):
+        settled(options)
 
 
 def test_another_template_than_the_adapters_is_told(caplog):

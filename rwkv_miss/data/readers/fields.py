@@ -110,7 +110,7 @@ def kind(value: Any) -> str:
 
 
 def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
-    fitting = [shape for shape in _SHAPES if all(name in fields for name in shape)]
+    fitting = [shape for shape in _SHAPES if shape[0] in fields and all(name in fields for name in shape)]
     if not fitting:
         raise UserError(
             f"{where}: no known field ({', '.join('/'.join(shape) for shape in _SHAPES)}); {_found(fields)}; {_ADVICE}"
@@ -229,6 +229,7 @@ def _turn(at: str, message: dict[str, Any], options: DataOptions) -> Turn:
 
 def _content(at: str, message: dict[str, Any], name: str) -> str:
     """The text of a message, which may be in parts."""
+    _check_there(at, message, (name,), "each message needs a role and a content")
     if isinstance(parts := message[name], list):
         for i, part in enumerate(parts):
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):

@@ -62,8 +62,8 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
         with path.open("rb") as file:
             for record in READERS[path.suffix.lower()](path, file, options):
                 records += 1
-                unread.update(record.unread)
-                unread.update(unused(record, options))
+                if names := (*record.unread, *unused(record, options)):
+                    unread.update(names)
                 if holds_stop(record, options):
                     stopped += 1
                     first_stopped = first_stopped or record.where
