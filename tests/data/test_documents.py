@@ -71,6 +71,14 @@ def test_the_end_token_inside_a_text():
         encode_record(Record("f:1", (Turn("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
 
 
+def test_two_answers_to_compare_are_refused():
+    record = replace(RECORD, rejected=(Turn("user", QUESTION), Turn("assistant", "no")))
+    with pytest.raises(
+        UserError, match=r"^sums.jsonl:7: has a chosen and a rejected answer, .* prompt_field and answer"
+    ):
+        encode_record(record, load_tokenizer("world"), 65536, OPTIONS)
+
+
 def test_split_validation_draws_whole_documents():
     documents = [text_of([i, 1]) for i in range(20)]
     train, val = split_validation(documents, 0.25, seed=3)
