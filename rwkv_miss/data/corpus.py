@@ -14,7 +14,7 @@ from rwkv_miss.data.binidx import binidx_prefix, write_binidx
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.mapped import open_documents
 from rwkv_miss.data.readers.reader import read_records
-from rwkv_miss.data.sources import all_records
+from rwkv_miss.data.sources import check_sources, parse_sources, source_records
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
@@ -48,8 +48,8 @@ def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: Da
     as int32. The loss masks are lost, since a binidx has no place for them.
 
     Raises:
-        UserError: as `all_records` and `encode_record`, or the pair cannot be written or is there already. Nothing is
-            left then.
+        UserError: as `parse_sources`, `check_sources`, `source_records` and `encode_record`, or the pair cannot be
+            written or is there already. Nothing is left then.
     """
     check_name(Path(f"{prefix}.bin"), "a binidx")
     if prefix.endswith((".bin", ".idx")) or prefix.rpartition("/")[2] in ("", ".", ".."):
@@ -57,11 +57,13 @@ def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: Da
     for file in (f"{prefix}.bin", f"{prefix}.idx"):
         if Path(file).exists():
             raise UserError(f"{file}: exists already; give another out, or remove it first")
+    sources = parse_sources(data, options, weights=False)
+    check_sources(sources, options)
     documents = with_prompts = 0
 
     def ids() -> Iterator[np.ndarray]:
         nonlocal documents, with_prompts
-        for record in all_records(data, options):
+        for record in source_records(sources):
             documents += 1
             with_prompts += not record.is_text
             yield encode_record(record, tokenizer, tokenizer.vocab_size, options).ids
