@@ -13,8 +13,8 @@ from rwkv_miss.data.readers.fields import record_of
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
-# Rows that are in memory at once.
-_ROWS = 32
+# Rows that are in memory at once: few, since a text that all of them share is there for each.
+_ROWS = 8
 
 
 def parquet_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Block]:
@@ -77,10 +77,10 @@ def _records(block: Block, batches: Iterator[Any], options: DataOptions) -> Iter
         with _arrow_errors(block.path, number):
             if (batch := next(batches, None)) is None:
                 return
-            size += batch.nbytes
-            refuse_bomb(block.path, packed, size)
             batch.validate(full=True)
             rows = batch.to_pylist()
+            size += sum(len(value) for row in rows for value in row.values() if isinstance(value, str))
+            refuse_bomb(block.path, packed, size)
         for row in rows:
             yield record_of(f"{block.path}:{number}", row, options)
             number += 1
