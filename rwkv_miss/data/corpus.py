@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_miss.config import DataOptions
+from rwkv_miss.config import Data, DataOptions
 from rwkv_miss.data.binidx import binidx_prefix, write_binidx
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.mapped import open_documents
-from rwkv_miss.data.readers.instead import instead
-from rwkv_miss.data.readers.reader import READERS, read_records
+from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.sources import check_sources, parse_sources, source_records
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
@@ -34,17 +34,6 @@ def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, opti
     return [encode_record(record, tokenizer, vocab_size, options) for record in read_records(path, options)]
 
 
-def check_source(path: str | Path) -> None:
-    """Raises UserError if `path` is missing or of a kind that `read_documents` does not read. Does not open it."""
-    check_name(Path(path), "data")
-    if binidx_prefix(path) is not None:
-        return
-    if said := instead(Path(path), [*READERS]):
-        raise UserError(f"{path}: {said}")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file (data)")
-
-
 @dataclass(frozen=True)
 class Written:
     """What a binidx was made of; `with_prompts` counts the documents that are not plain text."""
@@ -54,13 +43,13 @@ class Written:
     with_prompts: int
 
 
-def records_to_binidx(path: str | Path, prefix: str, tokenizer: Tokenizer, options: DataOptions) -> Written:
-    """Writes the records of a data file as PREFIX.bin and PREFIX.idx: as uint16 if the tokenizer's ids fit, otherwise
+def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: DataOptions) -> Written:
+    """Writes the records of all sources as PREFIX.bin and PREFIX.idx: as uint16 if the tokenizer's ids fit, otherwise
     as int32. The loss masks are lost, since a binidx has no place for them.
 
     Raises:
-        UserError: as `read_records` and `encode_record`, or the pair cannot be written or is there already. Nothing is
-            left then.
+        UserError: as `parse_sources`, `check_sources`, `source_records` and `encode_record`, or the pair cannot be
+            written or is there already. Nothing is left then.
     """
     check_name(Path(f"{prefix}.bin"), "a binidx")
     if prefix.endswith((".bin", ".idx")) or prefix.rpartition("/")[2] in ("", ".", ".."):
@@ -68,11 +57,13 @@ def records_to_binidx(path: str | Path, prefix: str, tokenizer: Tokenizer, optio
     for file in (f"{prefix}.bin", f"{prefix}.idx"):
         if Path(file).exists():
             raise UserError(f"{file}: exists already; give another out, or remove it first")
+    sources = parse_sources(data, options, weights=False)
+    check_sources(sources, options)
     documents = with_prompts = 0
 
     def ids() -> Iterator[np.ndarray]:
         nonlocal documents, with_prompts
-        for record in read_records(path, options):
+        for record in source_records(sources):
             documents += 1
             with_prompts += not record.is_text
             yield encode_record(record, tokenizer, tokenizer.vocab_size, options).ids

@@ -20,6 +20,7 @@ from rwkv_miss.data.cache import cached_parts
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
 from rwkv_miss.data.parts import PartSettings
+from rwkv_miss.data.sources import data_name
 from rwkv_miss.data.templates import settled
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
@@ -126,7 +127,7 @@ def _read_rows(
 ) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
     """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
     settings = PartSettings(
-        data=config.data,
+        data=data_name(config.data),
         tokenizer=config.tokenizer,
         vocab_size=sizes.vocab_size,
         ctx_len=config.ctx_len,
@@ -138,14 +139,16 @@ def _read_rows(
         options=DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)}),
     )
     parts = cached_parts(settings)
+    data = data_name(config.data)
+    names = [data, data_name(config.val_data) if config.val_data else f"{data}, held out"]
     if config.val_data:
-        parts += cached_parts(replace(settings, data=config.val_data))
-    for (_, report), name in zip(parts, (config.data, config.val_data or f"{config.data}, held out"), strict=False):
+        parts += cached_parts(replace(settings, data=names[1]))
+    for (_, report), name in zip(parts, names, strict=False):
         check_losses(report, name, config.allow_dropping)
     (rows, report), *validation = parts
     if config.chunk_len and report.longest <= config.chunk_len:
         raise UserError(
-            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
+            f"{data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
             f"{report.longest} tokens); lower chunk_len, or leave it out"
         )
     return rows, report, *(validation[0] if validation else (None, None))
