@@ -1,0 +1,178 @@
+"""Rows, the unit of a batch: where in a store the pieces of each row are, and rows laid out as arrays, which they are
+when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from rwkv_miss.data.documents import count_learned
+from rwkv_miss.data.store import Store
+from rwkv_miss.data.tokenizers import END
+
+NO_LOSS = -100
+"""The target of a position without loss (the value that torch's cross_entropy ignores)."""
+NO_RECORD = -1
+"""The record of a position in the padding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Parts of documents: piece i has the inputs ids[starts[i]:starts[i] + lengths[i]] of a store and, one position
+    further, the targets. records: the number of each piece's document. All are int64 (pieces,)."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    records: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def take(self, chosen: np.ndarray | slice) -> Pieces:
+        return Pieces(self.starts[chosen], self.lengths[chosen], self.records[chosen])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LaidOut:
+    """R rows of `width` positions as arrays.
+
+    tokens int32 (R, width): the inputs, 0 in the padding at a row's end. targets int32 (R, width): the next token, or
+    `NO_LOSS`. seq_start bool (R, width): true where a document begins, and the padding.
+
+    For documents in groups, records is int32 (R, width): the number of the document, in the data's order, that a
+    position belongs to, `NO_RECORD` in the padding. Otherwise it is None.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    seq_start: np.ndarray
+    records: np.ndarray | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """R rows of at most `width` positions: row i holds the pieces from bounds[i] up to bounds[i + 1].
+
+    stores: of each source. firsts int64 (sources + 1,): rows from firsts[i] up to firsts[i + 1] are of stores[i].
+    weights: how often the rows of each source come in an epoch. pieces: of all rows in turn. group_size: with n, each n
+    pieces in turn are the documents of a group. Of each row, int64 (R,): loss_tokens, its targets; filled, its
+    positions before the padding; used, its columns up to the last target.
+    """
+
+    stores: tuple[Store, ...]
+    firsts: np.ndarray
+    weights: tuple[Fraction, ...]
+    width: int
+    pieces: Pieces
+    bounds: np.ndarray
+    group_size: int | None
+    loss_tokens: np.ndarray
+    filled: np.ndarray
+    used: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.filled)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The groups in each row, int64 (R,); None if the documents are not in groups."""
+        return np.diff(self.bounds) // self.group_size if self.group_size else None
+
+    def fingerprint(self) -> str:
+        """A SHA-256 hash (hex) that rows of the same tokens in the same order have in common. Of a store without a mark
+        17 evenly spaced tokens of up to 1,024 pieces count."""
+        digest = hashlib.sha256(repr((self.width, self.group_size, self.weights)).encode())
+        for array in (self.firsts, self.bounds, self.pieces.starts, self.pieces.lengths):
+            digest.update(np.ascontiguousarray(array).data)
+        ends = self.bounds[self.firsts]
+        for store, first, end in zip(self.stores, ends[:-1], ends[1:], strict=True):
+            if store.mark is not None:
+                digest.update(store.mark.encode())
+                continue
+            sample = self.pieces.take(np.unique(np.linspace(first, end - 1, 1024).astype(np.int64)))
+            places = sample.starts + sample.lengths * np.arange(17)[:, None] // 16
+            digest.update(np.ascontiguousarray(store.ids[places]).data)
+        return digest.hexdigest()
+
+    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
+        """Whether any of these rows has a target in these columns."""
+        for row in rows:
+            store, pieces = self._row(row)
+            ends = np.cumsum(pieces.lengths)
+            first, last = (np.clip(column - (ends - pieces.lengths), 0, pieces.lengths) for column in (columns.start, columns.stop))
+            if count_learned(store, pieces.starts + first, last - first).any():
+                return True
+        return False
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raises UserError if these rows cannot be taken. It reads what was not checked before."""
+        for row in rows:
+            store, pieces = self._row(row)
+            if store.vocab_size is not None:
+                for start, length in zip(pieces.starts, pieces.lengths, strict=True):
+                    store.read(start, start + length + 1)
+
+    def take(self, rows: np.ndarray) -> LaidOut:
+        """The rows of these indices. An `END` inside a document begins another one.
+
+        Raises:
+            UserError: a token is not in the model's vocabulary.
+        """
+        shape = len(rows), self.width
+        tokens, targets = np.zeros(shape, np.int32), np.full(shape, NO_LOSS, np.int32)
+        seq_start = np.zeros(shape, bool)
+        records = np.full(shape, NO_RECORD, np.int32) if self.group_size else None
+        for i, row in enumerate(rows):
+            store, pieces = self._row(row)
+            at = 0
+            for start, length, record in zip(pieces.starts, pieces.lengths, pieces.records, strict=True):
+                place = slice(at, at := at + length)
+                ids = store.read(start, start + length + 1)
+                tokens[i, place] = ids[:-1]
+                np.copyto(targets[i, place], ids[1:], where=store.mask(start + 1, start + length + 1))
+                seq_start[i, place] = ids[:-1] == END
+                seq_start[i, place.start] = True
+                if records is not None:
+                    records[i, place] = record
+            if at < self.width:
+                seq_start[i, at] = True
+        return LaidOut(tokens, targets, seq_start, records)
+
+    def _row(self, row: int) -> tuple[Store, Pieces]:
+        store = self.stores[np.searchsorted(self.firsts, row, side="right") - 1]
+        return store, self.pieces.take(slice(self.bounds[row], self.bounds[row + 1]))
+
+
+def rows_of(store: Store, pieces: Pieces, bounds: np.ndarray, width: int, group_size: int | None) -> Rows:
+    """Rows of one source. Each holds at least one piece."""
+    ends = np.cumsum(pieces.lengths)
+    begins = ends - pieces.lengths
+    columns = begins - np.repeat(begins[bounds[:-1]], np.diff(bounds))  # where each piece is in its row
+    last = store.last_learned(pieces.starts + 1 + pieces.lengths) - pieces.starts  # of each piece's targets, from 1
+    return Rows(
+        (store,),
+        np.array([0, len(bounds) - 1]),
+        (Fraction(1),),
+        width,
+        pieces,
+        bounds,
+        group_size,
+        loss_tokens=np.add.reduceat(count_learned(store, pieces.starts, pieces.lengths), bounds[:-1]),
+        filled=np.add.reduceat(pieces.lengths, bounds[:-1]),
+        used=np.maximum.reduceat(np.where(last > 0, columns + last, 0), bounds[:-1]),
+    )
+
+
+def mix(sources: Sequence[Rows], weights: Sequence[Fraction]) -> Rows:
+    """The rows of several sources, one source after the other, which come in an epoch as often as `weights` says (see
+    `epoch_rows`). Their records are numbered through."""
+    counts = np.array([len(rows) for rows in sources])
+    pieces, records = [rows.pieces for rows in sources], 0
+    for i, rows in enumerate(sources):
+        pieces[i] = replace(rows.pieces, records=rows.pieces.records + records)
+        records += len(rows.stores[0].offsets)
+    ...
