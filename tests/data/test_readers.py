@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from rwkv_miss.config import DataOptions
+from rwkv_miss.data.readers import jsonl
 from rwkv_miss.data.readers.instead import BY_CONTENT, BY_SUFFIX
-from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.readers.reader import block_records, read_blocks, read_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
@@ -84,6 +86,18 @@ def test_txt_parted_by_a_separator(tmp_path):
         Record(f"{path}:1", (("text", "one\nmore\n"),)),
         Record(f"{path}:6", (("text", "two\n"),)),
     ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+def test_blocks_of_any_size_are_whole_lines(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(jsonl, "_BLOCK", size)
+    lines = [b'\xef\xbb\xbf{"text": "a"}', b"", b'{"text": "%s"}' % (b"b" * 40), b'{"text": "c"}\r', b'{"text": "d"}']
+    (path := tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    blocks = [pickle.loads(pickle.dumps(block)) for block in read_blocks(path, DataOptions())]
+    records = [record for block in blocks for record in block_records(block, DataOptions())]
+    assert records == [*read_records(path, DataOptions())]
+    assert [record.where for record in records] == [f"{path}:{number}" for number in (1, 3, 4, 5)]
+    assert len(blocks) == {1: 5, 7: 5, 30: 3, 1000: 2}[size]
 
 
 GOOD = b'{"text": "fine"}\n'

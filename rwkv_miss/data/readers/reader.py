@@ -5,28 +5,41 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from rwkv_miss.config import DataOptions
+from rwkv_miss.data.readers.block import Block
 from rwkv_miss.data.readers.instead import instead
-from rwkv_miss.data.readers.jsonl import read_jsonl
-from rwkv_miss.data.readers.txt import read_txt
+from rwkv_miss.data.readers.jsonl import jsonl_blocks, jsonl_records
+from rwkv_miss.data.readers.txt import txt_blocks, txt_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import STOP, holds_stop
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
 
-Reader = Callable[[Path, BinaryIO, DataOptions], Iterator[Record]]
-"""A reader of one format: (path, file, options) -> the file's records in its order.
 
-`file` is open at its beginning; `path` is where it came from, for messages and for `Record.where`. A reader refuses
-options that its format has no use for and raises UserError, naming file and line or row, for what it cannot read. It
-skips nothing that holds anything: fields that it does not read are named in `Record.unread`."""
+class Reader(NamedTuple):
+    """A reader of one format, in two stages.
+
+    `blocks(path, file, options)` cuts a file into pieces, in its order: once, in one process, so it does no more than
+    cutting takes. `file` is open at its beginning; `path` is where it came from. It refuses options that its format
+    has no use for.
+
+    `records(block, options)` makes a piece's records, in their order, in whatever process. It skips nothing that holds
+    anything: fields that it does not read are named in `Record.unread`.
+
+    Both raise UserError, naming file and line or row, for what they cannot read.
+    """
+
+    blocks: Callable[[Path, BinaryIO, DataOptions], Iterator[Block]]
+    records: Callable[[Block, DataOptions], Iterator[Record]]
+
 
 READERS: dict[str, Reader] = {
-    ".jsonl": read_jsonl,
-    ".txt": read_txt,
+    ".jsonl": Reader(jsonl_blocks, jsonl_records),
+    ".txt": Reader(txt_blocks, txt_records),
 }
 """The readers by the suffix of the files that they read, in lower case. To add a format: one file with a reader, and
 one line here."""
@@ -37,53 +50,98 @@ _NAMED = 20
 _log = logging.getLogger("rwkv_miss")
 
 
-def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
-    """Yields the records of a data file, in its order.
+@dataclass
+class Notes:
+    """What is warned of at the end of a file: the fields that were not read, each with the number of records in which
+    it holds something, and the records with an answer that a runtime cuts, since it holds the `STOP` of the template.
+    """
 
-    At the end of the file, or where the caller stops, one warning names the fields that were not read, each with the
-    number of records in which it holds something; another counts the records with an answer that a runtime cuts,
-    since it holds the `STOP` of the template.
+    records: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    stopped: int = 0
+    first_stopped: str = ""
+
+    def take(self, record: Record, options: DataOptions) -> None:
+        """Counts a record."""
+        self.records += 1
+        self.unread.update(record.unread)
+        if holds_stop(record, options):
+            self.stopped += 1
+            self.first_stopped = self.first_stopped or record.where
+
+    def join(self, later: Notes) -> None:
+        """Adds what was noted of records that come later in the file."""
+        self.records += later.records
+        self.unread.update(later.unread)
+        self.stopped += later.stopped
+        self.first_stopped = self.first_stopped or later.first_stopped
+
+    def warn(self, path: Path) -> None:
+        if self.unread:
+            named = ", ".join(f"{name!r} ({count:,})" for name, count in self.unread.most_common(_NAMED))
+            more = f" and {len(self.unread) - _NAMED:,} more" if len(self.unread) > _NAMED else ""
+            _log.warning("%s: fields that are not read, with the records that have them: %s%s", path, named, more)
+        if self.stopped:
+            _log.warning(
+                "%s: answers hold %r in %s records, the first in %s; they are learned whole, but a runtime stops there "
+                "and cuts the rest off",
+                *(path, STOP, f"{self.stopped:,}", self.first_stopped),
+            )
+
+
+def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
+    """Yields the records of a data file, in its order. `Notes` warns at its end, or where the caller stops.
 
     Raises:
-        UserError: the options contradict each other, the format is not known, the file cannot be read or holds no
-            record, or whatever its reader refuses.
+        UserError: as `read_blocks` and `block_records`, or there is no record in the file.
+    """
+    path = Path(path)
+    notes = Notes()
+    try:
+        for block in read_blocks(path, options):
+            for record in block_records(block, options):
+                notes.take(record, options)
+                yield record
+    except GeneratorExit:
+        notes.warn(path)
+        raise
+    check_not_empty(path, notes)
+    notes.warn(path)
+
+
+def read_blocks(path: Path, options: DataOptions) -> Iterator[Block]:
+    """Yields the blocks of a data file, in its order.
+
+    Raises:
+        UserError: the options contradict each other, the format is not known, the file cannot be read, or whatever its
+            reader refuses.
     """
     if found := options.problems():
         raise UserError("; ".join(found))
-    path = Path(path)
     if said := instead(path, [*READERS]):
         raise UserError(f"{path}: {said}")
     check_name(path, "data")
-    unread: Counter[str] = Counter()
-    records = stopped = 0
-    first_stopped = ""
     try:
         with path.open("rb") as file:
-            for record in READERS[path.suffix.lower()](path, file, options):
-                records += 1
-                unread.update(record.unread)
-                if holds_stop(record, options):
-                    stopped += 1
-                    first_stopped = first_stopped or record.where
-                yield record
-    except GeneratorExit:
-        _warn(path, unread, stopped, first_stopped)
-        raise
+            yield from _reader(path).blocks(path, file, options)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not records:
+
+
+def block_records(block: Block, options: DataOptions) -> Iterator[Record]:
+    """Yields the records of a block, in their order.
+
+    Raises:
+        UserError: a record cannot be read, or is none.
+    """
+    return _reader(block.path).records(block, options)
+
+
+def check_not_empty(path: Path, notes: Notes) -> None:
+    """UserError if a file that was read to its end had no record."""
+    if not notes.records:
         raise UserError(f"{path}: is empty: there is no record in it")
-    _warn(path, unread, stopped, first_stopped)
 
 
-def _warn(path: Path, unread: Counter[str], stopped: int, first_stopped: str) -> None:
-    if unread:
-        named = ", ".join(f"{name!r} ({count:,})" for name, count in unread.most_common(_NAMED))
-        more = f" and {len(unread) - _NAMED:,} more" if len(unread) > _NAMED else ""
-        _log.warning("%s: fields that are not read, with the records that have them: %s%s", path, named, more)
-    if stopped:
-        _log.warning(
-            "%s: answers hold %r in %s records, the first in %s; they are learned whole, but a runtime stops there and "
-            "cuts the rest off",
-            *(path, STOP, f"{stopped:,}", first_stopped),
-        )
+def _reader(path: Path) -> Reader:
+    return READERS[path.suffix.lower()]

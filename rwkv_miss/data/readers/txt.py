@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_miss.config import DataOptions
+from rwkv_miss.data.readers.block import Block
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
 
-def read_txt(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Record]:
-    """The whole file as one document, or the pieces between the `separator`s; pieces of white space alone are skipped.
-    CRLF is read as LF, a byte order mark is skipped."""
+def txt_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Block]:
+    """The whole file as one document, or the pieces between the `separator`s, each a block; pieces of white space alone
+    are skipped. CRLF is read as LF, a byte order mark is skipped."""
     if options.prompt_field is not None or options.text_field != "text":
         raise UserError(f"{path}: a .txt file has no fields; leave out prompt_field, answer_field and text_field")
     data = file.read().removeprefix(codecs.BOM_UTF8)
@@ -27,5 +28,9 @@ def read_txt(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Recor
     line = 1
     for piece in [text] if separator is None else text.split(separator):
         if piece.strip():
-            yield Record(f"{path}:{line}", (("text", piece),))
+            yield Block(path, line, piece)
         line += piece.count("\n") + (separator or "").count("\n")
+
+
+def txt_records(block: Block, options: DataOptions) -> Iterator[Record]:
+    yield Record(f"{block.path}:{block.first}", (("text", block.content),))
