@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
@@ -255,6 +255,6 @@ def _read(
 ) -> tuple[list[Record], Sequence[Document]]:
     """The records of a file and their documents; the documents alone of a binidx."""
     if prefix := binidx_prefix(path):
-        return [], open_documents(prefix, vocab_size, config)[: config.limit]
+        return [], all_documents(open_binidx(prefix, vocab_size, config))[: config.limit]
     records = list(islice(read_records(path, config), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

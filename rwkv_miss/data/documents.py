@@ -99,10 +99,9 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options
     return all_documents(store_in_memory(record.where, [tokens]))[0]
 
 
-def encode_records(
-    records: Iterable[Record], tokenizer: Tokenizer, vocab_size: int, options: DataOptions
-) -> Tokens:
-    """The tokens of each record and `END`, ids as int32. There is at least one record. The tokens of learned spans and `END` carry loss.
+def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Tokens:
+    """The tokens of each record and `END`, ids as int32. The tokens of learned spans and `END` carry loss. There is at
+    least one record.
 
     Each span is encoded by itself, so the mask's edges are exact and a prompt has the tokens that a runtime gives it.
 

@@ -45,8 +45,8 @@ def split_long(documents: Documents, ctx_len: int, carry: bool = False) -> tuple
             f"ctx_len {ctx_len} is too short: it cuts off every answer of the {len(documents)} records; "
             f"the first answer token needs a ctx_len of at least {needed}"
         )
-    too_long = np.count_nonzero(is_kept & ~is_text & (targets > ctx_len))
-    return pieces, too_long, len(documents) - np.count_nonzero(is_kept)
+    too_long = int(np.count_nonzero(is_kept & ~is_text & (targets > ctx_len)))
+    return pieces, too_long, int(np.count_nonzero(~is_kept))
 
 
 def cut_groups(documents: Documents, ctx_len: int, group_size: int) -> tuple[Pieces, int, int]:
@@ -78,7 +78,7 @@ def cut_groups(documents: Documents, ctx_len: int, group_size: int) -> tuple[Pie
             f"every loss token of one of them; it must be at least {group_size * needed}"
         )
     pieces = Pieces(documents.starts, lengths, np.arange(len(documents))).take(is_kept)
-    truncated = np.count_nonzero(is_kept & (documents.targets > share))
+    truncated = int(np.count_nonzero(is_kept & (documents.targets > share)))
     return pieces, truncated, len(documents) - len(pieces)
 
 
@@ -111,9 +111,11 @@ def enough_ctx_len(documents: Documents, group_size: int | None = None) -> int:
     return int(max(enough_documents, n * enough_tokens))
 
 
-def _stretches(documents: Documents, chosen: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The stretches of tokens with loss in the chosen documents: where each begins and ends in its document, and the
-    value that its document has in `values`."""
+def _stretches(
+    documents: Documents, chosen: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The stretches of tokens with loss in the chosen documents: where each begins and ends in its document, and what
+    `values` has for that document."""
     edges, starts, stops = documents.store.edges, documents.starts[chosen], documents.stops[chosen]
     first = np.searchsorted(edges[1::2], starts + 1, side="right")
     counts = np.searchsorted(edges[::2], stops) - first

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -57,15 +56,15 @@ class LaidOut:
 class Rows:
     """R rows of at most `width` positions: row i holds the pieces from bounds[i] up to bounds[i + 1].
 
-    stores: of each source. firsts int64 (sources + 1,): rows from firsts[i] up to firsts[i + 1] are of stores[i].
-    weights: how often the rows of each source come in an epoch. pieces: of all rows in turn. group_size: with n, each n
-    pieces in turn are the documents of a group. Of each row, int64 (R,): loss_tokens, its targets; filled, its
-    positions before the padding; used, its columns up to the last target.
+    stores: of each source. firsts int64 (sources + 1,): rows from firsts[i] up to firsts[i + 1] are of stores[i]. turns
+    int64 (sources,): how many rows of each source come in an epoch. pieces: of all rows, one row after the other.
+    group_size: with n, each n of the pieces are the documents of a group. Of each row, int64 (R,): loss_tokens, its
+    targets; filled, its positions before the padding; used, its columns up to the last target.
     """
 
     stores: tuple[Store, ...]
     firsts: np.ndarray
-    weights: tuple[Fraction, ...]
+    turns: np.ndarray
     width: int
     pieces: Pieces
     bounds: np.ndarray
@@ -78,6 +77,11 @@ class Rows:
         return len(self.filled)
 
     @property
+    def epoch_size(self) -> int:
+        """How many rows come in an epoch."""
+        return int(self.turns.sum())
+
+    @property
     def groups(self) -> np.ndarray | None:
         """The groups in each row, int64 (R,); None if the documents are not in groups."""
         return np.diff(self.bounds) // self.group_size if self.group_size else None
@@ -85,8 +89,8 @@ class Rows:
     def fingerprint(self) -> str:
         """A SHA-256 hash (hex) that rows of the same tokens in the same order have in common. Of a store without a mark
         17 evenly spaced tokens of up to 1,024 pieces count."""
-        digest = hashlib.sha256(repr((self.width, self.group_size, self.weights)).encode())
-        for array in (self.firsts, self.bounds, self.pieces.starts, self.pieces.lengths):
+        digest = hashlib.sha256(repr((self.width, self.group_size)).encode())
+        for array in (self.firsts, self.turns, self.bounds, self.pieces.starts, self.pieces.lengths):
             digest.update(np.ascontiguousarray(array).data)
         ends = self.bounds[self.firsts]
         for store, first, end in zip(self.stores, ends[:-1], ends[1:], strict=True):
@@ -102,8 +106,8 @@ class Rows:
         """Whether any of these rows has a target in these columns."""
         for row in rows:
             store, pieces = self._row(row)
-            ends = np.cumsum(pieces.lengths)
-            first, last = (np.clip(column - (ends - pieces.lengths), 0, pieces.lengths) for column in (columns.start, columns.stop))
+            begins = np.cumsum(pieces.lengths) - pieces.lengths
+            first, last = (np.clip(at - begins, 0, pieces.lengths) for at in (columns.start, columns.stop))
             if count_learned(store, pieces.starts + first, last - first).any():
                 return True
         return False
@@ -156,7 +160,7 @@ def rows_of(store: Store, pieces: Pieces, bounds: np.ndarray, width: int, group_
     return Rows(
         (store,),
         np.array([0, len(bounds) - 1]),
-        (Fraction(1),),
+        np.array([len(bounds) - 1]),
         width,
         pieces,
         bounds,
@@ -167,12 +171,46 @@ def rows_of(store: Store, pieces: Pieces, bounds: np.ndarray, width: int, group_
     )
 
 
-def mix(sources: Sequence[Rows], weights: Sequence[Fraction]) -> Rows:
-    """The rows of several sources, one source after the other, which come in an epoch as often as `weights` says (see
-    `epoch_rows`). Their records are numbered through."""
-    counts = np.array([len(rows) for rows in sources])
-    pieces, records = [rows.pieces for rows in sources], 0
-    for i, rows in enumerate(sources):
-        pieces[i] = replace(rows.pieces, records=rows.pieces.records + records)
-        records += len(rows.stores[0].offsets)
-    ...
+def mix(sources: Sequence[Rows], weights: Sequence[float]) -> Rows:
+    """The rows of several sources, one source behind the other. Their records are numbered through.
+
+    Args:
+        weights: how often the rows of each source come in an epoch, above 0. The number of rows that come is a whole
+            one, and at least 1.
+    """
+    n = sources[0].group_size or 1
+    counts = [len(rows) for rows in sources]
+    first_pieces = np.cumsum([0, *(len(rows.pieces.starts) for rows in sources)])
+    first_records = np.cumsum([0, *(n * -(-rows.stores[0].documents // n) for rows in sources)])
+    pieces = [rows.pieces for rows in sources]
+    return Rows(
+        stores=tuple(store for rows in sources for store in rows.stores),
+        firsts=np.cumsum([0, *counts]),
+        turns=np.maximum(1, np.rint(np.multiply(counts, weights))).astype(np.int64),
+        width=max(rows.width for rows in sources),
+        pieces=Pieces(
+            np.concatenate([p.starts for p in pieces]),
+            np.concatenate([p.lengths for p in pieces]),
+            np.concatenate([p.records + first for p, first in zip(pieces, first_records, strict=False)]),
+        ),
+        bounds=np.concatenate(
+            [[0], *(rows.bounds[1:] + first for rows, first in zip(sources, first_pieces, strict=False))]
+        ),
+        group_size=sources[0].group_size,
+        loss_tokens=np.concatenate([rows.loss_tokens for rows in sources]),
+        filled=np.concatenate([rows.filled for rows in sources]),
+        used=np.concatenate([rows.used for rows in sources]),
+    )
+
+
+def epoch_rows(rows: Rows, seed: int, epoch: int) -> np.ndarray:
+    """The rows that come in an epoch, ascending, int64 (rows.epoch_size,).
+
+    The rows of each source come in turn, in an order of their own that `seed` draws, and an epoch goes on where the
+    one before it stopped: over any number of epochs two rows of a source have come equally often, but for one.
+    """
+    found = []
+    for source, (first, count, turns) in enumerate(zip(rows.firsts, np.diff(rows.firsts), rows.turns, strict=False)):
+        order = np.random.Generator(np.random.PCG64([seed, 0, source])).permutation(count)
+        found.append(first + np.sort(order[np.arange(epoch * turns, (epoch + 1) * turns) % count]))
+    return np.concatenate(found)

@@ -46,6 +46,11 @@ class Store:
     mark: str | None = None
     vocab_size: int | None = None
 
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self.offsets) - 1
+
     @cached_property
     def _before(self) -> np.ndarray:
         """The tokens with loss before each stretch of them, and in all, int64 (stretches + 1,)."""
@@ -87,7 +92,7 @@ class Store:
             i = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             document = int(np.searchsorted(self.offsets, places[i], side="right")) - 1
             raise UserError(
-                f"{self.name}: document {document} (of 0 to {len(self.offsets) - 2}): token {ids[i]} is not in the "
+                f"{self.name}: document {document} (of 0 to {self.documents - 1}): token {ids[i]} is not in the "
                 f"model's vocabulary of {self.vocab_size} ids; make the binidx again with the model's tokenizer"
             )
 
@@ -100,8 +105,8 @@ def edges_of(mask: np.ndarray) -> np.ndarray:
 def store_in_memory(name: str, parts: Iterable[Tokens]) -> Store:
     """A store of at least one part."""
     digest = _Digest()
-    arrays = [np.concatenate(found) for found in zip(*_joined(parts, digest), strict=True)]
-    return Store(name, *arrays, mark=digest.mark())
+    ids, offsets, edges = (np.concatenate(arrays) for arrays in zip(*_joined(parts, digest), strict=True))
+    return Store(name, ids, offsets, edges, digest.mark())
 
 
 def write_store(folder: Path, parts: Iterable[Tokens], dtype: np.dtype | type) -> dict[str, Any]:
@@ -131,13 +136,14 @@ def open_store(folder: Path, name: str, written: dict[str, Any]) -> Store:
     Raises:
         OSError, ValueError, KeyError, TypeError: the files are not what `written` says.
     """
-    arrays = []
-    for array_name in _ARRAYS:
+
+    def mapped(array_name: str) -> np.ndarray:
         array = np.lib.format.open_memmap(folder / f"{array_name}.npy", mode="r")
         if [array.dtype.str, *array.shape] != written["arrays"][array_name]:
             raise ValueError(f"{array_name} is another array")
-        arrays.append(array)
-    return Store(name, *arrays, mark=written["mark"])
+        return array
+
+    return Store(name, mapped("ids"), mapped("offsets"), mapped("edges"), written["mark"])
 
 
 def _joined(parts: Iterable[Tokens], digest: _Digest) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

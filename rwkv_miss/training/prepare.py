@@ -16,10 +16,11 @@ from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
-from rwkv_miss.data.cache import cached_parts
+from rwkv_miss.data.corpus import Corpus
 from rwkv_miss.data.documents import Document
-from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
-from rwkv_miss.data.parts import PartSettings
+from rwkv_miss.data.packing import PackReport, check_losses, first_documents
+from rwkv_miss.data.parts import PartSettings, read_parts
+from rwkv_miss.data.rows import Rows
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
 from rwkv_miss.model.quantised import quantised_linears, refuse_training, unusable
@@ -43,9 +44,9 @@ class Prepared:
     sizes: ModelConfig
     dtype: torch.dtype
     objective: Objective
-    rows: AnyRows
+    rows: Rows
     report: PackReport
-    val_rows: AnyRows | None
+    val_rows: Rows | None
     val_report: PackReport | None
     micro_batches: int
     steps_an_epoch: int
@@ -100,7 +101,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     rows, report, val_rows, val_report = _read_rows(config, sizes, objective)
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    steps_an_epoch = -(-len(rows) // rows_a_step)
+    steps_an_epoch = -(-rows.epoch_size // rows_a_step)
     return Prepared(
         tensors,
         sizes,
@@ -120,23 +121,25 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def _read_rows(
     config: TrainConfig, sizes: ModelConfig, objective: Objective
-) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
+) -> tuple[Rows, PackReport, Rows | None, PackReport | None]:
     """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
     settings = PartSettings(
-        data=config.data,
-        tokenizer=config.tokenizer,
-        vocab_size=sizes.vocab_size,
+        Corpus(
+            config.data,
+            config.tokenizer,
+            sizes.vocab_size,
+            DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)}),
+        ),
         ctx_len=config.ctx_len,
         packing=config.packing,
         carry=config.long_documents == "carry",
         group_size=objective.group_size,
         val_split=config.val_split,
-        seed=config.seed if config.val_split else 0,
-        options=DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)}),
+        seed=config.seed,
     )
-    parts = cached_parts(settings)
+    parts = read_parts(settings)
     if config.val_data:
-        parts += cached_parts(replace(settings, data=config.val_data))
+        parts += read_parts(replace(settings, corpus=replace(settings.corpus, data=config.val_data)))
     for (_, report), name in zip(parts, (config.data, config.val_data or f"{config.data}, held out"), strict=False):
         check_losses(report, name, config.allow_dropping)
     (rows, report), *validation = parts
