@@ -32,9 +32,8 @@ def split_long(documents: Documents, ctx_len: int, carry: bool = False) -> tuple
     offsets = ctx_len * (np.arange(len(records)) - np.repeat(np.cumsum(counts) - counts, counts))
     starts, lengths = documents.starts[records] + offsets, np.minimum(kept[records] - offsets, ctx_len)
     has_loss = count_learned(documents.store, starts, lengths) > 0
-    pieces = Pieces(starts, lengths, records).take(has_loss)
     is_kept = np.zeros(len(documents), dtype=bool)
-    is_kept[pieces.records] = True
+    is_kept[records[has_loss]] = True
     if not is_kept.any():
         if not learned.any():
             raise UserError(
@@ -46,6 +45,7 @@ def split_long(documents: Documents, ctx_len: int, carry: bool = False) -> tuple
             f"the first answer token needs a ctx_len of at least {needed}"
         )
     too_long = int(np.count_nonzero(is_kept & ~is_text & (targets > ctx_len)))
+    pieces = Pieces(starts[has_loss], lengths[has_loss], None)
     return pieces, too_long, int(np.count_nonzero(~is_kept))
 
 

@@ -4,7 +4,7 @@ when they are asked for."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +22,19 @@ NO_RECORD = -1
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
     """Parts of documents: piece i has the inputs ids[starts[i]:starts[i] + lengths[i]] of a store and, one position
-    further, the targets. records: the number of each piece's document. All are int64 (pieces,)."""
+    further, the targets. records: the number of each piece's document, None where it is of no interest. All are int64
+    (pieces,)."""
 
     starts: np.ndarray
     lengths: np.ndarray
-    records: np.ndarray
+    records: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def take(self, chosen: np.ndarray | slice) -> Pieces:
-        return Pieces(self.starts[chosen], self.lengths[chosen], self.records[chosen])
+        records = None if self.records is None else self.records[chosen]
+        return Pieces(self.starts[chosen], self.lengths[chosen], records)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +60,8 @@ class Rows:
 
     stores: of each source. firsts int64 (sources + 1,): rows from firsts[i] up to firsts[i + 1] are of stores[i]. turns
     int64 (sources,): how many rows of each source come in an epoch. pieces: of all rows, one row after the other.
-    group_size: with n, each n of the pieces are the documents of a group. Of each row, int64 (R,): loss_tokens, its
-    targets; filled, its positions before the padding; used, its columns up to the last target.
+    group_size: with n, each n of the pieces are the documents of a group, and they have records. Of each row, int64
+    (R,): loss_tokens, its targets; filled, its positions before the padding.
     """
 
     stores: tuple[Store, ...]
@@ -71,7 +73,6 @@ class Rows:
     group_size: int | None
     loss_tokens: np.ndarray
     filled: np.ndarray
-    used: np.ndarray
 
     def __len__(self) -> int:
         return len(self.filled)
@@ -86,18 +87,27 @@ class Rows:
         """The groups in each row, int64 (R,); None if the documents are not in groups."""
         return np.diff(self.bounds) // self.group_size if self.group_size else None
 
+    @property
+    def used(self) -> np.ndarray:
+        """The columns of each row up to its last target, int64 (R,)."""
+        p, ends = self.pieces, np.cumsum(self.pieces.lengths)
+        columns = ends - p.lengths - np.repeat(np.cumsum(self.filled) - self.filled, np.diff(self.bounds))
+        of_stores = self._stores_pieces()
+        last = [store.last_learned(some.starts + 1 + some.lengths) - some.starts for store, some in of_stores]
+        in_pieces = np.concatenate(last)  # the columns of each piece up to its last target; below 1 there is none
+        return np.maximum.reduceat(np.where(in_pieces > 0, columns + in_pieces, 0), self.bounds[:-1])
+
     def fingerprint(self) -> str:
         """A SHA-256 hash (hex) that rows of the same tokens in the same order have in common. Of a store without a mark
         17 evenly spaced tokens of up to 1,024 pieces count."""
         digest = hashlib.sha256(repr((self.width, self.group_size)).encode())
         for array in (self.firsts, self.turns, self.bounds, self.pieces.starts, self.pieces.lengths):
             digest.update(np.ascontiguousarray(array).data)
-        ends = self.bounds[self.firsts]
-        for store, first, end in zip(self.stores, ends[:-1], ends[1:], strict=True):
+        for store, pieces in self._stores_pieces():
             if store.mark is not None:
                 digest.update(store.mark.encode())
                 continue
-            sample = self.pieces.take(np.unique(np.linspace(first, end - 1, 1024).astype(np.int64)))
+            sample = pieces.take(np.unique(np.linspace(0, len(pieces) - 1, 1024).astype(np.int64)))
             places = sample.starts + sample.lengths * np.arange(17)[:, None] // 16
             digest.update(np.ascontiguousarray(store.ids[places]).data)
         return digest.hexdigest()
@@ -133,18 +143,23 @@ class Rows:
         for i, row in enumerate(rows):
             store, pieces = self._row(row)
             at = 0
-            for start, length, record in zip(pieces.starts, pieces.lengths, pieces.records, strict=True):
+            for k, (start, length) in enumerate(zip(pieces.starts, pieces.lengths, strict=True)):
                 place = slice(at, at := at + length)
                 ids = store.read(start, start + length + 1)
                 tokens[i, place] = ids[:-1]
                 np.copyto(targets[i, place], ids[1:], where=store.mask(start + 1, start + length + 1))
                 seq_start[i, place] = ids[:-1] == END
                 seq_start[i, place.start] = True
-                if records is not None:
-                    records[i, place] = record
+                if records is not None and pieces.records is not None:
+                    records[i, place] = pieces.records[k]
             if at < self.width:
                 seq_start[i, at] = True
         return LaidOut(tokens, targets, seq_start, records)
+
+    def _stores_pieces(self) -> Iterator[tuple[Store, Pieces]]:
+        ends = self.bounds[self.firsts]
+        for store, first, end in zip(self.stores, ends[:-1], ends[1:], strict=True):
+            yield store, self.pieces.take(slice(first, end))
 
     def _row(self, row: int) -> tuple[Store, Pieces]:
         store = self.stores[np.searchsorted(self.firsts, row, side="right") - 1]
@@ -153,10 +168,6 @@ class Rows:
 
 def rows_of(store: Store, pieces: Pieces, bounds: np.ndarray, width: int, group_size: int | None) -> Rows:
     """Rows of one source. Each holds at least one piece."""
-    ends = np.cumsum(pieces.lengths)
-    begins = ends - pieces.lengths
-    columns = begins - np.repeat(begins[bounds[:-1]], np.diff(bounds))  # where each piece is in its row
-    last = store.last_learned(pieces.starts + 1 + pieces.lengths) - pieces.starts  # of each piece's targets, from 1
     return Rows(
         (store,),
         np.array([0, len(bounds) - 1]),
@@ -167,7 +178,6 @@ def rows_of(store: Store, pieces: Pieces, bounds: np.ndarray, width: int, group_
         group_size,
         loss_tokens=np.add.reduceat(count_learned(store, pieces.starts, pieces.lengths), bounds[:-1]),
         filled=np.add.reduceat(pieces.lengths, bounds[:-1]),
-        used=np.maximum.reduceat(np.where(last > 0, columns + last, 0), bounds[:-1]),
     )
 
 
@@ -178,28 +188,26 @@ def mix(sources: Sequence[Rows], weights: Sequence[float]) -> Rows:
         weights: how often the rows of each source come in an epoch, above 0. The number of rows that come is a whole
             one, and at least 1.
     """
-    n = sources[0].group_size or 1
+    n = sources[0].group_size
     counts = [len(rows) for rows in sources]
-    first_pieces = np.cumsum([0, *(len(rows.pieces.starts) for rows in sources)])
-    first_records = np.cumsum([0, *(n * -(-rows.stores[0].documents // n) for rows in sources)])
     pieces = [rows.pieces for rows in sources]
+    first_pieces = np.cumsum([0, *map(len, pieces)])
+    records = None
+    if n:
+        first_records = np.cumsum([0, *(n * -(-rows.stores[0].documents // n) for rows in sources)])
+        records = np.concatenate([p.records + first for p, first in zip(pieces, first_records, strict=False)])
     return Rows(
         stores=tuple(store for rows in sources for store in rows.stores),
         firsts=np.cumsum([0, *counts]),
         turns=np.maximum(1, np.rint(np.multiply(counts, weights))).astype(np.int64),
         width=max(rows.width for rows in sources),
-        pieces=Pieces(
-            np.concatenate([p.starts for p in pieces]),
-            np.concatenate([p.lengths for p in pieces]),
-            np.concatenate([p.records + first for p, first in zip(pieces, first_records, strict=False)]),
-        ),
+        pieces=Pieces(np.concatenate([p.starts for p in pieces]), np.concatenate([p.lengths for p in pieces]), records),
         bounds=np.concatenate(
             [[0], *(rows.bounds[1:] + first for rows, first in zip(sources, first_pieces, strict=False))]
         ),
-        group_size=sources[0].group_size,
+        group_size=n,
         loss_tokens=np.concatenate([rows.loss_tokens for rows in sources]),
         filled=np.concatenate([rows.filled for rows in sources]),
-        used=np.concatenate([rows.used for rows in sources]),
     )
 
 

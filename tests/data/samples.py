@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_miss.data.documents import Document
+from rwkv_miss.data.documents import Document, Documents
 
 
 def text_of(ids):
     """A plain text of these tokens: all but the first carry loss."""
     return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
+
+
+def cut_out(documents, pieces):
+    """The pieces of documents of a store, as documents."""
+    return Documents(documents.store, pieces.starts, pieces.starts + pieces.lengths + 1)
+
+
+def everything(rows):
+    """All rows, laid out."""
+    return rows.take(np.arange(len(rows)))
 
 
 def pairs(documents):

@@ -1,4 +1,5 @@
-"""The rows of a binidx are those of the same documents in memory, and take no memory for tokens."""
+"""Stores: where the loss is, and the rows of a binidx, which are those of the same documents in memory and take no
+memory for tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +13,21 @@ from hypothesis import strategies as st
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import write_binidx
-from rwkv_miss.data.documents import Document, split_validation
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import Corpus, open_binidx
+from rwkv_miss.data.documents import Document, all_documents, gather, split_validation
 from rwkv_miss.data.packing import make_rows
+from rwkv_miss.data.parts import PartSettings, read_parts
 from rwkv_miss.errors import UserError
+from tests.data.samples import everything
 from tests.processes import run_process
 
 
 def in_memory(texts):
-    return [Document(np.array(ids, np.int32), np.arange(len(ids)) > 0) for ids in texts]
+    return gather([Document(np.array(ids, np.int32), np.arange(len(ids)) > 0) for ids in texts])
+
+
+def open_documents(prefix, vocab_size, options):
+    return all_documents(open_binidx(prefix, vocab_size, options))
 
 
 @pytest.fixture
@@ -35,10 +42,9 @@ def opened(tmp_path):
 
 
 def same_rows(rows, others):
-    taken = rows.take(np.arange(len(rows)))
+    laid, other = everything(rows), everything(others)
     return len(rows) == len(others) and all(
-        np.array_equal(getattr(taken, name), getattr(others, name))
-        for name in ("tokens", "targets", "seq_start", "filled")
+        np.array_equal(getattr(laid, name), getattr(other, name)) for name in ("tokens", "targets", "seq_start")
     )
 
 
@@ -83,20 +89,15 @@ def test_an_end_inside_a_document_begins_a_new_one(opened):
     assert taken.seq_start.astype(int).tolist() == [[1, 0, 1, 0, 0, 1, 0, 1, 0]]
 
 
-def test_groups_are_refused(opened):
-    documents = opened([[1, 2], [3, 4]])
-    for make in (
-        lambda: make_rows(documents, 8, packing=True, group_size=2),
-        lambda: split_validation(documents, 0.5, 0, 2),
-    ):
-        with pytest.raises(
-            UserError, match=r"p: a binidx does not say which documents belong to a group; give records"
-        ):
-            make()
+def test_groups_are_refused(opened, tmp_path):
+    opened([[1, 2], [3, 4]])
+    corpus = Corpus(str(tmp_path / "p"), "bytes", 256, DataOptions())
+    with pytest.raises(UserError, match=r"p: a binidx does not say which documents belong to a group; give records"):
+        read_parts(PartSettings(corpus, ctx_len=8, packing=True, carry=False, group_size=2, val_split=0.5, seed=0))
 
 
 def test_too_short_to_learn_anything(opened):
-    with pytest.raises(UserError, match=r"p\.bin: none of 3 documents has two tokens"):
+    with pytest.raises(UserError, match=r"p\.bin: none of the 3 records has a token that carries loss"):
         make_rows(opened([[1], [], [2]]), 8, packing=True)
 
 
@@ -151,13 +152,14 @@ def test_memory_is_for_places_not_for_tokens(tmp_path):
     code = f"""
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import all_documents
 from rwkv_miss.data.packing import make_rows
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 before = anonymous()
-rows, _ = make_rows(open_documents({str(tmp_path / "p")!r}, 100, DataOptions()), 512, packing=True)
+rows, _ = make_rows(all_documents(open_binidx({str(tmp_path / "p")!r}, 100, DataOptions())), 512, packing=True)
 stream = BatchStream(
     rows, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, shuffle=True, trim=False
 )
