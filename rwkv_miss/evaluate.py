@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rwkv_miss.config import DataOptions, EvalConfig
+from rwkv_miss.config import Data, DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.corpus import open_binidx
 from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
-from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
+from rwkv_miss.data.sources import all_records, data_name, parse_sources
 from rwkv_miss.data.templates import STOP, answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
@@ -234,9 +234,9 @@ def evaluate(
             f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
             f"{vocab_size}; give the base that the model was tuned from"
         )
-    if binidx_prefix(config.data) and config.exact_match:
-        raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
     records, documents = _read(config.data, config, tokenizer, vocab_size)
+    if config.exact_match and not records:
+        raise UserError(f"{data_name(config.data)}: a binidx has no questions and answers; leave out exact_match")
     _, text = _read(config.text, config, tokenizer, vocab_size) if config.text else ([], [])
     with show("rows of the loss") as report:
         loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
@@ -251,10 +251,13 @@ def evaluate(
 
 
 def _read(
-    path: str, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
+    data: Data, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[list[Record], Sequence[Document]]:
-    """The records of a file and their documents; the documents alone of a binidx."""
-    if prefix := binidx_prefix(path):
-        return [], all_documents(open_binidx(prefix, vocab_size, config))[: config.limit]
-    records = list(islice(read_records(path, config), config.limit))
+    """The records of all sources and their documents; the documents alone of a binidx."""
+    files = [file for source in parse_sources(data, config, weights=False) for file in source.files]
+    if any(map(binidx_prefix, files)):
+        if len(files) > 1:
+            raise UserError(f"{data_name(data)}: a binidx is among several files; measure it alone")
+        return [], all_documents(open_binidx(files[0].with_suffix(""), vocab_size))[: config.limit]
+    records = list(islice(all_records(data, config), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

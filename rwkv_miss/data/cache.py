@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from rwkv_miss.data.corpus import Corpus, id_dtype
+from rwkv_miss.data.corpus import Corpus, id_dtype, read_tokens
 from rwkv_miss.data.store import Store, open_store, store_in_memory, write_store
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.files import cache_folder, locked, part_path, put_in_place, remove
@@ -34,8 +34,8 @@ _log = logging.getLogger("rwkv_miss")
 
 
 def cached_store(corpus: Corpus) -> Store:
-    """The tokens of a file, from the cache if a process of this user has read the same file with the same settings
-    before; otherwise it is read, while others that need the same wait. Warnings of the reading are given either way.
+    """The tokens of files, from the cache if a process of this user has read the same ones with the same settings
+    before; otherwise they are read, while others that need the same wait. Warnings of the reading are given either way.
 
     Where the cache cannot be written, the tokens stay in memory, with a warning.
 
@@ -46,14 +46,14 @@ def cached_store(corpus: Corpus) -> Store:
     if key is None:
         return _in_memory(corpus)
     entry = cache_folder() / "data" / key
-    found = _open(entry, corpus.data)
+    found = _open(entry, corpus.name)
     if found is None:
         try:
-            waited = _waited(entry, corpus.data)
+            waited = _waited(entry, corpus.name)
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
             return _without_cache(corpus, entry, error)
         with waited:
-            found = _open(entry, corpus.data)  # the process that was waited for may have made it
+            found = _open(entry, corpus.name)  # the process that was waited for may have made it
             if found is None:
                 try:
                     return _make(entry, corpus)
@@ -66,21 +66,21 @@ def cached_store(corpus: Corpus) -> Store:
 
 
 def _in_memory(corpus: Corpus) -> Store:
-    return store_in_memory(corpus.data, corpus.tokens())
+    return store_in_memory(corpus.name, read_tokens(corpus))
 
 
 def _key(corpus: Corpus) -> str | None:
     """A hash of all that the tokens depend on: the settings, the content of the data and of the tokenizer, and the code
-    that makes tokens of them. None if the data is no file that can be read twice; reading it may say why.
+    that makes tokens of them. None if one is no file that can be read twice; reading it may say why.
 
-    The file's name is among the settings, because its suffix chooses the reader and warnings have it.
+    The files' names are among the settings, because their suffixes choose the readers and warnings have them.
     """
-    data, tokenizer = Path(corpus.data), Path(corpus.tokenizer)
+    data, tokenizer = [Path(file) for file in corpus.files], Path(corpus.tokenizer)
     code = sorted(Path(__file__).parent.rglob("*.py"))
     try:
-        if not data.is_file():
+        if not all(path.is_file() for path in data):
             return None
-        content = [_hash_file(path) for path in (data, tokenizer, *code) if path.is_file()]
+        content = [_hash_file(path) for path in (*data, tokenizer, *code) if path.is_file()]
     except OSError:
         return None
     versions = [version(package) for package in _PACKAGES]
@@ -118,14 +118,14 @@ def _make(entry: Path, corpus: Corpus) -> Store:
         OSError: the disk refused. Nothing is left then.
     """
     if entry.exists():
-        _log.warning("%s: is damaged, so %s is read again", entry, corpus.data)
+        _log.warning("%s: is damaged, so %s is read again", entry, corpus.name)
     _remove_unused(entry.parent)
     for left in entry.parent.glob(f".{entry.name}.*.part"):  # by a process that was killed: the lock is held here
         remove(left)
     folder = part_path(entry)
     try:
         folder.mkdir()
-        with _noted() as warnings, closing(corpus.tokens()) as parts:
+        with _noted() as warnings, closing(read_tokens(corpus)) as parts:
             written = write_store(folder, parts, id_dtype(load_tokenizer(corpus.tokenizer)))
         if _key(corpus) == entry.name:
             content = {"settings": asdict(corpus), "warnings": warnings, "store": written}
@@ -133,7 +133,7 @@ def _make(entry: Path, corpus: Corpus) -> Store:
             remove(entry)
             put_in_place(folder, entry)
             folder = entry
-        return open_store(folder, corpus.data, written)
+        return open_store(folder, corpus.name, written)
     finally:
         if folder != entry:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A data file as tokens, as documents, and as a binidx."""
+"""Data files as tokens, and as a binidx; a binidx as tokens."""
 
 from __future__ import annotations
 
@@ -11,80 +11,75 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_miss.config import DataOptions
-from rwkv_miss.data.binidx import binidx_prefix, read_binidx, write_binidx
-from rwkv_miss.data.documents import Documents, all_documents, encode_records
+from rwkv_miss.config import Data, DataOptions
+from rwkv_miss.data.binidx import read_binidx, write_binidx
+from rwkv_miss.data.documents import all_documents, encode_records
 from rwkv_miss.data.readers.block import Block
-from rwkv_miss.data.readers.instead import instead
-from rwkv_miss.data.readers.reader import READERS, Notes, block_records, check_not_empty, read_blocks
+from rwkv_miss.data.readers.reader import Notes, block_records, check_not_empty, read_blocks
+from rwkv_miss.data.sources import record_sources
 from rwkv_miss.data.store import Store, Tokens, store_in_memory
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.data.workers import map_in_processes, usable_cores
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
 
-# A process is started for each so many bytes of a file, if there are cores: it takes half a second to start, in which
-# it could tokenise 10 MB.
+# A process is started for each so many bytes of the files, if there are cores: it takes half a second to start, in
+# which it could tokenise 10 MB.
 _BYTES_A_PROCESS = 1 << 24
 # How many tokens at the beginning, at the end, and at random places of a binidx are checked when it is opened.
 _SAMPLE = 4096
-# Options that a binidx has no use for.
-_OF_OTHER_FORMATS = ("text_field", "prompt_field", "answer_field", "separator")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data file, and all that its tokens depend on beside what is in it: the tokenizer's name, the number of ids that
-    the model has, and the options."""
+    """Files of records, and all that their tokens depend on beside what is in them.
 
-    data: str
+    tokenizer: its name. vocab_size: the number of ids that the model has.
+    """
+
+    files: tuple[str, ...]
     tokenizer: str
     vocab_size: int
     options: DataOptions
 
-    def tokens(self) -> Generator[Tokens]:
-        """`read_tokens` of it."""
-        return read_tokens(self.data, load_tokenizer(self.tokenizer), self.vocab_size, self.options)
+    @property
+    def name(self) -> str:
+        """What messages call all of it."""
+        return self.files[0] + (f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else "")
 
 
-def read_documents(path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Documents:
-    """The file's records as token ids and loss masks, in memory; the documents of a binidx as they stand in it.
-
-    Args:
-        vocab_size: the number of ids that the model has.
-
-    Raises:
-        UserError: as `read_tokens`, or `open_binidx`.
-    """
-    if prefix := binidx_prefix(path):
-        return all_documents(open_binidx(prefix, vocab_size, options))
-    return all_documents(store_in_memory(str(path), read_tokens(path, tokenizer, vocab_size, options)))
-
-
-def read_tokens(path: str | Path, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Generator[Tokens]:
-    """Yields the tokens of a file's records, in order, some records at a time; ids are of `id_dtype`. A large file is
-    tokenised in several processes.
+def read_tokens(corpus: Corpus) -> Generator[Tokens]:
+    """Yields the tokens of all records, in order, some records at a time. Large files are tokenised in several
+    processes. At the end `Notes` warns of each file.
 
     Raises:
-        UserError: as `read_blocks`, `block_records` and `encode_records`, or there is no record in the file.
+        UserError: as `read_blocks`, `block_records` and `encode_records`, or a file has no record.
     """
-    path = Path(path)
-    size = path.stat().st_size if os.path.isfile(path) else 0
+    files = [Path(file) for file in corpus.files]
+    size = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     processes = max(1, min(usable_cores(), size // _BYTES_A_PROCESS))
-    encode = partial(_encode_block, tokenizer=tokenizer, vocab_size=vocab_size, options=options)
-    notes = Notes()
-    for found, of_block in map_in_processes(encode, read_blocks(path, options), processes):
-        notes.join(of_block)
-        if found is not None:
-            yield found
-    check_not_empty(path, notes)
-    notes.warn(path)
+    blocks = chain.from_iterable(read_blocks(file, corpus.options) for file in files)
+    encode = partial(
+        _encode,
+        tokenizer=load_tokenizer(corpus.tokenizer),
+        vocab_size=corpus.vocab_size,
+        options=corpus.options,
+    )
+    notes = {file: Notes() for file in files}
+    for tokens, file, of_block in map_in_processes(encode, blocks, processes):
+        notes[file].join(of_block)
+        if tokens is not None:
+            yield tokens
+    for file in files:
+        check_not_empty(file, notes[file])
+        notes[file].warn(file)
 
 
-def _encode_block(
+def _encode(
     block: Block, tokenizer: Tokenizer, vocab_size: int, options: DataOptions
-) -> tuple[Tokens | None, Notes]:
-    """The tokens of a block's records, None if there are none. Raises UserError for the first record that is wrong."""
+) -> tuple[Tokens | None, Path, Notes]:
+    """The tokens of a block's records, None if there are none; its file, and what is to be noted of it. Raises
+    UserError for the first record that is wrong."""
     records, notes, error = [], Notes(), None
     try:
         for record in block_records(block, options):
@@ -92,29 +87,29 @@ def _encode_block(
             records.append(record)
     except UserError as e:
         error = e
-    tokens = encode_records(records, tokenizer, vocab_size, options) if records else None
+    tokens = None
+    if records:
+        tokens = encode_records(records, tokenizer, vocab_size, options)
+        tokens = tokens._replace(ids=tokens.ids.astype(id_dtype(tokenizer)))
     if error is not None:
-        raise error  # after those of the records before
-    return tokens and tokens._replace(ids=tokens.ids.astype(id_dtype(tokenizer))), notes
+        raise error  # after those of the records before it
+    return tokens, block.path, notes
 
 
 def id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
-    """uint16 if the tokenizer's ids fit, otherwise int32."""
+    """uint16 if all ids of the tokenizer fit, otherwise int32."""
     return np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
 
 
-def open_binidx(prefix: str | Path, vocab_size: int, options: DataOptions) -> Store:
+def open_binidx(prefix: str | Path, vocab_size: int) -> Store:
     """PREFIX.bin and PREFIX.idx as a store for a model of `vocab_size` ids. Documents are taken as they stand: one that
     lacks an `END` is not given one. All tokens but the first of each carry loss.
 
     The first, the last and some random tokens are looked at here, all the others when they are used.
 
     Raises:
-        UserError: a token is not in the vocabulary (the message names its document), the pair cannot be read, or
-            `options` name fields or a separator, of which a binidx has none.
+        UserError: a token is not in the vocabulary (the message names its document), or the pair cannot be read.
     """
-    if any(getattr(options, name) != getattr(DataOptions(), name) for name in _OF_OTHER_FORMATS):
-        raise UserError(f"{prefix}: a binidx has no fields; leave out {', '.join(_OF_OTHER_FORMATS)}")
     file = read_binidx(prefix)
     has_targets = np.diff(file.offsets) > 1
     edges = np.stack([file.offsets[:-1] + 1, file.offsets[1:]], axis=1)[has_targets].ravel()
@@ -126,17 +121,6 @@ def open_binidx(prefix: str | Path, vocab_size: int, options: DataOptions) -> St
     return store
 
 
-def check_source(path: str | Path) -> None:
-    """Raises UserError if `path` is missing or of a kind that `read_documents` does not read. Does not open it."""
-    check_name(Path(path), "data")
-    if binidx_prefix(path) is not None:
-        return
-    if said := instead(Path(path), [*READERS]):
-        raise UserError(f"{path}: {said}")
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file (data)")
-
-
 @dataclass(frozen=True)
 class Written:
     """What a binidx was made of; `with_prompts` counts the documents that are not plain text."""
@@ -146,12 +130,13 @@ class Written:
     with_prompts: int
 
 
-def records_to_binidx(path: str | Path, prefix: str, tokenizer: Tokenizer, options: DataOptions) -> Written:
-    """Writes the records of a data file as PREFIX.bin and PREFIX.idx, with ids of `id_dtype`. The loss masks are lost,
+def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: DataOptions) -> Written:
+    """Writes the records of all sources as PREFIX.bin and PREFIX.idx, with ids of `id_dtype`. The loss masks are lost,
     since a binidx has no place for them.
 
     Raises:
-        UserError: as `read_tokens`, or the pair cannot be written or is there already. Nothing is left then.
+        UserError: as `record_sources` and `read_tokens`, or the pair cannot be written or is there already. Nothing is
+            left then.
     """
     check_name(Path(f"{prefix}.bin"), "a binidx")
     if prefix.endswith((".bin", ".idx")) or prefix.rpartition("/")[2] in ("", ".", ".."):
@@ -159,17 +144,21 @@ def records_to_binidx(path: str | Path, prefix: str, tokenizer: Tokenizer, optio
     for file in (f"{prefix}.bin", f"{prefix}.idx"):
         if Path(file).exists():
             raise UserError(f"{file}: exists already; give another out, or remove it first")
+    corpora = [
+        Corpus(tuple(map(str, source.files)), tokenizer.name, tokenizer.vocab_size, source.options)
+        for source in record_sources(data, options)
+    ]
     documents = with_prompts = 0
 
     def ids() -> Iterator[np.ndarray]:
         nonlocal documents, with_prompts
-        for tokens in read_tokens(path, tokenizer, tokenizer.vocab_size, options):
-            some = all_documents(store_in_memory(str(path), [tokens]))
+        for tokens in chain.from_iterable(map(read_tokens, corpora)):
+            some = all_documents(store_in_memory(prefix, [tokens]))
             documents += len(some)
             with_prompts += int(np.count_nonzero(some.learned < some.targets))
             yield from np.split(tokens.ids, some.stops[:-1])
 
     read = ids()
     first = next(read)  # before the output's folder is made: data that cannot be read leave nothing
-    tokens = write_binidx(prefix, chain([first], read), id_dtype(tokenizer))
-    return Written(documents, tokens, with_prompts)
+    n_tokens = write_binidx(prefix, chain([first], read), id_dtype(tokenizer))
+    return Written(documents, n_tokens, with_prompts)

@@ -149,9 +149,9 @@ def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -
 
 
 def split_validation(
-    documents: Documents, fraction: float, seed: int, group_size: int | None = None
-) -> tuple[Documents, Documents]:
-    """Holds out a share of the documents for validation.
+    sources: Sequence[Documents], fraction: float, seed: int, group_size: int | None = None
+) -> tuple[list[Documents], list[Documents]]:
+    """Holds out a share of the documents of all sources for validation.
 
     Args:
         fraction: the share that is held out; 0 holds nothing out. Of a single plain text it is the last targets.
@@ -160,23 +160,26 @@ def split_validation(
             is not split.
 
     Returns:
-        The documents for training and those for validation, each in their order.
+        Of each source the documents for training and those for validation, each in their order. It may have none left
+        on one side.
 
     Raises:
         UserError: `fraction` leaves either side empty, or the documents do not make whole groups.
     """
     if fraction == 0:
-        return documents, documents[:0]
-    targets = documents.targets
-    if group_size is None and len(documents) == 1 and (documents.learned == targets).all():
-        at = documents.stops - 1 - _count_held_out(fraction, int(targets[0]), "tokens")
-        return Documents(documents.store, documents.starts, at + 1), Documents(documents.store, at, documents.stops)
-    n_units = len(documents) if group_size is None else count_groups(len(documents), group_size)
-    held_out = _count_held_out(fraction, n_units, "documents" if group_size is None else "groups")
-    drawn = np.zeros(n_units, dtype=bool)
-    drawn[np.random.Generator(np.random.PCG64(seed)).choice(n_units, held_out, replace=False)] = True
-    chosen = np.repeat(drawn, group_size or 1)
-    return documents[~chosen], documents[chosen]
+        return [*sources], [documents[:0] for documents in sources]
+    n = group_size or 1
+    counts = [count_groups(len(documents), n) for documents in sources]
+    documents = sources[0]
+    if group_size is None and sum(counts) == 1 and (documents.learned == documents.targets).all():
+        at = documents.stops - 1 - _count_held_out(fraction, int(documents.targets[0]), "tokens")
+        return [Documents(documents.store, documents.starts, at + 1)], [Documents(documents.store, at, documents.stops)]
+    held_out = _count_held_out(fraction, sum(counts), "documents" if group_size is None else "groups")
+    drawn = np.zeros(sum(counts), dtype=bool)
+    drawn[np.random.Generator(np.random.PCG64(seed)).choice(len(drawn), held_out, replace=False)] = True
+    chosen = [np.repeat(part, n) for part in np.split(drawn, np.cumsum(counts)[:-1])]
+    kept = [documents[~out] for documents, out in zip(sources, chosen, strict=True)]
+    return kept, [documents[out] for documents, out in zip(sources, chosen, strict=True)]
 
 
 def count_groups(n_documents: int, group_size: int) -> int:

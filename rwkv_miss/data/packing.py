@@ -119,6 +119,33 @@ def make_rows(
     )
 
 
+def join_reports(reports: Sequence[PackReport]) -> PackReport:
+    """One report of several sources, whose rows have the same ctx_len."""
+    if len(reports) == 1:
+        return reports[0]
+
+    def total(name: str) -> int:
+        return sum(getattr(report, name) for report in reports)
+
+    width = max(report.width for report in reports)
+    enough = [report.enough_ctx_len for report in reports if report.enough_ctx_len is not None]
+    return PackReport(
+        records=total("records"),
+        rows=total("rows"),
+        width=width,
+        ctx_len=reports[0].ctx_len,
+        longest=max(report.longest for report in reports),
+        tokens=total("tokens"),
+        loss_tokens=total("loss_tokens"),
+        lost_tokens=total("lost_tokens"),
+        fill=total("tokens") / (total("rows") * width),
+        truncated=total("truncated"),
+        carried=total("carried"),
+        dropped=total("dropped"),
+        enough_ctx_len=max(enough, default=None),
+    )
+
+
 def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
     """Warns of what ctx_len loses of the records, if that is more than is `tolerated`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -189,7 +189,9 @@ def mix(sources: Sequence[Rows], weights: Sequence[float]) -> Rows:
             one, and at least 1.
     """
     n = sources[0].group_size
-    counts = [len(rows) for rows in sources]
+    turns = [max(1, round(len(rows) * weight)) for rows, weight in zip(sources, weights, strict=True)]
+    if len(sources) == 1:
+        return replace(sources[0], turns=np.array(turns))
     pieces = [rows.pieces for rows in sources]
     first_pieces = np.cumsum([0, *map(len, pieces)])
     records = None
@@ -198,8 +200,8 @@ def mix(sources: Sequence[Rows], weights: Sequence[float]) -> Rows:
         records = np.concatenate([p.records + first for p, first in zip(pieces, first_records, strict=False)])
     return Rows(
         stores=tuple(store for rows in sources for store in rows.stores),
-        firsts=np.cumsum([0, *counts]),
-        turns=np.maximum(1, np.rint(np.multiply(counts, weights))).astype(np.int64),
+        firsts=np.cumsum([0, *map(len, sources)]),
+        turns=np.array(turns),
         width=max(rows.width for rows in sources),
         pieces=Pieces(np.concatenate([p.starts for p in pieces]), np.concatenate([p.lengths for p in pieces]), records),
         bounds=np.concatenate(

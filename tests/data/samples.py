@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_miss.data.documents import Document, Documents
+from rwkv_miss.data.corpus import Corpus, read_tokens
+from rwkv_miss.data.documents import Document, Documents, all_documents
+from rwkv_miss.data.store import store_in_memory
+
+
+def read_documents(path, options):
+    """A file's documents as bytes, in memory."""
+    corpus = Corpus((str(path),), "bytes", 256, options)
+    return all_documents(store_in_memory(corpus.name, read_tokens(corpus)))
 
 
 def text_of(ids):

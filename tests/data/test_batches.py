@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream, count_windows
 from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.data.corpus import open_binidx
@@ -219,7 +218,7 @@ def test_filled_of_a_binidx(tmp_path, packing):
     write_binidx(tmp_path / "p", texts)
     in_memory = [Document(np.array(text, np.int32), np.arange(len(text)) > 0) for text in texts]
     found = []
-    for documents in (all_documents(open_binidx(tmp_path / "p", 100, DataOptions())), in_memory):
+    for documents in (all_documents(open_binidx(tmp_path / "p", 100)), in_memory):
         rows, _ = make_any_rows(documents, 16, packing=packing)
         options = dict(batch_size=2, accumulate=2, rank=0, world_size=2, seed=0, shuffle=True, trim=not packing)
         found.append([batch["filled"] for batch in BatchStream(rows, window_len=5, **options)])

@@ -194,13 +194,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk):
 
 def test_records_are_written_block_by_block(tmp_path, monkeypatch):
     """Ten times as many records take no more memory: only the length of each is kept."""
-    monkeypatch.setattr(jsonl, "_BLOCK", 10_000)
+    monkeypatch.setattr(jsonl, "BLOCK_SIZE", 10_000)
     peaks = []
     for count in (50, 500):
         path = tmp_path / f"{count}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{n}" + "tick " * 1000}) + "\n" for n in range(count)))
         tracemalloc.start()
-        records_to_binidx(path, str(tmp_path / f"{count}"), load_tokenizer("bytes"), DataOptions())
+        records_to_binidx(str(path), str(tmp_path / f"{count}"), load_tokenizer("bytes"), DataOptions())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert len(read_binidx(tmp_path / "500").tokens) > 500 * 5000

@@ -17,11 +17,12 @@ from rwkv_miss.config import DataOptions
 from rwkv_miss.data import cache
 from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.data.cache import cached_store
-from rwkv_miss.data.corpus import Corpus, read_documents
+from rwkv_miss.data.corpus import Corpus, read_tokens
 from rwkv_miss.data.documents import all_documents, split_validation
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.parts import PartSettings, read_parts
-from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.data.sources import Source
+from rwkv_miss.data.store import store_in_memory
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import locked
 from tests.data.samples import everything
@@ -35,6 +36,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "rwkv_miss" / "data"
 
 
+SETTINGS = PartSettings("bytes", 256, ctx_len=64, packing=True, carry=False, group_size=None, val_split=0.0, seed=3)
+
+
 @pytest.fixture
 def corpus(tmp_path) -> Corpus:
     """24 records, of which one has a field that is not read and one an answer that a runtime cuts."""
@@ -43,7 +47,7 @@ def corpus(tmp_path) -> Corpus:
     records[5]["answer"] += "\n\nUser: go on"
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return Corpus(str(path), "bytes", 256, DataOptions())
+    return Corpus((str(path),), "bytes", 256, DataOptions())
 
 
 def entries(folder: Path) -> list[Path]:
@@ -53,8 +57,7 @@ def entries(folder: Path) -> list[Path]:
 
 def read(corpus):
     """The store as it is read, in memory."""
-    tokenizer = load_tokenizer(corpus.tokenizer)
-    return read_documents(corpus.data, tokenizer, corpus.vocab_size, corpus.options).store
+    return store_in_memory(corpus.name, read_tokens(corpus))
 
 
 def same(store, other) -> bool:
@@ -80,7 +83,7 @@ def test_what_was_read_is_found_again(folder, corpus, monkeypatch, caplog, token
     made = cached_store(corpus)
     assert same(made, wanted) and caplog.messages == said
     caplog.clear()
-    monkeypatch.setattr(Corpus, "tokens", refuse)
+    monkeypatch.setattr(cache, "read_tokens", refuse)
     found = cached_store(corpus)
     assert same(found, wanted) and caplog.messages == said
     assert {record.levelname for record in caplog.records} == {"WARNING"}
@@ -91,12 +94,11 @@ def test_what_was_read_is_found_again(folder, corpus, monkeypatch, caplog, token
 
 
 def test_rows_are_those_of_tokens_in_memory(folder, corpus):
-    settings = PartSettings(corpus, ctx_len=64, packing=True, carry=False, group_size=None, val_split=0.25, seed=3)
-    parts = read_parts(settings)
-    sides = split_validation(all_documents(read(corpus)), 0.25, 3)
-    for (rows, report), side in zip(parts, sides, strict=True):
+    parts = read_parts([Source("a", (Path(corpus.files[0]),), 1, DataOptions())], replace(SETTINGS, val_split=0.25))
+    sides = split_validation([all_documents(read(corpus))], 0.25, 3)
+    for (rows, reports), [side], name in zip(parts, sides, ["a", "a, held out"], strict=True):
         wanted, wanted_report = make_rows(side, 64, packing=True)
-        assert report == wanted_report and rows.fingerprint() == wanted.fingerprint()
+        assert reports == [(name, wanted_report)] and rows.fingerprint() == wanted.fingerprint()
         assert all(
             np.array_equal(a, b) for a, b in zip(astuple(everything(rows)), astuple(everything(wanted)), strict=True)
         )
@@ -112,6 +114,8 @@ def test_a_process_that_shows_no_warnings_keeps_them_for_others(folder, corpus, 
 
 def changed(value):
     """Another value of the same type."""
+    if isinstance(value, tuple):
+        return tuple(map(changed, value))
     if value is None or isinstance(value, str):
         return f"{value or ''}x"
     return not value if isinstance(value, bool) else value + 1
@@ -119,7 +123,7 @@ def changed(value):
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Corpus) if field.name != "options"])
 def test_each_setting_has_its_entry(corpus, name):
-    shutil.copy(corpus.data, f"{corpus.data}x")  # what `changed` makes of the name: the content is the same
+    shutil.copy(corpus.files[0], f"{corpus.files[0]}x")  # the content is the same, the name another
     assert cache._key(corpus) == cache._key(replace(corpus)) is not None
     assert cache._key(replace(corpus, **{name: changed(getattr(corpus, name))})) not in (None, cache._key(corpus))
 
@@ -142,7 +146,7 @@ def test_another_content_has_another_entry(corpus, tmp_path, monkeypatch, of):
     if of == "package":
         monkeypatch.setattr(cache, "version", lambda package: "0.0" if package == "tokenizers" else "1")
     else:
-        files = {"data": corpus.data, "tokenizer": tokenizer, "reader": tmp_path / "code" / "readers" / "jsonl.py"}
+        files = {"data": corpus.files[0], "tokenizer": tokenizer, "reader": tmp_path / "code" / "readers" / "jsonl.py"}
         with open(files[of], "a") as file:
             file.write("\n")
     assert cache._key(corpus) not in (None, before)
@@ -239,7 +243,7 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(folder, corpus, full_disk, 
 
 def test_an_entry_in_a_folder_that_cannot_be_written_is_used(folder, corpus, monkeypatch):
     cached_store(corpus)
-    monkeypatch.setattr(Corpus, "tokens", refuse)
+    monkeypatch.setattr(cache, "read_tokens", refuse)
     monkeypatch.setattr(cache, "locked", refuse)
     monkeypatch.setattr(os, "utime", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     cached_store(corpus)
@@ -249,20 +253,20 @@ def test_mistakes_are_not_cached(folder, corpus):
     for _ in range(2):
         with pytest.raises(UserError, match=r"token 116 \('t'\) of tokenizer bytes is not in the model's vocabulary"):
             cached_store(replace(corpus, vocab_size=116))
-    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read: No such file"):
-        cached_store(replace(corpus, data="none.jsonl"))
+    with pytest.raises(UserError, match=r"none\.jsonl: no such file"):
+        cached_store(replace(corpus, files=("none.jsonl",)))
     assert entries(folder) == []
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_cached(folder, corpus, monkeypatch):
-    wanted, tokens = read(corpus), Corpus.tokens
+    wanted = read(corpus)
 
     def read_and_change(corpus):
-        yield from tokens(corpus)
-        with open(corpus.data, "a") as file:
+        yield from read_tokens(corpus)
+        with open(corpus.files[0], "a") as file:
             file.write("\n")
 
-    monkeypatch.setattr(Corpus, "tokens", read_and_change)
+    monkeypatch.setattr(cache, "read_tokens", read_and_change)
     assert same(cached_store(corpus), wanted)
     assert entries(folder) == []
 
@@ -293,9 +297,7 @@ def test_what_a_killed_process_left_is_removed(folder, corpus):
 
 def test_a_binidx_is_not_cached(folder, corpus, tmp_path):
     write_binidx(tmp_path / "p", [[1, 2, 3], [4, 5]])
-    corpus = replace(corpus, data=str(tmp_path / "p"))
-    settings = PartSettings(corpus, ctx_len=64, packing=True, carry=False, group_size=None, val_split=0.0, seed=3)
-    [(rows, _)] = read_parts(settings)
+    [(rows, _)] = read_parts([Source("p", (tmp_path / "p.idx",), 1, DataOptions())], SETTINGS)
     assert len(rows) == 1 and not folder.exists()
 
 
@@ -303,20 +305,19 @@ def test_memory_is_not_for_tokens(folder, corpus, tmp_path):
     """4 million tokens: a second process may not grow by half of what they take in its first steps."""
     path = tmp_path / "a.txt"
     path.write_text("tick tock " * 400_000)
-    corpus = replace(corpus, data=str(path))
-    cached_store(corpus)
+    cached_store(replace(corpus, files=(str(path),)))
     code = f"""
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.corpus import Corpus
 from rwkv_miss.data.parts import PartSettings, read_parts
+from rwkv_miss.data.sources import parse_sources
 def anonymous():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
-corpus = Corpus(**{asdict(corpus) | {"options": None}} | {{"options": DataOptions()}})
+sources = parse_sources({str(path)!r}, DataOptions())
 before = anonymous()
 [(rows, _)] = read_parts(
-    PartSettings(corpus, ctx_len=512, packing=True, carry=False, group_size=None, val_split=0.0, seed=3)
+    sources, PartSettings("bytes", 256, 512, packing=True, carry=False, group_size=None, val_split=0.0, seed=3)
 )
 rows.fingerprint()
 stream = BatchStream(

@@ -73,7 +73,7 @@ def test_the_end_token_inside_a_text():
 
 
 def split_validation(documents, *arguments, **options):
-    return [[*side] for side in split(gather(documents), *arguments, **options)]
+    return [[*side[0]] for side in split([gather(documents)], *arguments, **options)]
 
 
 def test_split_validation_draws_whole_documents():

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from rwkv_miss.config import DataOptions
+from rwkv_miss.config import FIELDS, READING, DataOptions
+from rwkv_miss.data.readers.arrow import arrow_blocks, arrow_records, parquet_blocks, parquet_records
 from rwkv_miss.data.readers.block import Block
 from rwkv_miss.data.readers.instead import instead
+from rwkv_miss.data.readers.json_array import json_blocks, json_records
 from rwkv_miss.data.readers.jsonl import jsonl_blocks, jsonl_records
+from rwkv_miss.data.readers.table import csv_blocks, table_records, tsv_blocks
+from rwkv_miss.data.readers.text import PACKED, open_text
 from rwkv_miss.data.readers.txt import txt_blocks, txt_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.templates import STOP, holds_stop
@@ -24,22 +28,31 @@ class Reader(NamedTuple):
     """A reader of one format, in two stages.
 
     `blocks(path, file, options)` cuts a file into pieces, in its order: once, in one process, so it does no more than
-    cutting takes. `file` is open at its beginning; `path` is where it came from. It refuses options that its format
-    has no use for.
+    cutting takes. `file` is open at its beginning; `path` is where it came from.
 
     `records(block, options)` makes a piece's records, in their order, in whatever process. It skips nothing that holds
     anything: fields that it does not read are named in `Record.unread`.
 
     Both raise UserError, naming file and line or row, for what they cannot read.
+
+    options: the names of the options in `READING` that the format has use for. is_text: whether its files are text:
+    they may be compressed, and `file` is what they unpack to, after a byte order mark.
     """
 
     blocks: Callable[[Path, BinaryIO, DataOptions], Iterator[Block]]
     records: Callable[[Block, DataOptions], Iterator[Record]]
+    options: tuple[str, ...] = FIELDS
+    is_text: bool = True
 
 
 READERS: dict[str, Reader] = {
     ".jsonl": Reader(jsonl_blocks, jsonl_records),
-    ".txt": Reader(txt_blocks, txt_records),
+    ".json": Reader(json_blocks, json_records),
+    ".csv": Reader(csv_blocks, table_records),
+    ".tsv": Reader(tsv_blocks, table_records),
+    ".txt": Reader(txt_blocks, txt_records, options=("separator",)),
+    ".parquet": Reader(parquet_blocks, parquet_records, is_text=False),
+    ".arrow": Reader(arrow_blocks, arrow_records, is_text=False),
 }
 """The readers by the suffix of the files that they read, in lower case. To add a format: one file with a reader, and
 one line here."""
@@ -47,6 +60,7 @@ one line here."""
 _NAMED = 20
 """The most unread fields that a warning names."""
 
+_DEFAULT = DataOptions()
 _log = logging.getLogger("rwkv_miss")
 
 
@@ -113,17 +127,16 @@ def read_blocks(path: Path, options: DataOptions) -> Iterator[Block]:
     """Yields the blocks of a data file, in its order.
 
     Raises:
-        UserError: the options contradict each other, the format is not known, the file cannot be read, or whatever its
-            reader refuses.
+        UserError: the options contradict each other or are not for this format, the format is not known, the file
+            cannot be read, or whatever its reader refuses.
     """
     if found := options.problems():
         raise UserError("; ".join(found))
-    if said := instead(path, [*READERS]):
-        raise UserError(f"{path}: {said}")
-    check_name(path, "data")
+    reader = check_file(path)
+    refuse_needless(path, given(options), [path])
     try:
-        with path.open("rb") as file:
-            yield from _reader(path).blocks(path, file, options)
+        with open_text(path) if reader.is_text else path.open("rb") as file:
+            yield from reader.blocks(path, file, options)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -134,7 +147,9 @@ def block_records(block: Block, options: DataOptions) -> Iterator[Record]:
     Raises:
         UserError: a record cannot be read, or is none.
     """
-    return _reader(block.path).records(block, options)
+    reader = reader_of(block.path)
+    assert reader
+    return reader.records(block, options)
 
 
 def check_not_empty(path: Path, notes: Notes) -> None:
@@ -143,5 +158,43 @@ def check_not_empty(path: Path, notes: Notes) -> None:
         raise UserError(f"{path}: is empty: there is no record in it")
 
 
-def _reader(path: Path) -> Reader:
-    return READERS[path.suffix.lower()]
+def reader_of(path: Path) -> Reader | None:
+    """The reader of a file, by its suffixes; None if there is none."""
+    first, last = ("", *path.suffixes)[-2:] if path.suffixes else ("", "")
+    if last.lower() not in PACKED:
+        return READERS.get(last.lower())
+    reader = READERS.get(first.lower())
+    return reader if reader and reader.is_text else None
+
+
+def check_file(path: Path) -> Reader:
+    """The reader of a file that is there and can be read.
+
+    Raises:
+        UserError: there is none, which says what to do instead.
+    """
+    check_name(path, "data")
+    reader = reader_of(path)
+    if said := instead(path, READERS, reader is not None):
+        raise UserError(f"{path}: {said}")
+    assert reader
+    return reader
+
+
+def given(options: DataOptions) -> list[str]:
+    """The names in `READING` of the options that are given."""
+    return [name for name in READING if getattr(options, name) != getattr(_DEFAULT, name)]
+
+
+def options_of(path: Path) -> tuple[str, ...]:
+    """The names of the options that a file's format has use for. A binidx has use for none."""
+    reader = reader_of(path)
+    return reader.options if reader else ()
+
+
+def refuse_needless(name: object, given: Iterable[str], files: Iterable[Path]) -> None:
+    """UserError if none of the files, which `name` stands for, has use for one of the options of these names."""
+    used = {option for file in files for option in options_of(file)}
+    if needless := [option for option in given if option not in used]:
+        users = [suffix for suffix, reader in READERS.items() if needless[0] in reader.options]
+        raise UserError(f"{name}: {' and '.join(needless)} can only be given for {', '.join(users)}; leave it out")
