@@ -12,14 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rwkv_miss.config import Data, DataOptions, EvalConfig
+from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.corpus import open_binidx
 from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.sources import all_records, data_name, parse_sources
+from rwkv_miss.data.sources import Source, check_sources, data_name, parse_sources, source_records
 from rwkv_miss.data.templates import STOP, answer_text, prompt_text
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
@@ -234,16 +234,18 @@ def evaluate(
             f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
             f"{vocab_size}; give the base that the model was tuned from"
         )
-    records, documents = _read(config.data, config, tokenizer, vocab_size)
+    data, text = (parse_sources(d, config, weights=False) if d else [] for d in (config.data, config.text))
+    check_sources([*data, *text], config)
+    records, documents = _read(data, config, tokenizer, vocab_size)
     if config.exact_match and not records:
         raise UserError(f"{data_name(config.data)}: a binidx has no questions and answers; leave out exact_match")
-    _, text = _read(config.text, config, tokenizer, vocab_size) if config.text else ([], [])
+    _, text_documents = _read(text, config, tokenizer, vocab_size) if text else ([], [])
     with show("rows of the loss") as report:
         loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
     changed = given = None
     if base is not None:
         with show("rows of the text") as report:
-            changed = forgetting(model, base, text, config.ctx_len, config.batch_size, report)
+            changed = forgetting(model, base, text_documents, config.ctx_len, config.batch_size, report)
     if config.exact_match and math.isfinite(loss):
         with show("answers") as report:
             given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, report)
@@ -251,13 +253,13 @@ def evaluate(
 
 
 def _read(
-    data: Data, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
+    sources: list[Source], config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[list[Record], Sequence[Document]]:
-    """The records of all sources and their documents; the documents alone of a binidx."""
-    files = [file for source in parse_sources(data, config, weights=False) for file in source.files]
-    if any(map(binidx_prefix, files)):
+    """The records of the sources and their documents; the documents alone of a binidx."""
+    files = [file for source in sources for file in source.files]
+    if prefix := next(filter(None, map(binidx_prefix, files)), None):
         if len(files) > 1:
-            raise UserError(f"{data_name(data)}: a binidx is among several files; measure it alone")
-        return [], all_documents(open_binidx(files[0].with_suffix(""), vocab_size))[: config.limit]
-    records = list(islice(all_records(data, config), config.limit))
+            raise UserError(f"{prefix}: a binidx is among several files; measure it alone")
+        return [], all_documents(open_binidx(prefix, vocab_size))[: config.limit]
+    records = list(islice(source_records(sources), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

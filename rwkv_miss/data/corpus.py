@@ -16,7 +16,7 @@ from rwkv_miss.data.binidx import read_binidx, write_binidx
 from rwkv_miss.data.documents import all_documents, encode_records
 from rwkv_miss.data.readers.block import Block
 from rwkv_miss.data.readers.reader import Notes, block_records, check_not_empty, read_blocks
-from rwkv_miss.data.sources import record_sources
+from rwkv_miss.data.sources import check_sources, parse_sources, refuse_binidx
 from rwkv_miss.data.store import Store, Tokens, store_in_memory
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.data.workers import map_in_processes, usable_cores
@@ -48,16 +48,18 @@ class Corpus:
         return self.files[0] + (f" and {len(self.files) - 1:,} more" if len(self.files) > 1 else "")
 
 
-def read_tokens(corpus: Corpus) -> Generator[Tokens]:
-    """Yields the tokens of all records, in order, some records at a time. Large files are tokenised in several
-    processes. At the end `Notes` warns of each file.
+def read_tokens(corpus: Corpus, cores: int | None = None) -> Generator[Tokens]:
+    """Yields the tokens of all records, in order, some records at a time. At the end `Notes` warns of each file.
+
+    Args:
+        cores: large files are tokenised in up to so many processes; None means `usable_cores`.
 
     Raises:
         UserError: as `read_blocks`, `block_records` and `encode_records`, or a file has no record.
     """
     files = [Path(file) for file in corpus.files]
     size = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-    processes = max(1, min(usable_cores(), size // _BYTES_A_PROCESS))
+    processes = max(1, min(cores or usable_cores(), size // _BYTES_A_PROCESS))
     blocks = chain.from_iterable(read_blocks(file, corpus.options) for file in files)
     encode = partial(
         _encode,
@@ -135,8 +137,8 @@ def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: Da
     since a binidx has no place for them.
 
     Raises:
-        UserError: as `record_sources` and `read_tokens`, or the pair cannot be written or is there already. Nothing is
-            left then.
+        UserError: as `parse_sources`, `check_sources`, `refuse_binidx` and `read_tokens`, or the pair cannot be written
+            or is there already. Nothing is left then.
     """
     check_name(Path(f"{prefix}.bin"), "a binidx")
     if prefix.endswith((".bin", ".idx")) or prefix.rpartition("/")[2] in ("", ".", ".."):
@@ -144,9 +146,12 @@ def records_to_binidx(data: Data, prefix: str, tokenizer: Tokenizer, options: Da
     for file in (f"{prefix}.bin", f"{prefix}.idx"):
         if Path(file).exists():
             raise UserError(f"{file}: exists already; give another out, or remove it first")
+    sources = parse_sources(data, options, weights=False)
+    check_sources(sources, options)
+    refuse_binidx(sources)
     corpora = [
         Corpus(tuple(map(str, source.files)), tokenizer.name, tokenizer.vocab_size, source.options)
-        for source in record_sources(data, options)
+        for source in sources
     ]
     documents = with_prompts = 0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -72,8 +72,8 @@ def parse_sources(data: Data, options: DataOptions, weights: bool = True) -> lis
         weights: whether sources may have weights.
 
     Raises:
-        UserError: something is missing or of a kind that is not read, an entry has something that no source has, or an
-            option is of no use to any of the files that it was given for.
+        UserError: something is missing or of a kind that is not read, an entry has something that no source has, or its
+            own options are of no use to its files.
     """
     sources: list[Source] = []
     for name, weight, own in _entries(data):
@@ -88,35 +88,43 @@ def parse_sources(data: Data, options: DataOptions, weights: bool = True) -> lis
             alike = tuple(file for file in files if options_of(file) == used)
             sources.append(Source(name, alike, weight, _only(used, mine), tuple(skipped)))
             skipped = []
-    refuse_needless(data_name(data), given(options), [file for source in sources for file in source.files])
     return sources
 
 
-def check_sources(data: Data, options: DataOptions, weights: bool = True) -> None:
-    """Tells what is beside the data in folders and is not read; arguments and errors as those of `parse_sources`."""
-    for source in parse_sources(data, options, weights):
+def check_sources(sources: Sequence[Source], options: DataOptions) -> None:
+    """Tells what is beside the data in folders and is not read.
+
+    Args:
+        sources: all of a command.
+        options: those that the user gave for all.
+
+    Raises:
+        UserError: an option is of no use to any of their files.
+    """
+    files = [file for source in sources for file in source.files]
+    refuse_needless(sources[0].name, given(options), files)
+    for source in sources:
         if source.skipped:
             named = ", ".join(map(str, source.skipped[:_NAMED]))
             more = f" and {len(source.skipped) - _NAMED:,} more" if len(source.skipped) > _NAMED else ""
             _log.info("%s: what is no data is not read: %s%s", source.name, named, more)
 
 
-def record_sources(data: Data, options: DataOptions) -> list[Source]:
-    """`parse_sources` where none may have a weight or be a binidx. Raises UserError for one that does."""
-    sources = parse_sources(data, options, weights=False)
+def refuse_binidx(sources: Iterable[Source]) -> None:
+    """UserError if one of the files is a binidx."""
     for file in (file for source in sources for file in source.files):
         if binidx_prefix(file):
             raise UserError(f"{file}: is a binidx, which has tokens but no records; give what it was made of")
-    return sources
 
 
-def all_records(data: Data, options: DataOptions) -> Iterator[Record]:
-    """Yields the records of all sources, none of which has a weight or is a binidx.
+def source_records(sources: Sequence[Source]) -> Iterator[Record]:
+    """Yields the records of sources, whatever their weights.
 
     Raises:
-        UserError: as `record_sources` and `read_records`.
+        UserError: as `read_records` and `refuse_binidx`.
     """
-    for source in record_sources(data, options):
+    refuse_binidx(sources)
+    for source in sources:
         for file in source.files:
             yield from read_records(file, source.options)
 

@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk):
 
 
 def test_records_are_written_block_by_block(tmp_path, monkeypatch):
-    """Ten times as many records take no more memory: only the length of each is kept."""
+    """Ten times as many records take no more memory: only the length of each is kept, and a block of lines."""
     monkeypatch.setattr(jsonl, "BLOCK_SIZE", 10_000)
     peaks = []
     for count in (50, 500):

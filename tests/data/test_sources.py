@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data import sources
-from rwkv_miss.data.sources import all_records, check_sources, data_name, parse_sources
+from rwkv_miss.data.sources import check_sources, data_name, parse_sources, source_records
 from rwkv_miss.errors import UserError
 
 
@@ -31,6 +32,10 @@ def found(data, **options):
     """(name, files, weight) of each source."""
     parsed = parse_sources(data, DataOptions(**options))
     return [(source.name, [str(file) for file in source.files], source.weight) for source in parsed]
+
+
+def records(data):
+    return [*source_records(parse_sources(data, DataOptions()))]
 
 
 def refused(data, weights=True, **options):
@@ -169,11 +174,20 @@ def test_what_is_refused(data, said):
     assert said in refused(data)
 
 
-def test_a_common_option_that_nothing_has_use_for():
+@pytest.mark.parametrize(
+    ("data", "options", "said"),
+    [
+        ("a.jsonl", {"separator": "-"}, "a.jsonl: separator can only be given for .txt; leave it out"),
+        ("c.txt", {"text_field": "t"}, "c.txt: text_field can only be given for .jsonl, .json, .csv"),
+        ("a.jsonl,c.txt", {"separator": "-", "text_field": "t"}, None),
+    ],
+)
+def test_a_common_option_that_nothing_has_use_for(data, options, said):
     make("a.jsonl", "c.txt")
-    assert "a.jsonl: separator can only be given for .txt" in refused("a.jsonl", separator="-")
-    assert "text_field can only be given for .jsonl" in refused("c.txt,c.txt", text_field="t")
-    assert len(found("a.jsonl,c.txt", separator="-", text_field="t")) == 2
+    sources = parse_sources(data, DataOptions(**options))
+    with pytest.raises(UserError) if said else nullcontext() as error:
+        check_sources(sources, DataOptions(**options))
+    assert not said or said in str(error.value)
 
 
 def test_weights_where_there_are_none():
@@ -192,7 +206,7 @@ def test_too_many_files(monkeypatch):
 def test_what_is_beside_the_data_is_named(caplog):
     make("set/a.jsonl", *(f"set/{i}.md" for i in range(7)))
     caplog.set_level("INFO")
-    check_sources("set", DataOptions())
+    check_sources(parse_sources("set", DataOptions()), DataOptions())
     assert caplog.messages == [
         "set: what is no data is not read: " + ", ".join(f"set/{i}.md" for i in range(5)) + " and 2 more"
     ]
@@ -202,9 +216,9 @@ def test_the_records_of_all():
     make("corpus.bin", "corpus.idx")
     Path("a.txt").write_text("one")
     Path("b.csv").write_text("text\ntwo\n")
-    assert [record.where for record in all_records("b.csv,a.txt", DataOptions())] == ["b.csv:2", "a.txt:1"]
+    assert [record.where for record in records("b.csv,a.txt")] == ["b.csv:2", "a.txt:1"]
     with pytest.raises(UserError, match=r"corpus\.idx: is a binidx"):
-        list(all_records("corpus", DataOptions()))
+        records("corpus")
 
 
 def test_a_saved_data_set_is_its_files():
@@ -213,7 +227,7 @@ def test_a_saved_data_set_is_its_files():
     rows.save_to_disk("saved", num_shards=2)
     make("saved/cache-1.arrow")
     assert found("saved") == [("saved", [f"saved/data-0000{i}-of-00002.arrow" for i in range(2)], 1)]
-    assert [record.where for record in all_records("saved", DataOptions())][1:] == [
+    assert [record.where for record in records("saved")][1:] == [
         "saved/data-00000-of-00002.arrow:2",
         "saved/data-00001-of-00002.arrow:1",
     ]
@@ -239,7 +253,7 @@ def test_a_data_set_of_a_hub(monkeypatch, here):
         [(_, [file], _)] = found(name)
         assert file.endswith(".arrow") and str(here / "cache") in file
     assert asked == [("some/set", None, "train"), ("some/set", None, "test"), ("some/set", "main", "test")]
-    assert [record.turns for record in all_records("some/set", DataOptions())] == [(("text", "one"),)]
+    assert [record.turns for record in records("some/set")] == [(("text", "one"),)]
 
 
 def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
