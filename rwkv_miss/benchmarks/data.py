@@ -74,8 +74,8 @@ def _start(folder: Path, written: dict[str, Any]) -> dict[str, float]:
     load_tokenizer("world")
     begin = time.perf_counter()
     rows, _ = make_rows(all_documents(open_store(folder, "records", written)), CTX_LEN, packing=True)
-    options = {"batch_size": 8, "accumulate": 1, "rank": 0, "world_size": 1, "seed": 0, "shuffle": True, "trim": False}
-    next(iter(BatchStream(rows, **options)))
+    stream = BatchStream(rows, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, shuffle=True, trim=False)
+    next(iter(stream))
     return {"start_seconds": time.perf_counter() - begin, "start_peak_mb": resident("VmHWM") / 1e6}
 
 
