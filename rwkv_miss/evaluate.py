@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import answer_text, prompt_text, without_thought
@@ -258,10 +258,10 @@ def _read(
     sources: list[Source], config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[list[Record], Sequence[Document]]:
     """The records of the sources and their documents; the documents alone of a binidx."""
-    files = [(file, source.options) for source in sources for file in source.files]
-    if prefix := next(filter(None, (binidx_prefix(file) for file, _ in files)), None):
+    files = [file for source in sources for file in source.files]
+    if prefix := next(filter(None, map(binidx_prefix, files)), None):
         if len(files) > 1:
             raise UserError(f"{prefix}: a binidx is among several files; measure it alone")
-        return [], open_documents(prefix, vocab_size, files[0][1])[: config.limit]
+        return [], all_documents(open_binidx(prefix, vocab_size))[: config.limit]
     records = list(islice(source_records(sources), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

@@ -110,16 +110,22 @@ def check_sources(sources: Sequence[Source], options: DataOptions) -> None:
             _log.info("%s: what is no data is not read: %s%s", source.name, named, more)
 
 
-def source_records(sources: Iterable[Source]) -> Iterator[Record]:
+def refuse_binidx(sources: Iterable[Source]) -> None:
+    """UserError if one of the files is a binidx."""
+    for file in (file for source in sources for file in source.files):
+        if binidx_prefix(file):
+            raise UserError(f"{file}: is a binidx, which has tokens but no records; give what it was made of")
+
+
+def source_records(sources: Sequence[Source]) -> Iterator[Record]:
     """Yields the records of sources, whatever their weights.
 
     Raises:
-        UserError: as `read_records`, or there is a binidx.
+        UserError: as `read_records` and `refuse_binidx`.
     """
+    refuse_binidx(sources)
     for source in sources:
         for file in source.files:
-            if binidx_prefix(file):
-                raise UserError(f"{file}: is a binidx, which has tokens but no records; give what it was made of")
             yield from read_records(file, source.options)
 
 
