@@ -18,7 +18,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 
 
 def run(command: str, caplog, capsys) -> str:
-    """What a command prints, without what it always says of prompts. Of training only the command line and the sources are looked at: there is no base."""
+    """What a command prints, without what it always says of prompts. Of training, for which there is no base, only the
+    command line and the sources are looked at."""
     name, *arguments = shlex.split(command)
     if name != "rwkv-miss":
         subprocess.run(command.replace("python ", f"{sys.executable} ", 1), shell=True, check=True)
