@@ -13,8 +13,8 @@ from rwkv_miss.data.readers.fields import record_of
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
-# Rows that are in memory at once.
-_ROWS = 32
+# Rows that are in memory at once: few, since a text that all of them share is there for each.
+_ROWS = 8
 
 
 def parquet_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Block]:
@@ -48,13 +48,12 @@ def arrow_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[B
     first, size = 1, 0
     batches: Iterator[Any] = iter(())
     with _arrow_errors(path, first):
-        is_stream = file.read(6) != b"ARROW1"
-        file.seek(0)
-        if is_stream:
-            batches = iter(pyarrow.ipc.open_stream(file))
-        else:
-            found = pyarrow.ipc.open_file(file)
+        mapped = pyarrow.memory_map(str(path))  # not read: a damaged length would be allocated
+        if file.read(6) == b"ARROW1":
+            found = pyarrow.ipc.open_file(mapped)
             batches = map(found.get_batch, range(found.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(mapped))
     while True:
         with _arrow_errors(path, first):
             batch = next(batches, None)
@@ -78,10 +77,10 @@ def _records(block: Block, batches: Iterator[Any], options: DataOptions) -> Iter
         with _arrow_errors(block.path, number):
             if (batch := next(batches, None)) is None:
                 return
-            size += batch.nbytes
-            refuse_bomb(block.path, packed, size)
             batch.validate(full=True)
             rows = batch.to_pylist()
+            size += sum(len(value) for row in rows for value in row.values() if isinstance(value, str))
+            refuse_bomb(block.path, packed, size)
         for row in rows:
             yield record_of(f"{block.path}:{number}", row, options)
             number += 1
@@ -96,5 +95,5 @@ def _arrow_errors(path: Path, number: int) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, MemoryError) as error:
         raise UserError(f"{path}: cannot be read from row {number} on ({error}); is the file whole?") from error
