@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
-from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import STOP, answer_text, prompt_text
+from rwkv_miss.data.rendering import answer_text, prompt_text, without_thought
+from rwkv_miss.data.sources import Source, check_sources, data_name, parse_sources, source_records
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine
@@ -144,7 +145,7 @@ def answers(
     report: Report | None = None,
 ) -> list[Answer]:
     """The model's likeliest answer to each record's last question. Right means equal to the answer in the form that
-    the model learns, white space at the ends aside.
+    the model learns, thoughts and white space at the ends aside.
 
     Args:
         max_tokens: where an answer is cut off.
@@ -155,12 +156,13 @@ def answers(
         UserError: a record has no question and answer, or its tokens are not those of the model.
         RunError: the model's logits are not finite.
     """
+    template = find_template(options.template)
     prompts = [prompt_text(record, options) for record in records]
     # Prompts of about one length join together, so that they need little padding. The longest come first: what needs
     # most memory does not fail at the end, and the time that is left is not underestimated.
     waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     engine = Engine(model, tokenizer)
-    sampling = Sampling(max_tokens=max_tokens, stop=(STOP,))
+    sampling = Sampling(max_tokens=max_tokens, stop=template.stops)
     index: dict[int, int] = {}  # of a member's record
     texts: list[list[str]] = [[] for _ in records]
     n_answered = 0
@@ -177,7 +179,7 @@ def answers(
             ask()
         if report:
             report(n_answered, len(records))
-    given = ("".join(pieces).strip() for pieces in texts)
+    given = (without_thought("".join(pieces), template) for pieces in texts)
     return [
         Answer(prompt, answer_text(record, options), text)
         for prompt, record, text in zip(prompts, records, given, strict=True)
@@ -234,16 +236,19 @@ def evaluate(
             f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
             f"{vocab_size}; give the base that the model was tuned from"
         )
-    if binidx_prefix(config.data) and config.exact_match:
-        raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
-    records, documents = _read(config.data, config, tokenizer, vocab_size)
-    _, text = _read(config.text, config, tokenizer, vocab_size) if config.text else ([], [])
+    data = parse_sources(config.data, config, weights=False)
+    text = [] if config.text is None else parse_sources(config.text, config, weights=False)
+    check_sources([*data, *text], config)
+    records, documents = _read(data, config, tokenizer, vocab_size)
+    if config.exact_match and not records:
+        raise UserError(f"{data_name(config.data)}: a binidx has no questions and answers; leave out exact_match")
+    _, text_documents = _read(text, config, tokenizer, vocab_size) if text else ([], [])
     with show("rows of the loss") as report:
         loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
     changed = given = None
     if base is not None:
         with show("rows of the text") as report:
-            changed = forgetting(model, base, text, config.ctx_len, config.batch_size, report)
+            changed = forgetting(model, base, text_documents, config.ctx_len, config.batch_size, report)
     if config.exact_match and math.isfinite(loss):
         with show("answers") as report:
             given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, report)
@@ -251,10 +256,13 @@ def evaluate(
 
 
 def _read(
-    path: str, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
+    sources: list[Source], config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[list[Record], Sequence[Document]]:
-    """The records of a file and their documents; the documents alone of a binidx."""
-    if prefix := binidx_prefix(path):
-        return [], open_documents(prefix, vocab_size, config)[: config.limit]
-    records = list(islice(read_records(path, config), config.limit))
+    """The records of the sources and their documents; the documents alone of a binidx."""
+    files = [file for source in sources for file in source.files]
+    if prefix := next(filter(None, map(binidx_prefix, files)), None):
+        if len(files) > 1:
+            raise UserError(f"{prefix}: a binidx is among several files; measure it alone")
+        return [], all_documents(open_binidx(prefix, vocab_size))[: config.limit]
+    records = list(islice(source_records(sources), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

@@ -15,7 +15,8 @@ from typing import Any
 
 from rwkv_miss.adapters import method
 from rwkv_miss.config import AdapterConfig, TrainConfig, value_problems
-from rwkv_miss.data.corpus import check_source
+from rwkv_miss.data.sources import Source, check_sources, parse_sources
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file, check_name, read_yaml
@@ -41,6 +42,7 @@ _WRITTEN = re.compile(
 # whatever is given; the base and the data are identified by their fingerprints, since their files may have moved.
 _SAME = (
     *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
+    *("template", "learn", "learn_thoughts"),
     "val_split",
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "packing", "seed"),
     *("adapter", "adapter_from", "objective", "quant", "quant_skip", "precision"),
@@ -102,8 +104,8 @@ def check_run(config: TrainConfig) -> Resume | None:
     read_deepspeed_json(config)
     check_is_file(Path(config.base), "checkpoint")
     load_tokenizer(config.tokenizer)
-    for path in filter(None, (config.data, config.val_data)):
-        check_source(path)
+    find_template(config.template)
+    check_sources(_sources(config), config)
     if is_first_process():
         _check_out(Path(config.out), config)
     return _find_resume(Path(config.out), config) if config.resume == "auto" else None
@@ -209,11 +211,18 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
 
 def _check_inputs_stay(out: Path, config: TrainConfig) -> None:
     """UserError if a file that the run reads is among what it would replace."""
-    for name in filter(None, (config.base, config.data, config.val_data, config.tokenizer)):
-        source = Path(name).resolve()
+    files = [file for source in _sources(config) for file in source.files]
+    for name in (Path(config.base), Path(config.tokenizer), *files):
+        source = name.resolve()
         for path in written_by_runs(out):
             if path.resolve() in (source, *source.parents):
                 raise UserError(f"{name}: --overwrite true would remove it with {path}; move it, or give another out")
+
+
+def _sources(config: TrainConfig) -> list[Source]:
+    """What is trained on and what is validated on. Raises UserError as `parse_sources`."""
+    sources = parse_sources(config.data, config)
+    return sources + (parse_sources(config.val_data, config, weights=False) if config.val_data else [])
 
 
 def _check_writable(out: Path) -> None:

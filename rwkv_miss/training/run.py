@@ -16,6 +16,8 @@ import rwkv_miss
 from rwkv_miss.adapters.files import load_adapter, read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.data.packing import join_reports
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
@@ -69,7 +71,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
     extra: dict[str, Any] = {
         "tokenizer": config.tokenizer,
-        "template": "rwkv-world",
+        "template": config.template,
         "answer_lines": config.answer_lines,
         "answer_end": config.answer_end,
     }
@@ -90,7 +92,8 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     callbacks: list[L.Callback] = [starter, Record(out, prepared.total_steps, introduction), reporter, saver]
     if prepared.samples:
         tokenizer = load_tokenizer(config.tokenizer)
-        asked = model, tokenizer, prepared.samples, config.sample_tokens
+        stop = find_template(config.template).stops
+        asked = model, tokenizer, prepared.samples, config.sample_tokens, stop
         callbacks.append(Sampler(*asked, out, config.sample_every, prepared.total_steps, reporter))
     trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)
@@ -145,8 +148,12 @@ def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
         f"{sum((frozen | quantised).values()):,} parameters frozen{' in ' + ', '.join(formats) if formats else ''}, "
         f"{trained:,} trained",
-        f"training: {prepared.report}",
+        f"training: {join_reports([report for _, report in prepared.reports])}",
     ]
+    if len(prepared.reports) > 1:
+        lines.append(f"an epoch has {prepared.rows.epoch_size:,} rows:")
+        for (name, report), turns in zip(prepared.reports, prepared.rows.turns, strict=True):
+            lines.append(f"  {turns:,} of the {report.rows:,} of {name}, which has {report.tokens:,} tokens")
     if prepared.val_report:
         lines.append(f"validation: {prepared.val_report}")
     if n := len(prepared.samples):

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.documents import Document, encode_record, split_validation
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.documents import Document, encode_record, gather
+from rwkv_miss.data.documents import split_validation as split
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from tests.data.samples import pairs, text_of
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many in all?"
 ANSWER = "In May: 48/2 = <<48/2=24>>24.\nIn all: 48+24 = <<48+24=72>>72.\n#### 72"
-RECORD = Record("sums.jsonl:7", (("user", QUESTION), ("assistant", ANSWER)))
+RECORD = Record("sums.jsonl:7", (Turn("user", QUESTION), Turn("assistant", ANSWER)))
 VOCAB = {"world": 65536, "bytes": 256}
 OPTIONS = DataOptions()
 
@@ -37,7 +38,7 @@ def test_loss_is_on_the_answer_and_its_end(name, answer_end):
 
 
 def test_loss_of_several_turns():
-    turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
     tokenizer = load_tokenizer("bytes")
     document = encode_record(Record("f:1", turns), tokenizer, 256, OPTIONS)
     assert document.ids.tolist() == [*b"User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d", 0]
@@ -48,7 +49,7 @@ def test_loss_of_several_turns():
 
 
 def test_all_of_a_text_but_its_first_token_carries_loss():
-    document = encode_record(Record("f:1", (("text", "abc"),)), load_tokenizer("bytes"), 256, OPTIONS)
+    document = encode_record(Record("f:1", (Turn("text", "abc"),)), load_tokenizer("bytes"), 256, OPTIONS)
     assert document.ids.tolist() == [97, 98, 99, 0]
     assert document.mask.tolist() == [False, True, True, True]
 
@@ -60,7 +61,7 @@ def test_a_token_outside_the_vocabulary():
     token = max(encode_record(RECORD, load_tokenizer("world"), 65536, OPTIONS).ids)
     assert message.startswith(f"sums.jsonl:7: token {token} (") and "vocabulary of 256 ids" in message
     assert "choose the tokenizer" in message
-    text = Record("f:1", (("text", "é"),))  # bytes 195, 169
+    text = Record("f:1", (Turn("text", "é"),))  # bytes 195, 169
     assert encode_record(text, load_tokenizer("bytes"), 196, OPTIONS).ids.max() == 195
     with pytest.raises(UserError, match="token 195"):
         encode_record(text, load_tokenizer("bytes"), 195, OPTIONS)
@@ -68,7 +69,19 @@ def test_a_token_outside_the_vocabulary():
 
 def test_the_end_token_inside_a_text():
     with pytest.raises(UserError, match=r"f:1: the text has token 0 of tokenizer bytes.*NUL"):
-        encode_record(Record("f:1", (("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
+        encode_record(Record("f:1", (Turn("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
+
+
+def test_two_answers_to_compare_are_refused():
+    record = replace(RECORD, rejected=(Turn("user", QUESTION), Turn("assistant", "no")))
+    with pytest.raises(
+        UserError, match=r"^sums.jsonl:7: has a chosen and a rejected answer, .* prompt_field and answer"
+    ):
+        encode_record(record, load_tokenizer("world"), 65536, OPTIONS)
+
+
+def split_validation(documents, *arguments, **options):
+    return [[*side[0]] for side in split([gather(documents)], *arguments, **options)]
 
 
 def test_split_validation_draws_whole_documents():
@@ -82,7 +95,8 @@ def test_split_validation_draws_whole_documents():
     assert [document.ids[0] for document in again] == first[1]
     other = split_validation(documents, 0.25, seed=4)[1]
     assert [document.ids[0] for document in other] != first[1]
-    assert split_validation(documents, 0, seed=3) == (documents, [])
+    everything, nothing = split_validation(documents, 0, seed=3)
+    assert pairs(everything) == pairs(documents) and nothing == []
 
 
 def test_split_validation_of_one_text_holds_out_its_end():
