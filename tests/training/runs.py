@@ -6,6 +6,7 @@ import csv
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,15 @@ def run_train(config: TrainConfig, before: Callable[[], object] | None = None) -
 def run_command(config: TrainConfig) -> subprocess.CompletedProcess:
     """`run_train` as a user starts it, which takes longer."""
     return run_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], timeout=300)
+
+
+def resumes_to_the_same_run(config: TrainConfig, out: Path) -> None:
+    """Makes a run that is there, of 4 steps, once more into `out`: stopped after 2 and resumed, all is the same."""
+    first = replace(config, out=str(out), max_steps=2)
+    quiet_train(first)
+    quiet_train(replace(first, max_steps=4, resume="auto"))
+    assert losses(out) == losses(config.out)
+    assert all(torch.equal(tensor, adapter(out)[name]) for name, tensor in adapter(config.out).items())
 
 
 def losses(out: str | Path, column: str = "loss") -> list[float]:
