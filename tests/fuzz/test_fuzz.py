@@ -190,6 +190,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(
     "name", ["adapter/adapter_config.json", "adapter/rwkv_miss.json", "run/adapter/rwkv_miss.json", "tokenizer.json"]
@@ -275,6 +276,7 @@ _FIELDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), _FIELDS)
 def test_an_extreme_setting(fresh, command, name):
     for value in EXTREMES + MORE[_FIELDS.index((command, name)) % 3 :: 3]:
@@ -332,6 +334,7 @@ _PATHS = [
 _SUFFIXES = {"data": ".jsonl", "val_data": ".txt", "tokenizer": ".json", "config": ".yaml", "adapter": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), _PATHS)
 def test_a_path(fresh, command, option):
     suffix = _SUFFIXES.get(option, "" if (command, option) in (("train", "out"), ("resume", "out")) else ".pth")

@@ -15,6 +15,8 @@ from tests.simt import coverage
 from tests.simt.harness import SimtError, build
 from tests.simt.wkv import BF16, FP32, launch_forward, load_kernels, run_kernels
 
+pytestmark = pytest.mark.xdist_group("simt")  # compiled once a process
+
 # Largest relative error in norm: a few roundings of a float32 sum, and half a unit of the last place of bfloat16.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 
@@ -154,6 +156,7 @@ def test_inference_saves_nothing_and_agrees(wkv):
     assert torch.equal(last, trained[1])
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_changes_no_bit(wkv):
     inputs, state = wkv.make_inputs(33, 64, BF16)
     weights = wkv.make_weights(inputs, state)
@@ -191,6 +194,7 @@ def far_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (0, stride, n, 1))
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count(wkv):
     inputs, state = wkv.make_inputs(3, 8, BF16, batch=1)
     weights = wkv.make_weights(inputs, state)
