@@ -114,8 +114,7 @@ def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
     for path in _configs(arguments):
         read_yaml(Path(path))  # the parser reads it again, as it is
     try:
-        command = " ".join(arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1])
-        found = _parser(command).parse_args(_as_meant(arguments))
+        found = _parser(_command(arguments)).parse_args(_as_meant(arguments))
     except (ValueError, OverflowError, RecursionError) as e:  # of a value that has the right type and cannot be taken
         raise UserError(f"an option cannot be read ({e}); give a plain value") from None
     command, options = found.subcommand, found[found.subcommand]
@@ -130,6 +129,11 @@ def _configs(arguments: list[str]) -> list[str]:
         *(value for name, value in pairwise(arguments) if name == "--config"),
         *(argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")),
     ]
+
+
+def _command(arguments: list[str]) -> str:
+    """The name of the command that the arguments begin with, if there is one of that name."""
+    return " ".join(arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1])
 
 
 def _parser(wanted: str) -> jsonargparse.ArgumentParser:
@@ -263,7 +267,7 @@ def _explain(message: str, arguments: list[str]) -> str:
 
 def _option_names(arguments: list[str]) -> list[str]:
     """The names of the options of the command that the arguments begin with."""
-    parser = _parser()
+    parser = _parser(_command(arguments))
     for argument in arguments:
         commands = next((a.choices for a in parser._actions if isinstance(a.choices, dict)), None)
         if not commands or argument not in commands:

@@ -17,8 +17,8 @@ VERSIONS=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # shellcheck disable=SC2086
 printf '%s\n' $VERSIONS | sort -u | xargs -n 1 -P 2 "$PYTHON" -m mypy --python-version
 
-together() { # runs tests in parallel; those of one xdist_group share what is slow to make, so one process has them all
-    "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"
+together() { # runs tests in parallel; worksteal leaves those of a file, which share what is slow to make, to one process
+    "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
 }
 if [ -n "$FAST" ]; then
     together -m "not slow" "$@"

@@ -15,7 +15,7 @@ import pytest
 
 from tests.processes import run_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "scripts" / "demo"

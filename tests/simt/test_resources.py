@@ -41,14 +41,12 @@ def differences(committed: Table, measured: Table) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("resources")
 def test_the_table_is_what_nvrtc_says(measured):
     found = differences(parse(TABLE.read_text()), measured)
     assert not found, f"{TABLE.name}: `{MAKE}` writes it again\n" + "\n".join(found)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("resources")
 def test_every_kernel_head_size_type_and_architecture_compiles_without_spills(measured):
     assert len(measured[1]) == sum(len(x.kernels) * len(x.variants) for x in PROGRAMS.values()) == 2 * 3 * 7 * 2
     for row, (shared, *cells) in measured[1].items():

@@ -8,8 +8,6 @@ import torch
 
 from tests.simt.harness import HERE, SimtError, build, guarded, guarded_copy, launch
 
-pytestmark = pytest.mark.xdist_group("faults")  # compiled once a process
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):

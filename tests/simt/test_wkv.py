@@ -15,8 +15,6 @@ from tests.simt import coverage
 from tests.simt.harness import SimtError, build
 from tests.simt.wkv import BF16, FP32, launch_forward, load_kernels, run_kernels
 
-pytestmark = pytest.mark.xdist_group("simt")  # compiled once a process
-
 # Largest relative error in norm: a few roundings of a float32 sum, and half a unit of the last place of bfloat16.
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 

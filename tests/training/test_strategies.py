@@ -51,7 +51,6 @@ def one(any_base, data, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("strategies")
 @pytest.mark.parametrize("any_base", [6, 7], indirect=True, ids=["RWKV-6", "RWKV-7"])
 @pytest.mark.parametrize("strategy, devices, version, method, offload", CASES)
 def test_the_run_is_that_of_one_process(any_base, one, tmp_path, strategy, devices, version, method, offload):
