@@ -311,6 +311,7 @@ def test_a_binidx_is_not_cached(folder, settings, tmp_path):
     assert len(rows) == 1 and not folder.exists()
 
 
+@pytest.mark.slow
 def test_memory_is_not_for_rows(folder, settings, tmp_path):
     """4 million tokens, whose rows take 36 MB: a second process may not grow by a tenth of that in its first steps."""
     path = tmp_path / "a.txt"

@@ -144,6 +144,7 @@ def test_options_of_other_formats(opened, tmp_path, option):
         open_documents(tmp_path / "p", 200, DataOptions(**{option: "x"}))
 
 
+@pytest.mark.slow
 def test_memory_is_for_places_not_for_tokens(tmp_path):
     """20 million tokens (40 MB; 9 bytes a token, 180 MB, as rows in memory) in documents of 5,000: the process may
     not grow by a fifth of the file before its first batch."""

@@ -69,6 +69,7 @@ ACCEPTED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*REFUSED, *ACCEPTED])
 @pytest.mark.parametrize("key", ["emb.weight", "blocks.1.att.r_k"])
 def test_a_tensor_of_the_base(fresh, key, change):
@@ -387,6 +388,7 @@ PARTS: dict[str, tuple[str | int, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["missing", None, {}, 3, "x", torch.ones(3, 3), torch.ones(4, 16).to_sparse()])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_checkpoint_without_a_part(fresh, part, value):

@@ -53,6 +53,7 @@ def test_agrees_with_reference(wkv, n, n_steps, dtype):
     check(wkv, inputs, state, odd_starts(n_steps) if n_steps != 15 else None, n + n_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("z_shift", [9.0, -9.0], ids=["strongest", "weakest"])
 def test_extreme_decay_of_wkv7(z_shift, dtype):
