@@ -114,7 +114,7 @@ def _parse(arguments: list[str]) -> tuple[jsonargparse.Namespace, str]:
     for path in _configs(arguments):
         read_yaml(Path(path))  # the parser reads it again, as it is
     try:
-        found = _parser().parse_args(_as_meant(arguments))
+        found = _parser(_command(arguments)).parse_args(_as_meant(arguments))
     except (ValueError, OverflowError, RecursionError) as e:  # of a value that has the right type and cannot be taken
         raise UserError(f"an option cannot be read ({e}); give a plain value") from None
     command, options = found.subcommand, found[found.subcommand]
@@ -131,7 +131,13 @@ def _configs(arguments: list[str]) -> list[str]:
     ]
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _command(arguments: list[str]) -> str:
+    """The name of the command that the arguments begin with, if there is one of that name."""
+    return " ".join(arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1])
+
+
+def _parser(wanted: str) -> jsonargparse.ArgumentParser:
+    """The parser, with the options of one command: those of all take a quarter of a second to make."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     settings: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
     description = "Fine-tune RWKV-6 and RWKV-7 with MiSS."
@@ -144,7 +150,8 @@ def _parser() -> jsonargparse.ArgumentParser:
     for name, function in COMMANDS.items():
         help_text = (function.__doc__ or "").splitlines()[0]
         sub = jsonargparse.ArgumentParser(description=help_text, **settings)
-        _add_options(sub, function)
+        if name == wanted:
+            _add_options(sub, function)
         group_name, _, last = name.rpartition(" ")
         places[group_name].add_subcommand(last, sub, help=help_text)
     return parser
@@ -260,7 +267,7 @@ def _explain(message: str, arguments: list[str]) -> str:
 
 def _option_names(arguments: list[str]) -> list[str]:
     """The names of the options of the command that the arguments begin with."""
-    parser = _parser()
+    parser = _parser(_command(arguments))
     for argument in arguments:
         commands = next((a.choices for a in parser._actions if isinstance(a.choices, dict)), None)
         if not commands or argument not in commands:

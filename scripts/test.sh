@@ -17,14 +17,13 @@ VERSIONS=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 # shellcheck disable=SC2086
 printf '%s\n' $VERSIONS | sort -u | xargs -n 1 -P 2 "$PYTHON" -m mypy --python-version
 
-together() { # runs tests in parallel, except those marked slow, which look at the time and at processes
-    "$PYTHON" -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 "$@"
+together() { # runs tests in parallel; worksteal leaves those of a file, which share what is slow to make, to one process
+    "$PYTHON" -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
 }
 if [ -n "$FAST" ]; then
-    together "$@"
+    together -m "not slow" "$@"
 elif [ $# -gt 0 ]; then
     "$PYTHON" -m pytest "$@"
 else
     together
-    "$PYTHON" -m pytest -m slow
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,3 +50,10 @@ def finish(*started: subprocess.Popen, timeout: float = 120) -> list[str]:
     for process, (_, errors) in zip(started, printed, strict=True):
         assert process.returncode == 0, errors
     return [output for output, _ in printed]
+
+
+def free_port() -> str:
+    """A port of this machine that no program uses."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

@@ -70,6 +70,7 @@ def start(start_process) -> Callable[..., subprocess.Popen]:
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"temperature": 1.5, "top_p": 0.9, "seed": 5}])
 @pytest.mark.parametrize("raw", [False, True])
 def test_generate_prints_what_generate_returns(base, capsys, options, raw):
+    options = {"max_tokens": 60, **options}
     argv = [f"--{name}={value}" for name, value in options.items()]
     assert main(["generate", f"--model={base}", "--tokenizer=bytes", "--prompt=a", f"--raw={raw}", *argv]) == 0
     defaults = {"temperature": 1.0, "top_p": 0.5, "seed": 0}

@@ -112,6 +112,8 @@ class Watch:
         if isinstance(error, ElsewhereError) or is_lost_connection(error):
             self._found.wait(2 * SILENCE)
             if self._ending:
+                if self._local_rank:  # the first process says it, and is perhaps about to end
+                    self._leave(self._ending)
                 return self._ending.as_exception()
             error = RunError(f"the processes have lost each other ({_first_line(error)}); {_KEPT}")
         elif not isinstance(error, Stopped):  # which all processes are at once

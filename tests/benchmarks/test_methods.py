@@ -10,6 +10,7 @@ from rwkv_miss.benchmarks.methods import VERSIONS, bench_methods
 LARGEST = {"forward": 1e-5, "gradients": 5e-5, "merge": 1e-5, "PEFT_reads_ours": 1e-5, "we_read_PEFTs": 1e-5}
 
 
+@pytest.mark.slow
 def test_the_methods_are_pefts():
     pytest.importorskip("peft")
     table = bench_methods(1)

@@ -302,6 +302,7 @@ def test_a_binidx_is_not_cached(folder, corpus, tmp_path):
     assert len(rows) == 1 and not folder.exists()
 
 
+@pytest.mark.slow
 def test_memory_is_not_for_tokens(folder, corpus, tmp_path):
     """4 million tokens: a second process may not grow by half of what they take in its first steps."""
     path = tmp_path / "a.txt"

@@ -140,6 +140,7 @@ def test_what_the_sample_missed_is_found_when_it_is_used(tmp_path):
     assert seen == 123
 
 
+@pytest.mark.slow
 def test_memory_is_for_places_not_for_tokens(tmp_path):
     """20 million tokens (40 MB; 9 bytes a token, 180 MB, as rows in memory) in documents of 5,000: the process may
     not grow by a fifth of the file before its first batch."""

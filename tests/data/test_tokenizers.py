@@ -26,6 +26,7 @@ def trie():
     return TRIE_TOKENIZER(str(Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"))
 
 
+@pytest.mark.slow
 def test_world_has_the_trie_s_ids_for_every_token(trie):
     assert WORLD.vocab_size == max(trie.idx2token) + 1 == 65530
     for token, piece in trie.idx2token.items():

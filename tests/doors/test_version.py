@@ -14,7 +14,7 @@ from rwkv_miss.cli import main
 from rwkv_miss.model.state import State
 from rwkv_miss.model.versions import MODELS
 from tests.doors.toy_version import DeepRWKV7
-from tests.training.runs import losses, quiet_train, small_config
+from tests.training.runs import losses, quiet_train, resumes_to_the_same_run, small_config
 
 TOKENS = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -75,10 +75,7 @@ def test_it_trains_resumes_and_merges(base, data, tmp_path, adapter):
     config = replace(config, lr=2e-3, gradient_checkpointing=True, max_steps=4)
     quiet_train(config)
     assert losses(config.out)[-1] < losses(config.out)[0]
-    first = replace(config, out=str(tmp_path / "parts"), max_steps=2)
-    quiet_train(first)
-    quiet_train(replace(first, max_steps=4, resume="auto"))
-    assert losses(first.out) == losses(config.out)
+    resumes_to_the_same_run(config, tmp_path / "parts")
     merge(base, config.out, tmp_path / "merged.pth")
     adapted = load_adapter(load_model(base), config.out)
     with torch.no_grad():

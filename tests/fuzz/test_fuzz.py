@@ -69,6 +69,7 @@ ACCEPTED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [*REFUSED, *ACCEPTED])
 @pytest.mark.parametrize("key", ["emb.weight", "blocks.1.att.r_k"])
 def test_a_tensor_of_the_base(fresh, key, change):
@@ -190,6 +191,7 @@ VALUES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(
     "name", ["adapter/adapter_config.json", "adapter/rwkv_miss.json", "run/adapter/rwkv_miss.json", "tokenizer.json"]
@@ -275,6 +277,7 @@ _FIELDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), _FIELDS)
 def test_an_extreme_setting(fresh, command, name):
     for value in EXTREMES + MORE[_FIELDS.index((command, name)) % 3 :: 3]:
@@ -332,6 +335,7 @@ _PATHS = [
 _SUFFIXES = {"data": ".jsonl", "val_data": ".txt", "tokenizer": ".json", "config": ".yaml", "adapter": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), _PATHS)
 def test_a_path(fresh, command, option):
     suffix = _SUFFIXES.get(option, "" if (command, option) in (("train", "out"), ("resume", "out")) else ".pth")
@@ -384,6 +388,7 @@ PARTS: dict[str, tuple[str | int, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["missing", None, {}, 3, "x", torch.ones(3, 3), torch.ones(4, 16).to_sparse()])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_checkpoint_without_a_part(fresh, part, value):

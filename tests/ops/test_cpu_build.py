@@ -67,6 +67,7 @@ def test_processes_that_compile_at_once_compile_once(tiny, tmp_path, start_proce
     assert sorted(p.suffix for p in cache.iterdir() if p.name != "build.lock") == [".so"]
 
 
+@pytest.mark.slow
 def test_a_builder_that_was_killed_leaves_no_lock(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
     compiler = tmp_path / "slow-c++"
@@ -91,6 +92,7 @@ load_library(Path({str(tiny)!r}), cache=Path({str(cache)!r}))"""
     assert build.load_library(tiny, cache=cache).answer() == 42
 
 
+@pytest.mark.slow
 def test_a_warm_start_neither_imports_cpp_extension_nor_waits_for_the_lock(tiny, tmp_path, start_process):
     cache = tmp_path / "cache"
     build.load_library(tiny, cache=cache)

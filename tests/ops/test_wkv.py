@@ -41,6 +41,7 @@ def steps(inputs: list[torch.Tensor], begin: int, end: int) -> list[torch.Tensor
     return [x[:, begin:end] if x.dim() == 4 else x for x in inputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradients_are_those_of_finite_differences(wkv, backend):
     inputs, state = wkv.make_inputs(19, 3, torch.float64, batch=1, n_head=1)
@@ -224,6 +225,7 @@ def test_threads_do_not_change_the_result(wkv, n_head):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_forked_after_the_threads_had_started():
     """The threads of OpenMP do not exist in a fork. A DataLoader's worker has one thread, and so needs none of them."""
     code = """

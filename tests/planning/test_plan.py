@@ -28,12 +28,14 @@ def test_what_is_printed(capsys, monkeypatch):
     assert "each process" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_the_largest(capsys):
     found = planned(capsys, "--gpu_memory=1.5GB")
     for batch_size, fits in ((found["batch_size"], True), (found["batch_size"] + 1, False)):
         assert (planned(capsys, f"--batch_size={batch_size}")["device"] <= 1.5 * 2**30) == fits
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_has_the_same_rows(capsys):
     found = planned(capsys, "--gpu_memory=1.2GB", "--batch_size=64", "--accumulate=3")
     said = found["lines"][-1].split("--batch_size ")[1].split()

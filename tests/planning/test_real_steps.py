@@ -73,6 +73,7 @@ def test_a_real_step(version, dtype, settings):
     assert planned == pytest.approx(real_step(sizes, config, dtype), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "tolerance"),
     [("miss", {}, 1e-3), ("full", {"gradient_checkpointing": True}, 1e-3), ("miss", {"chunk_len": 4}, 0.05)],

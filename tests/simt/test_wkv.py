@@ -53,6 +53,7 @@ def test_agrees_with_reference(wkv, n, n_steps, dtype):
     check(wkv, inputs, state, odd_starts(n_steps) if n_steps != 15 else None, n + n_steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("z_shift", [9.0, -9.0], ids=["strongest", "weakest"])
 def test_extreme_decay_of_wkv7(z_shift, dtype):
@@ -154,6 +155,7 @@ def test_inference_saves_nothing_and_agrees(wkv):
     assert torch.equal(last, trained[1])
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_changes_no_bit(wkv):
     inputs, state = wkv.make_inputs(33, 64, BF16)
     weights = wkv.make_weights(inputs, state)
@@ -191,6 +193,7 @@ def far_apart(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, (0, stride, n, 1))
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count(wkv):
     inputs, state = wkv.make_inputs(3, 8, BF16, batch=1)
     weights = wkv.make_weights(inputs, state)

@@ -44,7 +44,7 @@ def watch_for(rank: int, stage: str, what: str) -> None:
     from rwkv_miss.training import run, watch
     from rwkv_miss.training.lit_module import LitRWKV
 
-    watch.SILENCE, watch.GRACE = 8.0, 10.0  # 30 and 20 seconds, to save time
+    watch.SILENCE = 8.0  # 30 seconds, to save time
     if not is_the_one:
         return
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.training.result import TrainResult
 from rwkv_miss.training.start import train
 from tests.processes import run_process
+from tests.training.forked import run_forked
 
 
 def small_config(base: Path, data: Path, out: Path) -> TrainConfig:
@@ -40,9 +43,27 @@ def quiet_train(config: TrainConfig) -> TrainResult:
     return train(config, Console(quiet=True))
 
 
-def run_train(config: TrainConfig, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`rwkv-miss train` in a process of its own: for several ranks, and for DeepSpeed, whose process group stays."""
-    return run_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], timeout)
+def run_train(config: TrainConfig, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess:
+    """`rwkv-miss train` in processes of its own: for several ranks, and for DeepSpeed, whose process group stays.
+
+    Args:
+        before: as for `run_forked`.
+    """
+    return run_forked(["train", *as_arguments(config)], config.devices, before)
+
+
+def run_command(config: TrainConfig) -> subprocess.CompletedProcess:
+    """`run_train` as a user starts it, which takes longer."""
+    return run_process([sys.executable, "-m", "rwkv_miss", "train", *as_arguments(config)], timeout=300)
+
+
+def resumes_to_the_same_run(config: TrainConfig, out: Path) -> None:
+    """Makes a run that is there, of 4 steps, once more into `out`: stopped after 2 and resumed, all is the same."""
+    first = replace(config, out=str(out), max_steps=2)
+    quiet_train(first)
+    quiet_train(replace(first, max_steps=4, resume="auto"))
+    assert losses(out) == losses(config.out)
+    assert all(torch.equal(tensor, adapter(out)[name]) for name, tensor in adapter(config.out).items())
 
 
 def losses(out: str | Path, column: str = "loss") -> list[float]:

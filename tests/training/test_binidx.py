@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.errors import UserError
-from tests.training.runs import adapter, losses, quiet_train, run_train
+from tests.training.runs import adapter, losses, quiet_train, run_command
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,6 @@ def test_a_bad_id_of_one_rank_ends_all(make_config, tmp_path):
     tokens[12_345, 3] = 300
     write_binidx(tmp_path / "bad", tokens)
     config = make_config(data=str(tmp_path / "bad"), devices=2, batch_size=1000, max_steps=0)
-    done = run_train(config)
+    done = run_command(config)
     assert done.returncode == 2, done.stderr
     assert "bad.bin: document 12345 (of 0 to 19999): token 300 is not" in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
 from rwkv_miss.config import PlanConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.planning.report import plan
-from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
+from tests.training.runs import adapter, losses, quiet_train, resumes_to_the_same_run, run_train, small_config
 
 FORMS = {
     "miss": AdapterConfig(r=7, dropout=0.1),
@@ -46,11 +46,7 @@ def test_training_and_resuming_and_merging(any_base, data, tmp_path, form):
     config = run_config(any_base, data, tmp_path / "run", FORMS[form])
     quiet_train(config)
     assert losses(config.out)[-1] < losses(config.out)[0]
-    first = replace(config, out=str(tmp_path / "parts"), max_steps=2)
-    quiet_train(first)
-    quiet_train(replace(first, max_steps=4, resume="auto"))
-    assert losses(first.out) == losses(config.out)
-    assert all(torch.equal(tensor, adapter(first.out)[key]) for key, tensor in adapter(config.out).items())
+    resumes_to_the_same_run(config, tmp_path / "parts")
     merged_computes_the_same(any_base, config.out, tmp_path)
 
 

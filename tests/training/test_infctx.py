@@ -93,6 +93,7 @@ def test_windows_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path
     assert_same(config.out, cut_run.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size, accumulate", [(2, 2), (1, 4)])
 def test_accumulation_gives_the_run_of_one_micro_batch(cut_run, tmp_path, batch_size, accumulate):
     config = replace(cut_run, out=str(tmp_path / "shared"), batch_size=batch_size, accumulate=accumulate)
@@ -119,6 +120,7 @@ def test_exact_chunks_under_zero_3(long_config, tmp_path):
     assert_same(exact.out, whole.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 4])
 def test_resume_gives_the_uninterrupted_run(cut_run, tmp_path, stop):
     """An epoch has 4 steps: one stop is in its middle, one at its end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from rwkv_miss.adapters.low_rank import LowRank
 from rwkv_miss.adapters.method import find_methods
 from rwkv_miss.adapters.pissa import Pissa
 from rwkv_miss.config import AdapterConfig
-from tests.processes import run_process
-from tests.training.runs import adapter, as_arguments, losses, quiet_train, small_config
+from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
 METHODS = {
     "lora": AdapterConfig("lora", r=4, dropout=0.1, options={"alpha": 8.0, "lr_ratio": 4.0}),
@@ -24,15 +22,12 @@ METHODS = {
     "pissa": AdapterConfig("pissa", r=4, options={"alpha": 4.0}),
 }
 TOKENS = torch.randint(256, (2, 13), generator=torch.Generator().manual_seed(0))
-# All that a resumed run needs comes from the checkpoint.
-WITHOUT_START = """
-import sys
-from rwkv_miss.adapters import dora, low_rank, pissa
-from rwkv_miss.cli import main
-for kind in (dora.Dora, low_rank.LowRank, pissa.Pissa):
-    kind.start = lambda *_: None
-sys.exit(main(sys.argv[1:]))
-"""
+
+
+def without_start() -> None:
+    """All that a resumed run needs comes from the checkpoint."""
+    for kind in (Dora, LowRank, Pissa):
+        kind.start = lambda *_: None
 
 
 def run_config(base: Path, data: Path, out: Path, method: str, **changes):
@@ -82,13 +77,8 @@ def test_zero_2_gives_the_run_of_one_process(any_base, data, tmp_path, monkeypat
     one = run_config(any_base, data, tmp_path / "one", "lora", adapter=each)
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_2", devices=2, batch_size=2)
-    script = tmp_path / "without_start.py"
-    script.write_text(WITHOUT_START)
-    for start, config in (
-        (["-m", "rwkv_miss"], replace(two, max_steps=2)),
-        ([str(script)], replace(two, resume="auto")),
-    ):
-        done = run_process([sys.executable, *start, "train", *as_arguments(config)], timeout=300)
+    for config, before in ((replace(two, max_steps=2), None), (replace(two, resume="auto"), without_start)):
+        done = run_train(config, before)
         assert done.returncode == 0, done.stderr
     assert losses(two.out) == pytest.approx(losses(one.out), rel=1e-5)
     for name, tensor in adapter(two.out).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.errors import RunError, UserError
-from tests.processes import run_process
-from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train
+from rwkv_miss.ops import log_probs
+from rwkv_miss.training import strategies
+from tests.training.runs import adapter, losses, quiet_train, run_train
 
 METHODS = {
     "state": AdapterConfig("state"),
@@ -33,11 +33,6 @@ def method_config(make_config):
         return make_config(**settings | changes)
 
     return make
-
-
-def run_command(config) -> None:
-    done = run_train(config)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +78,8 @@ def test_strategies_give_the_run_of_one_process(method_config, method, strategy,
     one = method_config(method, precision=precision, batch_size=4)
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), strategy=strategy, devices=2, batch_size=2)
-    run_command(two)
+    done = run_train(two)
+    assert done.returncode == 0, done.stderr
     tolerance = dict(rtol=2e-3, atol=2e-5) if precision == "fp32" else dict(rtol=0.02, atol=4e-3)
     assert losses(two.out) == pytest.approx(losses(one.out), rel=2e-5 if precision == "fp32" else 5e-3)
     expected = adapter(one.out)
@@ -105,25 +101,26 @@ def test_resume_gives_the_uninterrupted_run(method_config, method, tmp_path):
         quiet_train(replace(first, max_steps=5, resume="auto", precision="fp32"))
 
 
-PATCHES = {
-    # A large vocabulary's logits are computed in pieces, whose number differs between ranks.
-    "a loss in pieces": "import rwkv_miss.ops.log_probs\nrwkv_miss.ops.log_probs._MAX_LOGITS = 256 * 20",
-    # DeepSpeed keeps parameters below this size whole on every rank, which all of this model's are.
-    "no weight whole": """
-from rwkv_miss.training import strategies
-build = strategies.build
-def changed(*arguments):
-    strategy, plugins = build(*arguments)
-    strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return strategy, plugins
-strategies.build = changed
-""",
-}
+def loss_in_pieces() -> None:
+    """A large vocabulary's logits are computed in pieces, whose number differs between ranks."""
+    log_probs._MAX_LOGITS = 256 * 20
+
+
+def no_weight_whole() -> None:
+    """DeepSpeed keeps parameters below this size whole on every rank, which all of this model's are."""
+    build = strategies.build
+
+    def changed(*arguments):
+        strategy, plugins = build(*arguments)
+        strategy.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return strategy, plugins
+
+    strategies.build = changed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("patch", [loss_in_pieces, no_weight_whole])
 @pytest.mark.parametrize("method", ["miss", "full"])
 def test_zero_3_of_what_only_a_large_model_has(method_config, tmp_path, method, patch, checkpointing):
     config = AdapterConfig("full") if method == "full" else AdapterConfig(r=4)
@@ -131,10 +128,7 @@ def test_zero_3_of_what_only_a_large_model_has(method_config, tmp_path, method, 
     quiet_train(one)
     two = replace(one, out=str(tmp_path / "two"), strategy="deepspeed_stage_3", devices=2, batch_size=2)
     two = replace(two, gradient_checkpointing=checkpointing, sample_every=9, sample_tokens=2)
-    script = tmp_path / "patched.py"
-    script.write_text(f"import sys\nfrom rwkv_miss.cli import main\n{PATCHES[patch]}\nsys.exit(main(sys.argv[1:]))\n")
-    command = [sys.executable, str(script), "train", *as_arguments(two)]
-    done = run_process(command, timeout=180)  # if it hangs, its ranks wait for each other
+    done = run_train(two, before=patch)
     assert done.returncode == 0, done.stderr
     assert losses(two.out) == pytest.approx(losses(one.out), rel=5e-3)
     for name, tensor in adapter(two.out).items():
@@ -148,7 +142,8 @@ def test_resume_under_deepspeed(method_config, tmp_path):
     quiet_train(straight)
     first = replace(straight, out=str(tmp_path / "parts"), max_steps=2, strategy="deepspeed_stage_3")
     for config in (first, replace(first, max_steps=3, resume="auto")):
-        run_command(config)
+        done = run_train(config)
+        assert done.returncode == 0, done.stderr
     assert losses(first.out) == pytest.approx(losses(straight.out), rel=5e-3)
     for name, tensor in adapter(first.out).items():
         torch.testing.assert_close(tensor, adapter(straight.out)[name], rtol=0.02, atol=5e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,7 @@ from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.model import quantised
 from rwkv_miss.training import run
-from tests.processes import run_process
-from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train, small_config
+from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
 TRAINED = [name for name in METHODS if name != "full"]
 
@@ -56,25 +54,17 @@ def test_methods_train_resume_and_merge(any_base, data, tmp_path, method):
 
 
 @pytest.mark.slow
-def test_methods_train_resume_and_merge_under_zero_2(any_base, data, tmp_path):
-    """In one process, which all of them share: DeepSpeed takes long to start."""
-    commands, expected = [], {}
-    for method in TRAINED:
-        one = quantised_config(any_base, data, tmp_path / f"one-{method}", method, max_steps=3, precision="fp32")
-        quiet_train(one)
-        zero = replace(one, out=str(tmp_path / method), strategy="deepspeed_stage_2", offload="optimizer")
-        expected[zero.out] = losses(one.out)
-        commands += [
-            ["train", *as_arguments(replace(zero, max_steps=2))],
-            ["train", *as_arguments(replace(zero, resume="auto"))],
-            ["merge", f"--base={any_base}", f"--adapter={zero.out}", f"--out={zero.out}/merged.pth"],
-        ]
-    code = "import json, sys; from rwkv_miss.cli import main; sys.exit(any([main(x) for x in json.loads(sys.argv[1])]))"
-    done = run_process([sys.executable, "-c", code, json.dumps(commands)], timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("an adapter was trained on the base in nf4") == len(TRAINED)
-    for out, values in expected.items():
-        assert losses(out) == pytest.approx(values, rel=2e-5) and Path(out, "merged.pth").is_file()
+@pytest.mark.parametrize("method", TRAINED)
+def test_methods_train_resume_and_merge_under_zero_2(any_base, data, tmp_path, method, capsys):
+    one = quantised_config(any_base, data, tmp_path / "one", method, max_steps=3, precision="fp32")
+    quiet_train(one)
+    zero = replace(one, out=str(tmp_path / "zero"), strategy="deepspeed_stage_2", offload="optimizer")
+    for config in (replace(zero, max_steps=2), replace(zero, resume="auto")):
+        done = run_train(config)
+        assert done.returncode == 0, done.stderr
+    assert losses(zero.out) == pytest.approx(losses(one.out), rel=2e-5)
+    assert main(["merge", f"--base={any_base}", f"--adapter={zero.out}", f"--out={tmp_path}/merged.pth"]) == 0
+    assert "an adapter was trained on the base in nf4" in capsys.readouterr().out
 
 
 @pytest.mark.slow

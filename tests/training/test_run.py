@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -566,26 +567,24 @@ def test_more_devices_than_gpus(make_config, tmp_path, monkeypatch, gpus, said):
     assert not Path(config.out).exists()
 
 
+def a_disk_that_gets_full() -> None:
+    start = Saver.on_train_start
+
+    def limited(*arguments) -> None:
+        start(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    Saver.on_train_start = limited
+
+
 @pytest.mark.slow
 def test_the_adapter_survives_a_full_disk(make_config):
     """Writing past a file size limit fails as a full disk does; what was saved before is still whole."""
     config = make_config(max_steps=1)
     quiet_train(config)
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from rwkv_miss.cli import main\n"
-        "import rwkv_miss.training.saving as saving\n"
-        "start = saving.Saver.on_train_start\n"
-        "def limited(self, trainer, module):\n"
-        "    start(self, trainer, module)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "saving.Saver.on_train_start = limited\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     before = Path(config.out, "adapter", "adapter_model.safetensors").read_bytes()
-    arguments = as_arguments(replace(config, max_steps=2, resume="auto"))
-    done = run_process([sys.executable, "-c", script, "train", *arguments], timeout=120)
+    done = run_train(replace(config, max_steps=2, resume="auto"), before=a_disk_that_gets_full)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot be written" in done.stderr, done.stderr
     assert Path(config.out, "adapter", "adapter_model.safetensors").read_bytes() == before
     assert load_file(Path(config.out, "adapter", "adapter_model.safetensors"))

@@ -12,7 +12,7 @@ from rwkv_miss import load_adapter, load_model, merge
 from rwkv_miss.adapters.files import WEIGHTS
 from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.training.checks import last_checkpoint
-from tests.training.runs import run_train, small_config
+from tests.training.runs import run_command, run_train, small_config
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo"
 
@@ -45,7 +45,7 @@ def test_a_model_trained_in_full_in_shards_runs_in_the_rwkv_package(demo, tmp_pa
     config = replace(
         demo, adapter=AdapterConfig("full"), lr=1e-3, strategy="deepspeed_stage_3", devices=2, batch_size=4
     )
-    done = run_train(config)
+    done = run_command(config)
     assert done.returncode == 0, done.stderr
     merge(config.base, config.out, tmp_path / "merged.pth", dtype="fp32")
     tokens = torch.randint(256, (64,), generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.training import strategies
 from rwkv_miss.training.checks import check_run
 from rwkv_miss.training.watch import Watch
-from tests.processes import run_process
+from tests.processes import free_port, run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
 
 TRAIN = [sys.executable, "-m", "rwkv_miss", "train"]
@@ -77,12 +76,6 @@ def test_a_folder_of_hugging_face_is_no_base(make_config, tmp_path):
     (tmp_path / "hf" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"hf: is a folder; .* Hugging Face model's: give the .pth in BlinkDL's layout"):
         check_run(make_config(base=str(tmp_path / "hf")))
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def test_several_machines_need_to_be_told_where_they_meet(make_config, monkeypatch):
