@@ -17,6 +17,7 @@ from rwkv_miss.commands import (
     init,
     merge,
     plan,
+    preview,
     report,
     train,
 )
@@ -24,6 +25,7 @@ from rwkv_miss.commands import (
 COMMANDS: dict[str, Callable[..., int]] = {
     "init": init.run,
     "data binidx": data_binidx.run,
+    "preview": preview.run,
     "train": train.run,
     "plan": plan.run,
     "report": report.run,

@@ -13,6 +13,7 @@ from rwkv_miss.data.readers.instead import instead
 from rwkv_miss.data.readers.jsonl import read_jsonl
 from rwkv_miss.data.readers.txt import read_txt
 from rwkv_miss.data.records import Record
+from rwkv_miss.data.signs import Signs
 from rwkv_miss.data.templates import STOP, holds_stop
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
@@ -42,7 +43,7 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
 
     At the end of the file, or where the caller stops, one warning names the fields that were not read, each with the
     number of records in which it holds something; another counts the records with an answer that a runtime cuts,
-    since it holds the `STOP` of the template.
+    since it holds the `STOP` of the template; and there may be those of `Signs`.
 
     Raises:
         UserError: the options contradict each other, the format is not known, the file cannot be read or holds no
@@ -57,26 +58,28 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
     unread: Counter[str] = Counter()
     records = stopped = 0
     first_stopped = ""
+    signs = Signs()
     try:
         with path.open("rb") as file:
             for record in READERS[path.suffix.lower()](path, file, options):
                 records += 1
                 unread.update(record.unread)
+                signs.take(record)
                 if holds_stop(record, options):
                     stopped += 1
                     first_stopped = first_stopped or record.where
                 yield record
     except GeneratorExit:
-        _warn(path, unread, stopped, first_stopped)
+        _warn(path, unread, stopped, first_stopped, signs)
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not records:
         raise UserError(f"{path}: is empty: there is no record in it")
-    _warn(path, unread, stopped, first_stopped)
+    _warn(path, unread, stopped, first_stopped, signs)
 
 
-def _warn(path: Path, unread: Counter[str], stopped: int, first_stopped: str) -> None:
+def _warn(path: Path, unread: Counter[str], stopped: int, first_stopped: str, signs: Signs) -> None:
     if unread:
         named = ", ".join(f"{name!r} ({count:,})" for name, count in unread.most_common(_NAMED))
         more = f" and {len(unread) - _NAMED:,} more" if len(unread) > _NAMED else ""
@@ -87,3 +90,5 @@ def _warn(path: Path, unread: Counter[str], stopped: int, first_stopped: str) ->
             "cuts the rest off",
             *(path, STOP, f"{stopped:,}", first_stopped),
         )
+    for warning in signs.warnings():
+        _log.warning("%s: %s", path, warning)

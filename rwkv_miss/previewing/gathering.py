@@ -1,0 +1,158 @@
+"""What a preview holds, gathered from records that come one by one."""
+
+from __future__ import annotations
+
+import statistics
+from array import array
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_miss.config import PreviewConfig
+from rwkv_miss.data.binidx import binidx_prefix
+from rwkv_miss.data.copies import Copies
+from rwkv_miss.data.documents import Document, encode_record
+from rwkv_miss.data.fitting import tolerated
+from rwkv_miss.data.records import Record
+from rwkv_miss.data.templates import Span, render
+from rwkv_miss.data.tokenizers import Tokenizer
+from rwkv_miss.errors import UserError
+from rwkv_miss.previewing.found import Preview, Repeated, Shown
+from rwkv_miss.previewing.lengths import Fitted, histogram, lengths_to_try
+from rwkv_miss.previewing.showing import show_record
+from rwkv_miss.training.figures import read_figures
+
+ANY_ID = 2**31
+"""A vocabulary that every token is in: those that the model's lacks are counted, and not refused."""
+# How many examples of copies are named.
+_NAMED = 5
+
+
+class Gathering:
+    """Takes records, and tells what there is to say of all of them. Of each a few numbers are kept, and its place.
+
+    vocabulary: the number of ids that the model has, and whose vocabulary it is.
+    """
+
+    def __init__(self, config: PreviewConfig, tokenizer: Tokenizer, vocabulary: tuple[int, str]) -> None:
+        self._config, self._tokenizer, self._vocabulary = config, tokenizer, vocabulary
+        self._carry = config.long_documents == "carry"
+        self._fitted = [Fitted(ctx_len, self._carry) for ctx_len in lengths_to_try(config.ctx_len)]
+        self._lengths = array("q")
+        self._conversations = self._without_loss = self._loss_tokens = 0
+        self._copies = Copies()
+        self._places: list[str] = []
+        self._outside: Counter[int] = Counter()
+        self._unread: Counter[str] = Counter()
+        self._refused: list[str] = []
+        self._shown: list[Shown] = []
+
+    def take_record(self, record: Record) -> None:
+        """The next record. What a run would refuse to encode is noted and left out."""
+        try:
+            document = encode_record(record, self._tokenizer, ANY_ID, self._config)
+        except UserError as e:
+            self._refused.append(str(e))
+            return
+        self._unread.update(record.unread)
+        spans = render(record, self._config) if len(self._shown) < self._config.records else None
+        self.take(record.where, spans, document)
+
+    def take(self, where: str, spans: list[Span] | None, document: Document) -> None:
+        """The next document. spans: its text, if it is known."""
+        if len(self._shown) < self._config.records:
+            shown = show_record(where, spans, document, self._tokenizer, self._config.ctx_len, self._carry)
+            self._shown.append(shown)
+        length, loss_tokens = len(document.ids) - 1, int(np.count_nonzero(document.mask))
+        self._places.append(where)
+        self._lengths.append(length)
+        self._loss_tokens += loss_tokens
+        self._without_loss += not loss_tokens
+        for fitted in self._fitted:
+            fitted.take(document, length, loss_tokens)
+        given = np.flatnonzero(~document.mask[1:])
+        self._conversations += len(given) > 0
+        prompt = document.ids[: given[-1] + 2].tobytes() if len(given) else None
+        self._copies.take(document.ids.tobytes(), prompt)
+        self._outside.update(document.ids[document.ids >= self._vocabulary[0]].tolist())
+
+    def told(self, is_all: bool) -> Preview:
+        """All of it.
+
+        Args:
+            is_all: whether there is nothing after what was taken.
+
+        Raises:
+            UserError: there was nothing that a run would take.
+        """
+        config = self._config
+        if not self._lengths:
+            raise UserError(self._refused[0] if self._refused else f"{config.data}: there is no record in it")
+        ordered = sorted(self._lengths)
+        enough = next((f.ctx_len for f in self._fitted if f.ctx_len >= ordered[-1]), ordered[-1])
+        together = config.batch_size * config.devices * config.num_nodes
+        lengths = [f.told(together) for f in self._fitted if f.ctx_len <= enough or f.ctx_len == config.ctx_len]
+        now = next(at for at in lengths if at.ctx_len == config.ctx_len)
+        share = 1 - config.val_split
+        rows = round((now.packed_rows if config.packing else now.single_rows) * share)
+        steps_an_epoch = -(-rows // (together * config.accumulate))
+        steps = config.max_steps or config.epochs * steps_an_epoch
+        speed = _measured_speed(config)
+        return Preview(
+            data=config.data,
+            is_all=is_all,
+            reader=_reader(config.data),
+            template=_template(self._conversations, len(self._lengths)),
+            tokenizer=config.tokenizer,
+            vocabulary=self._vocabulary,
+            ctx_len=config.ctx_len,
+            packing=config.packing,
+            records=len(self._lengths),
+            conversations=self._conversations,
+            without_loss=self._without_loss,
+            tokens=sum(self._lengths),
+            loss_tokens=self._loss_tokens,
+            median=ordered[len(ordered) // 2],
+            most=ordered[len(ordered) - 1 - tolerated(len(ordered))],
+            longest=ordered[-1],
+            histogram=histogram(ordered),
+            lengths=lengths,
+            copies=self._repeated(self._copies.copies()),
+            several_answers=self._repeated(self._copies.several_answers()),
+            outside=dict(self._outside.most_common()),
+            refused=self._refused,
+            unread=dict(self._unread.most_common()),
+            steps_an_epoch=steps_an_epoch,
+            steps=steps,
+            speed=speed,
+            seconds=now.tokens * share * steps / steps_an_epoch / speed if speed and steps_an_epoch else None,
+            knowledge=None,
+            warnings=[],
+            shown=self._shown,
+        )
+
+    def _repeated(self, numbers: np.ndarray) -> Repeated:
+        examples = [(self._places[later], self._places[first]) for later, first in numbers[:_NAMED].tolist()]
+        return Repeated(len(numbers), examples)
+
+
+def _reader(data: str) -> tuple[str, str]:
+    if prefix := binidx_prefix(data):
+        return "binidx", f"there are {prefix}.bin and {prefix}.idx"
+    suffix = Path(data).suffix.lower()
+    return suffix[1:], f"the file's name ends in {suffix}"
+
+
+def _template(conversations: int, records: int) -> tuple[str, str]:
+    if not conversations:
+        return "none", "plain text is learned as it stands"
+    some = "all records are" if conversations == records else f"{conversations:,} of {records:,} records are"
+    return "rwkv-world", f"{some} questions and answers, which are put into it"
+
+
+def _measured_speed(config: PreviewConfig) -> float | None:
+    """Tokens per second, without padding, of a run that is in the output folder: the median of what it has written."""
+    rows = read_figures(Path(config.out) / "metrics.csv")
+    speeds = [float(row["tokens_per_s"]) for row in rows if row.get("tokens_per_s")]
+    return statistics.median(speeds) if speeds else None
