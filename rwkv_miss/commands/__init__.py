@@ -25,9 +25,9 @@ from rwkv_miss.commands import (
 COMMANDS: dict[str, Callable[..., int]] = {
     "init": init.run,
     "data binidx": data_binidx.run,
-    "preview": preview.run,
     "train": train.run,
     "plan": plan.run,
+    "preview": preview.run,
     "report": report.run,
     "merge": merge.run,
     "convert": convert.run,

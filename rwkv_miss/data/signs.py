@@ -12,7 +12,7 @@ from rwkv_miss.data.records import Record
 
 # Answers of fewer characters may end as they like, and all at the same length: labels, dates, titles.
 _LONG = 200
-# Fewer answers than this tell nothing about how answers end.
+# Fewer answers than this tell nothing about how answers end, and fewer copies do no harm.
 _FEW = 20
 # The share of answers with exactly the length of the longest that makes this length a limit. Lengths of answers that
 # end by themselves spread out so much that the longest hardly ever has an equal.
@@ -97,8 +97,8 @@ class Signs:
         self.copies.join(later.copies)
 
     def warnings(self) -> Iterator[str]:
-        """A sentence for each sign that many records have: what was found, and what to do. Of copies, and of plain text
-        that looks like a conversation, many are more than are `tolerated`."""
+        """A sentence for each sign that many records have: what was found, and what to do. Of plain text that looks
+        like a conversation, and of 20 copies and more, many are more than are `tolerated`."""
         most = tolerated(self.records)
         if (found := self.like_conversation).count > most:
             yield (
@@ -106,7 +106,7 @@ class Signs:
                 f"in {found.first}: all of it is learned, the questions too; give the turns as messages, or as "
                 "question and answer, so that only answers are"
             )
-        if (count := len(self.copies.copies())) > most:
+        if (count := len(self.copies.copies())) > max(most, _FEW - 1):
             yield (
                 f"{count:,} of {self.records:,} records are copies of earlier ones; remove them, unless they are meant "
                 "to be learned as often as they occur"

@@ -54,8 +54,8 @@ def warn_of(found: Knowledge | None) -> Iterator[str]:
     if found and found.own > _KNOWN * found.text:
         yield (
             f"the base does not seem to know the template: its loss on the template's own strings is {found.own:.2f} a "
-            f"token, on the text around them {found.text:.2f}; it has to learn to read the template first. Choose the one "
-            "that it was trained with, or train on more data"
+            f"token, on the text around them {found.text:.2f}; choose the template that it was trained with, or else "
+            "count on more data and steps, in which it learns to read this one"
         )
 
 

@@ -10,7 +10,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files import atomic_write, check_name
 from rwkv_miss.previewing.found import Piece, Preview, Shown
 from rwkv_miss.previewing.showing import shorten, visible
-from rwkv_miss.previewing.words import facts, title
+from rwkv_miss.previewing.words import LENGTH_COLUMNS, facts, length_cells, title
 from rwkv_miss.training.page import page, table, text, tile
 
 # Characters of a stretch of text that are shown: its beginning and its end.
@@ -94,16 +94,11 @@ def _bars(found: Preview) -> str:
 
 
 def _lengths(found: Preview) -> str:
-    heads = "ctx_len", "cut", "dropped", "loss tokens lost", "packed rows", "filled", "unpacked rows", "filled"
     rows = []
     for at in found.lengths:
-        cells = (
-            *(f"{at.ctx_len:,}", f"{at.truncated + at.carried:,}", f"{at.dropped:,}", f"{at.lost_tokens:,}"),
-            *(f"{at.packed_rows:,}", f"{at.packed_fill:.1%}", f"{at.single_rows:,}", f"{at.single_fill:.1%}"),
-        )
         now = " class=now" if at.ctx_len == found.ctx_len else ""
-        rows.append(f"<tr{now}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>{''.join(rows)}</table>"
+        rows.append(f"<tr{now}>{''.join(f'<td>{cell}</td>' for cell in length_cells(at))}</tr>")
+    return f"<table><tr>{''.join(f'<th>{head}</th>' for head in LENGTH_COLUMNS)}</tr>{''.join(rows)}</table>"
 
 
 _STYLE = """
@@ -112,8 +107,8 @@ article { margin-bottom: 12px; }
 article > pre.seen { color: var(--soft); max-height: 40em; margin: 6px 0 0; }
 mark { background: color-mix(in srgb, var(--good) 18%, transparent); color: var(--ink);
   border-bottom: 2px solid var(--good); }
-del { color: var(--bad); }
-i { font-style: normal; opacity: .55; }
+del { color: var(--bad); text-decoration-color: color-mix(in srgb, var(--bad) 45%, transparent); }
+i { font-style: normal; opacity: .65; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 4px 12px; font-size: 13px;
   font-variant-numeric: tabular-nums; }
 .bars > span { text-align: right; color: var(--soft); }

@@ -6,17 +6,17 @@ import math
 
 from rich import box
 from rich.console import Console
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from rwkv_miss.config import PreviewConfig
 from rwkv_miss.previewing.found import Piece, Preview, Shown
 from rwkv_miss.previewing.showing import shorten, visible
-from rwkv_miss.previewing.words import facts, title
+from rwkv_miss.previewing.words import LENGTH_COLUMNS, facts, length_cells, title
+from rwkv_miss.training.progress import printable
 
 # The marks and the colours of what is learned, of what is not, and of what is cut off.
-_LEARNED, _GIVEN, _CUT = ("+", "green"), (" ", ""), ("x", "red strike")
+_LEARNED, _GIVEN, _CUT = ("+", "green"), (" ", ""), ("x", "red")
 _LEGEND = "+ learned: carries loss    x cut off by ctx_len, never seen    ⏎ line break  · space  → tab  ∎ end (token 0)"
 _PICTURES = r"[⏎·→∎␀-␡]|<U\+[0-9A-F]{4,6}>"
 # Characters of a stretch of text that are shown: its beginning and its end.
@@ -27,16 +27,21 @@ _BAR = 40
 def print_preview(found: Preview, config: PreviewConfig, console: Console) -> None:
     """Prints the records, the figures, and last what deserves a look."""
     if found.shown:
-        console.print(Text(_LEGEND), soft_wrap=True)
+        _say(Text(_LEGEND), console)
     for number, shown in enumerate(found.shown, start=1):
-        console.print(Rule(Text(title(shown, number)), align="left", characters="─"))
+        _say(Text(printable(f"\n{title(shown, number)}"), style="bold"), console)
         _print_record(shown, config.token_ids, console)
-    console.print(Rule())
+    console.print()
     _print_facts(found, config, console)
     console.print(_histogram(found))
     console.print(_lengths(found))
     for warning in found.warnings:
-        console.print(Text(f"look at this: {warning}", style="bold yellow"), soft_wrap=True)
+        _say(Text(printable(f"look at this: {warning}"), style="bold yellow"), console)
+
+
+def _say(text: Text, console: Console) -> None:
+    """Prints a paragraph: in a file it is one line, whatever its length."""
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _print_record(shown: Shown, token_ids: bool, console: Console) -> None:
@@ -82,7 +87,7 @@ def _print_line(text: Text, kind: tuple[str, str], console: Console) -> None:
     text.highlight_regex(_PICTURES, "cyan")
     lines = text.wrap(console, max(console.width - 3, 10)) if console.is_terminal else [text]
     for line in lines:
-        console.print(Text.assemble((f"{mark}│ ", style.split()[0] if style else "dim"), line), soft_wrap=True)
+        console.print(Text.assemble((f"{mark}│ ", style or "dim"), line), soft_wrap=True)
 
 
 def _print_facts(found: Preview, config: PreviewConfig, console: Console) -> None:
@@ -90,7 +95,7 @@ def _print_facts(found: Preview, config: PreviewConfig, console: Console) -> Non
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, said in facts(found, config).items():
-        grid.add_row(name, Text(said))
+        grid.add_row(name, Text(printable(said)))
     console.print(grid)
 
 
@@ -106,21 +111,10 @@ def _histogram(found: Preview) -> Table:
 
 
 def _lengths(found: Preview) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "ctx_len", "cut", "dropped", "loss lost", "packed", "filled", "unpacked", "filled"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", *LENGTH_COLUMNS):
         table.add_column(name, justify="right")
     for at in found.lengths:
         is_now = at.ctx_len == found.ctx_len
-        table.add_row(
-            "now" if is_now else "",
-            f"{at.ctx_len:,}",
-            f"{at.truncated + at.carried:,}",
-            f"{at.dropped:,}",
-            f"{at.lost_tokens:,}",
-            f"{at.packed_rows:,}",
-            f"{at.packed_fill:.1%}",
-            f"{at.single_rows:,}",
-            f"{at.single_fill:.1%}",
-            style="bold" if is_now else "",
-        )
+        table.add_row("now" if is_now else "", *length_cells(at), style="bold" if is_now else "")
     return table

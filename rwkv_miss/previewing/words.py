@@ -5,10 +5,23 @@ from __future__ import annotations
 from datetime import timedelta
 
 from rwkv_miss.config import PreviewConfig
-from rwkv_miss.previewing.found import Preview, Repeated, Shown
+from rwkv_miss.previewing.found import AtLength, Preview, Repeated, Shown
 
 # How many fields and tokens are named.
 _NAMED = 8
+LENGTH_COLUMNS = (
+    *("ctx_len", "cut", "dropped", "loss tokens lost"),
+    *("packed rows", "filled", "unpacked rows", "filled"),
+)
+"""The heads of the table of context lengths."""
+
+
+def length_cells(at: AtLength) -> list[str]:
+    """A row of the table of context lengths."""
+    return [
+        *(f"{n:,}" for n in (at.ctx_len, at.truncated + at.carried, at.dropped, at.lost_tokens)),
+        *(f"{at.packed_rows:,}", f"{at.packed_fill:.1%}", f"{at.single_rows:,}", f"{at.single_fill:.1%}"),
+    ]
 
 
 def facts(found: Preview, config: PreviewConfig) -> dict[str, str]:
@@ -17,12 +30,12 @@ def facts(found: Preview, config: PreviewConfig) -> dict[str, str]:
     texts = n - found.conversations
     kinds = [f"{count:,} {kind}" for count, kind in ((found.conversations, "conversations"), (texts, "texts")) if count]
     said = {
-        "data": f"{found.data}: {n:,} records, {', '.join(kinds)}"
-        + ("" if found.is_all else "; the first ones: there are more"),
+        "data": f"{found.data}: {n:,} records, {'' if found.is_all else 'the first ones, '}{', '.join(kinds)}",
         "reader": f"{found.reader[0]}: {found.reader[1]}",
         "template": f"{found.template[0]}: {found.template[1]}",
         "fields not used": _named(found.unread),
-        "tokens": f"{found.tokens:,} in {found.tokenizer}, {found.loss_tokens:,} with loss ({found.loss_tokens / max(found.tokens, 1):.1%})",
+        "tokens": f"{found.tokens:,} in {found.tokenizer}, {found.loss_tokens:,} with loss "
+        f"({found.loss_tokens / max(found.tokens, 1):.1%})",
         "vocabulary": f"{found.vocabulary[0]:,} ids of {found.vocabulary[1]}; outside it: {_named(found.outside)}",
         "tokens a record": f"{found.median:,} in the middle, {found.most:,} in 99 %, {found.longest:,} in the longest",
         f"at ctx_len {now.ctx_len}": f"{now.truncated:,} cut, {now.carried:,} carried on, {now.dropped:,} dropped, "
@@ -31,8 +44,8 @@ def facts(found: Preview, config: PreviewConfig) -> dict[str, str]:
         f"each, {now.single_fill:.1%} filled; packing is {'on' if found.packing else 'off'}",
         "copies": _repeated(found.copies, n),
         "several answers": _repeated(found.several_answers, n),
-        "steps": f"{_about(config)}{found.steps:,}, {found.steps_an_epoch:,} an epoch; a step has "
-        f"{config.batch_size * config.accumulate * config.devices * config.num_nodes:,} rows",
+        "steps": f"{_about(config)}{found.steps:,} in the run, {found.steps_an_epoch:,} in an epoch, of "
+        f"{config.batch_size * config.accumulate * config.devices * config.num_nodes:,} rows each",
         "time": _time(found, config),
     }
     if known := found.knowledge:

@@ -3,6 +3,7 @@ needs no model is made here, before the base's weights are loaded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -18,6 +19,7 @@ from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
 from rwkv_miss.data.cache import cached_parts
 from rwkv_miss.data.documents import Document
+from rwkv_miss.data.filling import fill_of_batches, too_empty
 from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
 from rwkv_miss.data.parts import PartSettings
 from rwkv_miss.errors import UserError
@@ -29,6 +31,7 @@ from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training.checks import is_first_process
 from rwkv_miss.training.objective import Objective, find_objective
 
+_log = logging.getLogger("rwkv_miss")
 _C = TypeVar("_C", bound=TrainConfig)
 
 
@@ -140,6 +143,10 @@ def _read_rows(
     for (_, report), name in zip(parts, (config.data, config.val_data or f"{config.data}, held out"), strict=False):
         check_losses(report, name, config.allow_dropping)
     (rows, report), *validation = parts
+    together = config.batch_size * config.devices * config.num_nodes
+    fill = report.fill if config.packing else fill_of_batches(rows.filled, rows.used, together)
+    if said := too_empty(fill, config.packing):
+        _log.warning("%s: %s", config.data, said)
     if config.chunk_len and report.longest <= config.chunk_len:
         raise UserError(
             f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
