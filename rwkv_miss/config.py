@@ -133,6 +133,14 @@ class DataOptions:
     """Field of a record that holds the prompt (question, query, instruction and prompt are found without it)."""
     answer_field: str | None = None
     """Field of a record that holds the answer (answer, response, output and completion are found without it)."""
+    template: str | None = None
+    """How a record becomes text: world, g1, g1-think and others, or a .yaml or .jinja file of yours
+    (docs/templates.md). When not given it is the one that the adapter was trained with, or world."""
+    learn: Literal["weighted", "all", "last"] = "weighted"
+    """Which of a conversation's answers carry loss. weighted: all but those to which the data give the weight 0;
+    all: these too; last: the last one alone."""
+    learn_thoughts: bool = True
+    """Whether what the model thinks before an answer carries loss, where the template writes it."""
     separator: str | None = None
     """The text between two documents of a .txt file; without it the whole file is one document."""
     answer_lines: Literal["keep", "join"] = "keep"
@@ -152,6 +160,8 @@ class DataOptions:
             found.append("text_field cannot be combined with prompt_field and answer_field: give one kind")
         if self.separator == "":
             found.append("separator is empty; leave it out to read the whole file as one document")
+        if self.learn not in ("weighted", "all", "last"):
+            found.append(f"learn is {self.learn!r}; it must be weighted, all or last")
         if self.answer_lines not in ("keep", "join"):
             found.append(f"answer_lines is {self.answer_lines!r}; it must be keep or join")
         if self.answer_end not in ("token", "blank_line"):

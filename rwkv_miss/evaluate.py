@@ -20,7 +20,8 @@ from rwkv_miss.data.mapped import open_documents
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import STOP, answer_text, prompt_text
+from rwkv_miss.data.rendering import answer_text, prompt_text, without_thought
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine
@@ -144,7 +145,7 @@ def answers(
     report: Report | None = None,
 ) -> list[Answer]:
     """The model's likeliest answer to each record's last question. Right means equal to the answer in the form that
-    the model learns, white space at the ends aside.
+    the model learns, thoughts and white space at the ends aside.
 
     Args:
         max_tokens: where an answer is cut off.
@@ -155,12 +156,13 @@ def answers(
         UserError: a record has no question and answer, or its tokens are not those of the model.
         RunError: the model's logits are not finite.
     """
+    template = find_template(options.template)
     prompts = [prompt_text(record, options) for record in records]
     # Prompts of about one length join together, so that they need little padding. The longest come first: what needs
     # most memory does not fail at the end, and the time that is left is not underestimated.
     waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
     engine = Engine(model, tokenizer)
-    sampling = Sampling(max_tokens=max_tokens, stop=(STOP,))
+    sampling = Sampling(max_tokens=max_tokens, stop=template.stops)
     index: dict[int, int] = {}  # of a member's record
     texts: list[list[str]] = [[] for _ in records]
     n_answered = 0
@@ -177,7 +179,7 @@ def answers(
             ask()
         if report:
             report(n_answered, len(records))
-    given = ("".join(pieces).strip() for pieces in texts)
+    given = (without_thought("".join(pieces), template) for pieces in texts)
     return [
         Answer(prompt, answer_text(record, options), text)
         for prompt, record, text in zip(prompts, records, given, strict=True)

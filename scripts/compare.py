@@ -13,9 +13,12 @@ import jsonargparse
 from rwkv_miss import load_adapter, load_model
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.readers.reader import read_records
-from rwkv_miss.data.templates import prompt_text
+from rwkv_miss.data.rendering import prompt_text
+from rwkv_miss.data.templates import TEMPLATES
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
-from rwkv_miss.generation.generate import STOP, generate
+from rwkv_miss.generation.generate import generate
+
+[STOP] = TEMPLATES["world"].stops
 
 
 def rwkv_package(merged: str, version: int, tokenizer: Tokenizer, prompts: list[str], max_tokens: int) -> list[str]:
@@ -48,8 +51,10 @@ def compare(
     merged_model = load_model(merged, "fp32").eval()
     version = merged_model.config.version
     answers = {
-        "base + adapter": generate(load_adapter(load_model(base, "fp32"), adapter).eval(), tok, prompts, max_tokens),
-        "merged file": generate(merged_model, tok, prompts, max_tokens),
+        "base + adapter": generate(
+            load_adapter(load_model(base, "fp32"), adapter).eval(), tok, prompts, max_tokens, stop=(STOP,)
+        ),
+        "merged file": generate(merged_model, tok, prompts, max_tokens, stop=(STOP,)),
     }
     if importlib.util.find_spec("rwkv"):
         answers["merged file in the rwkv package"] = rwkv_package(merged, version, tok, prompts, max_tokens)

@@ -17,7 +17,8 @@ import torch
 from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
 from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.cli import main
-from rwkv_miss.data.templates import chat_prompt
+from rwkv_miss.data.rendering import chat_prompt
+from rwkv_miss.data.templates import TEMPLATES
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.generate import generate
@@ -72,7 +73,9 @@ def test_generate_prints_what_generate_returns(base, capsys, options, raw):
     argv = [f"--{name}={value}" for name, value in options.items()]
     assert main(["generate", f"--model={base}", "--tokenizer=bytes", "--prompt=a", f"--raw={raw}", *argv]) == 0
     defaults = {"temperature": 1.0, "top_p": 0.5, "seed": 0}
-    [text] = generate(load_model(base), BYTES, ["a" if raw else chat_prompt("a")], **defaults | options)
+    [text] = generate(
+        load_model(base), BYTES, ["a" if raw else chat_prompt("a", TEMPLATES["world"])], **defaults | options
+    )
     assert capsys.readouterr().out == (text if raw else text.strip()) + "\n"
 
 
@@ -104,7 +107,7 @@ def test_generate_whose_reader_goes_away(base, start):
 
 
 def test_generate_whose_logits_become_nan(base, capsys):
-    prompt = chat_prompt("a").encode()
+    prompt = chat_prompt("a", TEMPLATES["world"]).encode()
     engine = Engine(load_model(base), BYTES)
     engine.add(list(prompt), Sampling(max_tokens=40))
     written = [token for piece in engine for token in piece.ids]

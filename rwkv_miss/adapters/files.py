@@ -46,7 +46,7 @@ from rwkv_miss.model.versions import MODELS
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float, "quant": str}
+_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float, "quant": str, "template": str}
 _OUR_TYPE = "RWKV_MISS"
 _OUR_FIELDS = ("method", "method_pattern", "options")
 """The settings that stand under their own names in a folder of our type, beside those in PEFT's format."""
@@ -301,6 +301,11 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
         if not isinstance(value := facts.get(name), (kind, type(None))) or value != value:
             raise UserError(f"{path}: {name} is {value!r:.80}; the file is damaged")
     return facts
+
+
+def adapters_template(folder: str | os.PathLike | None) -> str | None:
+    """The template that the adapter in a folder, or in a run's, was trained with; None where none is recorded."""
+    return read_facts(adapter_folder(folder)).get("template") if folder else None
 
 
 def add_facts(folder: str | os.PathLike, facts: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ def run(data: str, tokenizer: str, out: str, options: DataOptions) -> int:
         out: PREFIX of the files to write, PREFIX.bin and PREFIX.idx.
     """
     from rwkv_miss.data.corpus import records_to_binidx
+    from rwkv_miss.data.templates import settled
     from rwkv_miss.data.tokenizers import load_tokenizer
 
-    written = records_to_binidx(data, out, load_tokenizer(tokenizer), options)
+    written = records_to_binidx(data, out, load_tokenizer(tokenizer), settled(options))
     print(f"{out}.bin, {out}.idx: {written.documents:,} documents, {written.tokens:,} tokens")
     if written.with_prompts:
         print(

@@ -11,10 +11,13 @@ def run(config: EvalConfig) -> int:
     """Measure a model's loss and perplexity on data, and how many of its answers are right."""
     if problems := config.problems():
         raise UserError("; ".join(problems))
+    from rwkv_miss.adapters.files import adapters_template
     from rwkv_miss.commands.model import load
+    from rwkv_miss.data.templates import settled
     from rwkv_miss.evaluate import evaluate, perplexity
     from rwkv_miss.progress import show_progress
 
+    config = settled(config, adapters_template(config.adapter))
     form = config.dtype, config.quant, config.quant_skip
     model = load(config.model, config.adapter, *form)
     base = load(config.forgetting, None, *form) if config.forgetting else None

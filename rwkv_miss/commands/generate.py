@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from rwkv_miss.commands.model import RunDtype
+from rwkv_miss.config import DataOptions
 
 
 def run(
@@ -11,6 +13,7 @@ def run(
     tokenizer: str,
     adapter: str | None = None,
     state: str | None = None,
+    template: str | None = None,
     raw: bool = False,
     max_tokens: int = 256,
     temperature: float = 1.0,
@@ -22,10 +25,12 @@ def run(
 
     Args:
         model: A checkpoint (.pth or .st).
-        prompt: The question; it is put into the chat template unless raw is given.
+        prompt: The question; it is put into the template unless raw is given.
         tokenizer: world, bytes, or the path of a Hugging Face tokenizer.json.
         adapter: The folder of an adapter, or of a run, to load onto the model.
         state: A .pth with a learned state (blocks.0.att.time_state, ...) to begin from.
+        template: world, g1, g1-think and others, or a .yaml or .jinja file of yours; when not given the one that the
+            adapter was trained with, or world.
         raw: Take the prompt as it is.
         max_tokens: The most tokens that the answer may have.
         temperature: 0 takes the likeliest token each time; above 0, tokens are drawn at random.
@@ -33,20 +38,24 @@ def run(
         seed: Seed of the random sampling.
         dtype: Number format that the model runs in; that of the file when not given.
     """
+    from rwkv_miss.adapters.files import adapters_template
     from rwkv_miss.commands.model import load
-    from rwkv_miss.data.templates import STOP, chat_prompt
+    from rwkv_miss.data.rendering import chat_prompt
+    from rwkv_miss.data.templates import find_template, settled
     from rwkv_miss.data.tokenizers import load_tokenizer
     from rwkv_miss.generation.generate import stream, strip_pieces
     from rwkv_miss.generation.sampling import Sampling
     from rwkv_miss.model.initial_state import load_initial_state
 
+    form = find_template(settled(DataOptions(template=template), adapters_template(adapter)).template)
+    text = prompt if raw else chat_prompt(prompt, form)
     loaded = load(model, adapter, dtype)
     if state:
         load_initial_state(loaded, state)
-    text = prompt if raw else chat_prompt(prompt)
-    sampling = Sampling(temperature, top_p, max_tokens, (STOP,), seed)
+    sampling = Sampling(temperature, top_p, max_tokens, form.stops, seed)
     pieces = stream(loaded, load_tokenizer(tokenizer), text, sampling)
-    _print_pieces(pieces if raw else strip_pieces(pieces))
+    begun = () if raw else (text[text.rfind(form.prompt) + len(form.prompt) :],)  # such as ` <think`
+    _print_pieces(pieces if raw else strip_pieces(chain(begun, pieces)))
     return 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import render
+from rwkv_miss.data.rendering import render
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import UserError
 
@@ -41,14 +41,22 @@ class Document:
 def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Document:
     """The record's tokens and `END`. The tokens of learned spans and `END` carry loss.
 
-    Each span is encoded by itself, so the mask's edges are exact and a prompt has the tokens that a runtime gives it.
+    Each span is encoded by itself: a prompt has the tokens that a runtime gives it, and what is written after it begins
+    with a token of its own, also where the texts together would have one across the border, such as `></`. So the
+    mask's edges are exact.
 
     Args:
         vocab_size: the number of ids that the model has.
 
     Raises:
-        UserError: the text has a token that the model does not have, or `END`. The message names the record.
+        UserError: the text has a token that the model does not have, or `END`, or the record has two answers to
+            compare. The message names the record.
     """
+    if record.rejected:
+        raise UserError(
+            f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
+            "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
+        )
     ids: list[int] = []
     mask: list[bool] = []
     for text, learned in render(record, options):

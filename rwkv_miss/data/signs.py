@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from rwkv_miss.data.copies import Copies
 from rwkv_miss.data.fitting import tolerated
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 
 # Answers of fewer characters may end as they like, and all at the same length: labels, dates, titles.
 _LONG = 200
@@ -69,7 +69,9 @@ class Signs:
         """The next record."""
         self.records += 1
         asked, answer = _question_and_answer(record)
-        self.copies.take(repr((asked, answer)).encode(), None if record.is_text else repr(asked).encode())
+        asked_with = repr((asked, record.tools)).encode()
+        whole = asked_with + repr((record.turns[len(asked) :], record.rejected)).encode()
+        self.copies.take(whole, None if record.is_text else asked_with)
         if record.is_text:
             if _QUESTION.match(answer) and _ANSWER.search(answer):
                 self.like_conversation.add(record.where)
@@ -124,7 +126,7 @@ class Signs:
             )
 
 
-def _question_and_answer(record: Record) -> tuple[tuple[tuple[str, str], ...], str]:
+def _question_and_answer(record: Record) -> tuple[tuple[Turn, ...], str]:
     """What comes before the record's last answer, and that answer; of plain text nothing, and the text."""
-    last = max(i for i, (role, _) in enumerate(record.turns) if role in ("assistant", "text"))
-    return record.turns[:last], record.turns[last][1]
+    last = max(i for i, turn in enumerate(record.turns) if turn.role in ("assistant", "text"))
+    return record.turns[:last], record.turns[last].content

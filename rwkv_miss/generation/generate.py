@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from rwkv_miss.data.templates import STOP
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling
@@ -21,23 +20,25 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: tuple[str, ...] = (),
 ) -> list[str]:
-    """What the model writes after each prompt, until the end of the document, `STOP` or max_tokens.
+    """What the model writes after each prompt, until the end of the document, a string of `stop` or max_tokens.
 
     Args:
         temperature: 0 takes the likeliest token; above, samples from softmax(logits / temperature).
         top_p: samples among the likeliest tokens whose probabilities sum to top_p.
         seed: seed of the random sampling. Each prompt has random numbers of its own: the first those of the seed
             itself, the others those of a seed made of it and of the prompt's index.
+        stop: strings that end a text and are not a part of it, such as a template's `stops`.
 
     Raises:
         UserError: an argument out of its range, an empty prompt, or a prompt with tokens the model lacks.
         RunError: the model's logits are not finite.
     """
-    Sampling(temperature, top_p, max_tokens, (STOP,), seed)  # raises for wrong arguments without a prompt, too
+    Sampling(temperature, top_p, max_tokens, stop, seed)  # raises for wrong arguments without a prompt, too
     engine = Engine(model, tokenizer)
     for i, prompt in enumerate(prompts):
-        engine.add(prompt, Sampling(temperature, top_p, max_tokens, (STOP,), _seed_of(seed, i)))
+        engine.add(prompt, Sampling(temperature, top_p, max_tokens, stop, _seed_of(seed, i)))
     texts: list[list[str]] = [[] for _ in prompts]
     for piece in engine:
         texts[piece.member].append(piece.text)

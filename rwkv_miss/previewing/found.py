@@ -72,7 +72,8 @@ class Preview:
 
     reader, template: their names, each with the reason for it. vocabulary: the number of ids, and whose it is.
 
-    records, conversations: how many there are; what is no conversation is plain text. without_loss: those of which
+    records, conversations: how many there are; what is no conversation is plain text. pairs: those of two answers to
+    compare, each of which counts as two conversations. without_loss: those of which
     nothing is learned. tokens: the targets. median, most, longest: half, 99 % and all of the records have so many
     tokens at most. histogram: (the most tokens, how many records have no more, but more than those before).
     copies: records that are copies of earlier ones; several_answers: those whose prompt an earlier one has with
@@ -92,6 +93,7 @@ class Preview:
     ctx_len: int
     packing: bool
     records: int
+    pairs: int
     conversations: int
     without_loss: int
     tokens: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from array import array
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from rwkv_miss.data.copies import Copies
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.fitting import tolerated
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import Span, render
+from rwkv_miss.data.rendering import Span, render, unused
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.previewing.found import Preview, Repeated, Shown
@@ -32,15 +34,16 @@ _NAMED = 5
 class Gathering:
     """Takes records, and tells what there is to say of all of them. Of each a few numbers are kept, and its place.
 
-    vocabulary: the number of ids that the model has, and whose vocabulary it is.
+    vocabulary: the number of ids that the model has, and whose vocabulary it is. template: where the settings' template
+    comes from.
     """
 
-    def __init__(self, config: PreviewConfig, tokenizer: Tokenizer, vocabulary: tuple[int, str]) -> None:
-        self._config, self._tokenizer, self._vocabulary = config, tokenizer, vocabulary
+    def __init__(self, config: PreviewConfig, tokenizer: Tokenizer, vocabulary: tuple[int, str], template: str) -> None:
+        self._config, self._tokenizer, self._vocabulary, self._chosen = config, tokenizer, vocabulary, template
         self._carry = config.long_documents == "carry"
         self._fitted = [Fitted(ctx_len, self._carry) for ctx_len in lengths_to_try(config.ctx_len)]
         self._lengths = array("q")
-        self._conversations = self._without_loss = self._loss_tokens = 0
+        self._pairs = self._conversations = self._without_loss = self._loss_tokens = 0
         self._copies = Copies()
         self._places: list[str] = []
         self._outside: Counter[int] = Counter()
@@ -49,13 +52,21 @@ class Gathering:
         self._shown: list[Shown] = []
 
     def take_record(self, record: Record) -> None:
-        """The next record. What a run would refuse to encode is noted and left out."""
+        """The next record. What a run would refuse is noted and left out, but for a pair of answers to compare: of that
+        both conversations are taken."""
+        self._unread.update([*record.unread, *unused(record, self._config)])
         try:
-            document = encode_record(record, self._tokenizer, ANY_ID, self._config)
+            self._take_conversation(record)
         except UserError as e:
             self._refused.append(str(e))
-            return
-        self._unread.update(record.unread)
+            if record.rejected:
+                self._pairs += 1
+                chosen = replace(record, where=f"{record.where}, chosen", rejected=())
+                self._take_conversation(chosen)
+                self._take_conversation(replace(chosen, where=f"{record.where}, rejected", turns=record.rejected))
+
+    def _take_conversation(self, record: Record) -> None:
+        document = encode_record(record, self._tokenizer, ANY_ID, self._config)
         spans = render(record, self._config) if len(self._shown) < self._config.records else None
         self.take(record.where, spans, document)
 
@@ -103,12 +114,13 @@ class Gathering:
             data=config.data,
             is_all=is_all,
             reader=_reader(config.data),
-            template=_template(self._conversations, len(self._lengths)),
+            template=self._template(),
             tokenizer=config.tokenizer,
             vocabulary=self._vocabulary,
             ctx_len=config.ctx_len,
             packing=config.packing,
             records=len(self._lengths),
+            pairs=self._pairs,
             conversations=self._conversations,
             without_loss=self._without_loss,
             tokens=sum(self._lengths),
@@ -132,6 +144,11 @@ class Gathering:
             shown=self._shown,
         )
 
+    def _template(self) -> tuple[str, str]:
+        if not self._conversations:
+            return "none", "plain text is learned as it stands"
+        return find_template(self._config.template).name, self._chosen
+
     def _repeated(self, numbers: np.ndarray) -> Repeated:
         examples = [(self._places[later], self._places[first]) for later, first in numbers[:_NAMED].tolist()]
         return Repeated(len(numbers), examples)
@@ -142,13 +159,6 @@ def _reader(data: str) -> tuple[str, str]:
         return "binidx", f"there are {prefix}.bin and {prefix}.idx"
     suffix = Path(data).suffix.lower()
     return suffix[1:], f"the file's name ends in {suffix}"
-
-
-def _template(conversations: int, records: int) -> tuple[str, str]:
-    if not conversations:
-        return "none", "plain text is learned as it stands"
-    some = "all records are" if conversations == records else f"{conversations:,} of {records:,} records are"
-    return "rwkv-world", f"{some} questions and answers, which are put into it"
 
 
 def _measured_speed(config: PreviewConfig) -> float | None:

@@ -14,7 +14,7 @@ from rwkv_miss.config import PreviewConfig
 from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import render
+from rwkv_miss.data.rendering import render
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.text_stream import Detokenizer
 from rwkv_miss.model.base import RWKV
@@ -26,20 +26,21 @@ _RECORDS, _TOKENS = 16, 256
 # A string that is the same in every record costs a base that has learned it a few hundredths of a nat a token, whatever
 # the text costs; one that has never seen it pays about what text costs, or more. Half is between them.
 _KNOWN = 0.5
-# Put around what is the record's own, so that what the template adds is found. They are in no text that is meant to be
-# read (Unicode's private use).
-_OPEN, _CLOSE = "\ue000", "\ue001"
+# Put around what is the record's own, so that what the template adds is found. Unicode keeps these two for a program's
+# own use: no text has them.
+_OPEN, _CLOSE = "\ufdd2", "\ufdd3"
 
 
 def ask(config: PreviewConfig, tokenizer: Tokenizer) -> Knowledge | None:
-    """Lets the base of the settings read the first conversations of their data. None if there are none.
+    """Lets the base of the settings read the first conversations of their data, those aside in which tools are called.
+    None if there are none.
 
     Raises:
         UserError: the base cannot be loaded.
     """
     if binidx_prefix(config.data):
         return None
-    conversations = (record for record in read_records(config.data, config) if not record.is_text)
+    conversations = (record for record in read_records(config.data, config) if not record.is_text and not record.tools)
     records = list(islice(conversations, _RECORDS))
     if not records:
         return None
@@ -65,13 +66,20 @@ Stretches = list[tuple[str, bool | None]]
 
 def own_strings(record: Record, config: PreviewConfig) -> list[Stretches]:
     """The spans of a record's first question and answer. The string that the text begins with is not to be counted."""
-    first = next(i for i, (role, _) in enumerate(record.turns) if role == "assistant")
-    turns = tuple((role, f"{_OPEN}{content.strip()}{_CLOSE}") for role, content in record.turns[: first + 1])
+    first = next(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
+    turns = tuple(
+        turn._replace(content=_marked(turn.content), input=_marked(turn.input), thought=_marked(turn.thought))
+        for turn in record.turns[: first + 1]
+    )
     found: list[Stretches] = []
     for span in render(replace(record, turns=turns), config):
         parts = re.split(f"{_OPEN}(.*?){_CLOSE}", span.text, flags=re.DOTALL)
         found.append([(part, i % 2 == 0 if i or found else None) for i, part in enumerate(parts) if part])
     return found
+
+
+def _marked(text: str) -> str:
+    return text and f"{_OPEN}{text.strip()}{_CLOSE}"
 
 
 @torch.no_grad()

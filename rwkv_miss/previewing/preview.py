@@ -24,6 +24,7 @@ from rwkv_miss.previewing.found import Preview
 from rwkv_miss.previewing.gathering import ANY_ID, Gathering
 from rwkv_miss.previewing.knowing import ask, warn_of
 from rwkv_miss.previewing.warnings import warnings_of
+from rwkv_miss.training.prepare import with_adapters_settings
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -38,12 +39,14 @@ def preview(config: PreviewConfig, progress: Callable[[int], None] = lambda reco
         UserError: a setting is wrong, or a file cannot be read as a run would.
     """
     _check(config)
+    given = config.template
+    config = with_adapters_settings(config)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.base:
         vocabulary = infer_config(read_checkpoint(config.base), config.base).vocab_size, config.base
     else:
         vocabulary = tokenizer.vocab_size, f"tokenizer {config.tokenizer}"
-    gathering = Gathering(config, tokenizer, vocabulary)
+    gathering = Gathering(config, tokenizer, vocabulary, _why(given, config))
     with _collected() as of_reading:
         is_all = _read(config, gathering, progress)
     found = gathering.told(is_all)
@@ -60,6 +63,13 @@ def _check(config: PreviewConfig) -> None:
     check_source(config.data)
     if config.base:
         check_is_file(Path(config.base), "checkpoint")
+
+
+def _why(given: str | None, config: PreviewConfig) -> str:
+    """Why records are put into the template of the settings."""
+    if given is not None:
+        return "it was given"
+    return "the adapter was trained with it" if config.adapter_from else "it is taken where none is given"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 
 from rwkv_miss.data.documents import Document
-from rwkv_miss.data.templates import Span
+from rwkv_miss.data.rendering import Span
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.previewing.found import Piece, Shown
 from rwkv_miss.previewing.lengths import pieces

@@ -28,7 +28,8 @@ def facts(found: Preview, config: PreviewConfig) -> dict[str, str]:
     """What there is to say of the records, by name."""
     n, now = found.records, found.now
     texts = n - found.conversations
-    kinds = [f"{count:,} {kind}" for count, kind in ((found.conversations, "conversations"), (texts, "texts")) if count]
+    counts = (found.conversations, "conversations"), (found.pairs, "pairs of them to compare"), (texts, "texts")
+    kinds = [f"{count:,} {kind}" for count, kind in counts if count]
     said = {
         "data": f"{found.data}: {n:,} records, {'' if found.is_all else 'the first ones, '}{', '.join(kinds)}",
         "reader": f"{found.reader[0]}: {found.reader[1]}",

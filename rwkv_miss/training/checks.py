@@ -16,6 +16,7 @@ from typing import Any
 from rwkv_miss.adapters import method
 from rwkv_miss.config import AdapterConfig, TrainConfig, value_problems
 from rwkv_miss.data.corpus import check_source
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file, check_name, read_yaml
@@ -41,6 +42,7 @@ _WRITTEN = re.compile(
 # whatever is given; the base and the data are identified by their fingerprints, since their files may have moved.
 _SAME = (
     *("tokenizer", "text_field", "prompt_field", "answer_field", "separator", "answer_lines", "answer_end"),
+    *("template", "learn", "learn_thoughts"),
     "val_split",
     *("ctx_len", "long_documents", "chunk_len", "bptt_chunks", "packing", "seed"),
     *("adapter", "adapter_from", "objective", "quant", "quant_skip", "precision"),
@@ -102,6 +104,7 @@ def check_run(config: TrainConfig) -> Resume | None:
     read_deepspeed_json(config)
     check_is_file(Path(config.base), "checkpoint")
     load_tokenizer(config.tokenizer)
+    find_template(config.template)
     for path in filter(None, (config.data, config.val_data)):
         check_source(path)
     if is_first_process():

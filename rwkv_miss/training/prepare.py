@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapters.files import read_adapter
+from rwkv_miss.adapters.files import adapters_template, read_adapter
 from rwkv_miss.adapters.method import problems
 from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
@@ -22,6 +22,7 @@ from rwkv_miss.data.documents import Document
 from rwkv_miss.data.filling import fill_of_batches, too_empty
 from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
 from rwkv_miss.data.parts import PartSettings
+from rwkv_miss.data.templates import settled
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
 from rwkv_miss.model.quantised import quantised_linears, refuse_training, unusable
@@ -64,11 +65,13 @@ class Prepared:
 
 
 def with_adapters_settings(config: _C) -> _C:
-    """The settings of a run, with those of `adapter_from`'s folder as its adapter's.
+    """The settings of a run, with a template that no file has to be read for, and with those of `adapter_from`'s folder
+    as its adapter's.
 
     Raises:
         UserError: the folder cannot be read, or its methods have no use for a setting of the run.
     """
+    config = settled(config, adapters_template(config.adapter_from))
     if config.adapter_from is None:
         return config
     config = replace(config, adapter=read_adapter(config.adapter_from).config)

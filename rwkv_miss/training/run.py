@@ -16,6 +16,7 @@ import rwkv_miss
 from rwkv_miss.adapters.files import load_adapter, read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
@@ -69,7 +70,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     reporter = Reporter(module, out, config.loggers, config.log_every, prepared.total_steps, display)
     extra: dict[str, Any] = {
         "tokenizer": config.tokenizer,
-        "template": "rwkv-world",
+        "template": config.template,
         "answer_lines": config.answer_lines,
         "answer_end": config.answer_end,
     }
@@ -90,7 +91,8 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     callbacks: list[L.Callback] = [starter, Record(out, prepared.total_steps, introduction), reporter, saver]
     if prepared.samples:
         tokenizer = load_tokenizer(config.tokenizer)
-        asked = model, tokenizer, prepared.samples, config.sample_tokens
+        stop = find_template(config.template).stops
+        asked = model, tokenizer, prepared.samples, config.sample_tokens, stop
         callbacks.append(Sampler(*asked, out, config.sample_every, prepared.total_steps, reporter))
     trainer = _trainer(config, prepared, callbacks, watch, resumed=resume is not None)
     data = PackedData(prepared.rows, prepared.val_rows, config)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rwkv_miss.data.documents import Document
-from rwkv_miss.data.templates import STOP
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.files import atomic_write
 from rwkv_miss.generation.engine import Engine
@@ -48,8 +47,11 @@ def split_document(document: Document) -> tuple[np.ndarray, np.ndarray]:
     return document.ids[:at], document.ids[at:]
 
 
-def ask(model: RWKV, tokenizer: Tokenizer, documents: Sequence[Document], max_tokens: int, step: int) -> list[Sample]:
-    """A sample of each document. In a run of several processes all of them call this, with the same documents.
+def ask(
+    model: RWKV, tokenizer: Tokenizer, documents: Sequence[Document], max_tokens: int, stop: tuple[str, ...], step: int
+) -> list[Sample]:
+    """A sample of each document; `stop` are the strings that end an answer. In a run of several processes all of them
+    call this, with the same documents.
 
     Raises:
         RunError: the model's logits are not finite.
@@ -59,8 +61,8 @@ def ask(model: RWKV, tokenizer: Tokenizer, documents: Sequence[Document], max_to
     with _asked(model):
         engine = Engine(model, tokenizer)
         for document, (prompt, _) in zip(documents, parts, strict=True):
-            stop = () if document.is_text else (STOP,)
-            engine.add(prompt.tolist(), Sampling(max_tokens=max_tokens, stop=stop))
+            ends = () if document.is_text else stop
+            engine.add(prompt.tolist(), Sampling(max_tokens=max_tokens, stop=ends))
         for piece in engine:
             answers[piece.member] += piece.text
     texts = [tokenizer.decode(prompt.tolist()) for prompt, _ in parts]
@@ -99,12 +101,14 @@ class Sampler(L.Callback):
         tokenizer: Tokenizer,
         documents: Sequence[Document],
         max_tokens: int,
+        stop: tuple[str, ...],
         out: Path,
         every: int,
         total_steps: int,
         reporter: Reporter,
     ) -> None:
-        self.model, self.tokenizer, self.documents, self.max_tokens = model, tokenizer, documents, max_tokens
+        self.model, self.tokenizer, self.documents = model, tokenizer, documents
+        self.max_tokens, self.stop = max_tokens, stop
         self.path, self.every, self.total_steps = out / "samples.jsonl", every, total_steps
         self.reporter = reporter
 
@@ -136,7 +140,7 @@ class Sampler(L.Callback):
         samples: list[Sample] = []
 
         def work() -> None:
-            samples.extend(ask(self.model, self.tokenizer, self.documents, self.max_tokens, step))
+            samples.extend(ask(self.model, self.tokenizer, self.documents, self.max_tokens, self.stop, step))
 
         with torch.no_grad():
             trainer.strategy.predict_step(work)

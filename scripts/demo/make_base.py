@@ -34,7 +34,7 @@ from rwkv_miss.config import DataOptions, ModelConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import encode_record
 from rwkv_miss.data.packing import NO_LOSS, make_rows
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.files import atomic_write
 from rwkv_miss.model.init import init_weights
@@ -102,7 +102,7 @@ def _batches(make: Callable[[], tuple[str, str]], steps: int, seed: int) -> Iter
     documents, tokens = [], 0
     while tokens < steps * BATCH_SIZE * CTX_LEN:
         question, answer = make()
-        record = Record("make_base", (("user", question), ("assistant", answer)))
+        record = Record("make_base", (Turn("user", question), Turn("assistant", answer)))
         documents.append(encode_record(record, tokenizer, CONFIG.vocab_size, OPTIONS))
         tokens += len(documents[-1].ids) - 1
     rows, _ = make_rows(documents, CTX_LEN, packing=True)

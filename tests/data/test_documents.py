@@ -10,14 +10,14 @@ import pytest
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.documents import Document, encode_record, split_validation
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from tests.data.samples import pairs, text_of
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many in all?"
 ANSWER = "In May: 48/2 = <<48/2=24>>24.\nIn all: 48+24 = <<48+24=72>>72.\n#### 72"
-RECORD = Record("sums.jsonl:7", (("user", QUESTION), ("assistant", ANSWER)))
+RECORD = Record("sums.jsonl:7", (Turn("user", QUESTION), Turn("assistant", ANSWER)))
 VOCAB = {"world": 65536, "bytes": 256}
 OPTIONS = DataOptions()
 
@@ -37,7 +37,7 @@ def test_loss_is_on_the_answer_and_its_end(name, answer_end):
 
 
 def test_loss_of_several_turns():
-    turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
     tokenizer = load_tokenizer("bytes")
     document = encode_record(Record("f:1", turns), tokenizer, 256, OPTIONS)
     assert document.ids.tolist() == [*b"User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d", 0]
@@ -48,7 +48,7 @@ def test_loss_of_several_turns():
 
 
 def test_all_of_a_text_but_its_first_token_carries_loss():
-    document = encode_record(Record("f:1", (("text", "abc"),)), load_tokenizer("bytes"), 256, OPTIONS)
+    document = encode_record(Record("f:1", (Turn("text", "abc"),)), load_tokenizer("bytes"), 256, OPTIONS)
     assert document.ids.tolist() == [97, 98, 99, 0]
     assert document.mask.tolist() == [False, True, True, True]
 
@@ -60,7 +60,7 @@ def test_a_token_outside_the_vocabulary():
     token = max(encode_record(RECORD, load_tokenizer("world"), 65536, OPTIONS).ids)
     assert message.startswith(f"sums.jsonl:7: token {token} (") and "vocabulary of 256 ids" in message
     assert "choose the tokenizer" in message
-    text = Record("f:1", (("text", "é"),))  # bytes 195, 169
+    text = Record("f:1", (Turn("text", "é"),))  # bytes 195, 169
     assert encode_record(text, load_tokenizer("bytes"), 196, OPTIONS).ids.max() == 195
     with pytest.raises(UserError, match="token 195"):
         encode_record(text, load_tokenizer("bytes"), 195, OPTIONS)
@@ -68,7 +68,7 @@ def test_a_token_outside_the_vocabulary():
 
 def test_the_end_token_inside_a_text():
     with pytest.raises(UserError, match=r"f:1: the text has token 0 of tokenizer bytes.*NUL"):
-        encode_record(Record("f:1", (("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
+        encode_record(Record("f:1", (Turn("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
 
 
 def test_split_validation_draws_whole_documents():

@@ -14,7 +14,7 @@ from rwkv_miss.config import DataOptions
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.packing import make_rows, pack, pad
 from rwkv_miss.data.readers.reader import read_records
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 
@@ -187,7 +187,7 @@ def test_rows_of_groups_are_filled():
 def test_the_text_of_every_record_of_a_group_comes_back():
     tokenizer = load_tokenizer("bytes")
     texts = [f"User: {i}\n\nAssistant: {'ja' * (i % 7 + 1)}" for i in range(30)]
-    records = [Record("f:1", (("user", str(i)), ("assistant", "ja" * (i % 7 + 1)))) for i in range(30)]
+    records = [Record("f:1", (Turn("user", str(i)), Turn("assistant", "ja" * (i % 7 + 1)))) for i in range(30)]
     documents = [encode_record(record, tokenizer, 256, DataOptions()) for record in records]
     rows, _ = make_rows(documents, 128, packing=True, group_size=3)
     assert [tokenizer.decode(rows.tokens[rows.records == i].tolist()) for i in range(30)] == texts

@@ -19,7 +19,7 @@ import pytest
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.readers.instead import BY_CONTENT, BY_SUFFIX
 from rwkv_miss.data.readers.reader import read_records
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
 
@@ -45,14 +45,14 @@ def test_known_shapes(tmp_path):
         {"prompt": "p", "completion": "c"},
     )
     assert turns(path) == [
-        (("text", " as it\r\nis "),),
-        (("user", "q"), ("assistant", "a")),
-        (("user", "do\nthis"), ("assistant", "done")),
-        (("user", "do"), ("assistant", "done")),
-        (("user", "do"), ("assistant", "done")),
-        (("user", "q"), ("assistant", "r")),
-        (("user", "q"), ("assistant", "a")),
-        (("user", "p"), ("assistant", "c")),
+        (Turn("text", " as it\r\nis "),),
+        (Turn("user", "q"), Turn("assistant", "a")),
+        (Turn("user", "do", "this"), Turn("assistant", "done")),
+        (Turn("user", "do"), Turn("assistant", "done")),
+        (Turn("user", "do"), Turn("assistant", "done")),
+        (Turn("user", "q"), Turn("assistant", "r")),
+        (Turn("user", "q"), Turn("assistant", "a")),
+        (Turn("user", "p"), Turn("assistant", "c")),
     ]
 
 
@@ -60,29 +60,29 @@ def test_where_counts_blank_lines_and_a_byte_order_mark_is_no_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "\\u2028b"}')
     assert list(read_records(path, DataOptions())) == [
-        Record(f"{path}:1", (("text", "a"),)),
-        Record(f"{path}:4", (("text", "\u2028b"),)),
+        Record(f"{path}:1", (Turn("text", "a"),)),
+        Record(f"{path}:4", (Turn("text", "\u2028b"),)),
     ]
 
 
 def test_fields_by_option_win_over_known_shapes(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "t", "question": "q", "answer": "a", "body": "b", "output": "o"})
-    assert turns(path, prompt_field="body", answer_field="output") == [(("user", "b"), ("assistant", "o"))]
-    assert turns(path, text_field="body") == [(("text", "b"),)]
+    assert turns(path, prompt_field="body", answer_field="output") == [(Turn("user", "b"), Turn("assistant", "o"))]
+    assert turns(path, text_field="body") == [(Turn("text", "b"),)]
 
 
 def test_txt_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
-    assert list(read_records(path, DataOptions())) == [Record(f"{path}:1", (("text", "one\n\ntwo\n"),))]
+    assert list(read_records(path, DataOptions())) == [Record(f"{path}:1", (Turn("text", "one\n\ntwo\n"),))]
 
 
 def test_txt_parted_by_a_separator(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\nmore\n---\n\n---\ntwo\n---\n")
     assert list(read_records(path, DataOptions(separator="---\n"))) == [
-        Record(f"{path}:1", (("text", "one\nmore\n"),)),
-        Record(f"{path}:6", (("text", "two\n"),)),
+        Record(f"{path}:1", (Turn("text", "one\nmore\n"),)),
+        Record(f"{path}:6", (Turn("text", "two\n"),)),
     ]
 
 
@@ -113,7 +113,10 @@ GOOD = b'{"text": "fine"}\n'
         (b'{"messages": "hi"}', "messages is a string, not a list"),
         (b'{"messages": ["hi"]}', "messages[0] is a string, not an object with role and content"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: lacks the field 'content'; found 'role'; each message"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "messages[0]: role 'tool' is not known"),
+        (
+            b'{"messages": [{"role": "critic", "content": "x"}]}',
+            "messages[0]: role 'critic' is not known; use system, ",
+        ),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "messages has no assistant turn"),
         (b'{"messages": []}', "messages has no assistant turn"),
         (
@@ -246,7 +249,9 @@ def test_a_format_that_is_not_read_says_what_to_do_and_that_works(tmp_path, suff
     command = said.rpartition(": ")[2] if "python" not in said else said[said.index("python") :]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command, shell=True, check=True, cwd=folder, env=environment)
-    assert turns(folder / "a.jsonl") == [(("user", row["question"]), ("assistant", row["answer"])) for row in ROWS]
+    assert turns(folder / "a.jsonl") == [
+        (Turn("user", row["question"]), Turn("assistant", row["answer"])) for row in ROWS
+    ]
 
 
 @pytest.mark.parametrize("name", BY_CONTENT)
@@ -296,15 +301,16 @@ def test_what_is_not_there(tmp_path, monkeypatch, name, said):
 
 
 def test_a_pattern_that_is_a_name_is_read(tmp_path):
-    assert turns(write(tmp_path / "a[1].jsonl", {"text": "t"})) == [(("text", "t"),)]
+    assert turns(write(tmp_path / "a[1].jsonl", {"text": "t"})) == [(Turn("text", "t"),)]
 
 
 def test_a_suffix_in_capitals_is_read(tmp_path):
-    assert turns(write(tmp_path / "A.JSONL", {"text": "t"})) == [(("text", "t"),)]
+    assert turns(write(tmp_path / "A.JSONL", {"text": "t"})) == [(Turn("text", "t"),)]
 
 
 def test_fields_that_are_not_read_are_named_once_with_their_records(tmp_path, caplog):
-    call = {"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [{"id": 1}], "weight": 0}
+    call = {"role": "assistant", "content": "a", "reasoning_content": "hm", "weight": 0}
+    call["tool_calls"] = [{"id": 1, "function": {"name": "f"}}]
     path = write(
         tmp_path / "a.jsonl",
         {"messages": [{"role": "user", "content": "q"}, call, call], "id": 1},
@@ -313,17 +319,17 @@ def test_fields_that_are_not_read_are_named_once_with_their_records(tmp_path, ca
         {"instruction": "i", "input": "x", "output": "o", "system": "", "history": [], "id": None},
         {"text": "t", "source": "web"},
     )
-    records = list(read_records(path, DataOptions()))
+    records = list(read_records(path, DataOptions(learn="all")))
     assert [sorted(record.unread) for record in records] == [
-        ["id", "messages[].reasoning_content", "messages[].tool_calls", "messages[].weight"],
-        ["messages[].reasoning_content", "messages[].tool_calls"],
-        ["history", "id", "input", "system"],
+        ["id", "messages[].tool_calls[].id", "messages[].weight"],
+        ["messages[].tool_calls[].id"],
+        ["id", "input"],
         [],
         ["source"],
     ]
     [said] = caplog.messages
     assert said.startswith(f"{path}: fields that are not read, with the records that have them: ")
-    for name, count in {"id": 2, "messages[].tool_calls": 2, "messages[].weight": 1, "history": 1, "source": 1}.items():
+    for name, count in {"id": 2, "tool_calls": 2, "reasoning_content": 2, "messages[].weight": 1, "source": 1}.items():
         assert f"'{name}' ({count})" in said
 
 

@@ -15,7 +15,7 @@ from rwkv_miss.data.copies import Copies
 from rwkv_miss.data.filling import fill_of_batches, too_empty
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.data.readers.reader import read_records
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.signs import Signs
 from tests.data.samples import conversation, text_of
 
@@ -23,11 +23,11 @@ SENTENCE = "It was a dark night. The rain fell on the town, as it always had. " 
 
 
 def text(content, where="a:1"):
-    return Record(where, (("text", content),))
+    return Record(where, (Turn("text", content),))
 
 
 def answer(content, question="Why?", where="a:1"):
-    return Record(where, (("user", question), ("assistant", content)))
+    return Record(where, (Turn("user", question), Turn("assistant", content)))
 
 
 def said_of(records):

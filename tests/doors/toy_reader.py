@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
 
@@ -16,4 +16,4 @@ def read_sums(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Reco
         question, equals, answer = pair.partition("=")
         if not equals:
             raise UserError(f"{path}: sum {number} is {pair!r}; expected QUESTION=ANSWER")
-        yield Record(f"{path}:{number}", (("user", question), ("assistant", answer)))
+        yield Record(f"{path}:{number}", (Turn("user", question), Turn("assistant", answer)))

@@ -14,17 +14,19 @@ from torch.distributions import kl_divergence
 from rwkv_miss import evaluate, load_model
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import prompt_text, render
+from rwkv_miss.data.records import Record, Turn
+from rwkv_miss.data.rendering import prompt_text, render
+from rwkv_miss.data.templates import TEMPLATES
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.evaluate import Answer, Evaluation, Forgetting, answers, documents_loss, forgetting, perplexity
-from rwkv_miss.generation.generate import STOP, generate, stream, strip_pieces
+from rwkv_miss.generation.generate import generate, stream, strip_pieces
 from rwkv_miss.generation.sampling import Sampling, choose
 from rwkv_miss.model.base import RWKV
 from tests.scripted import Scripted
 
 OPTIONS = DataOptions()
+[STOP] = STOPS = TEMPLATES["world"].stops
 BYTES = load_tokenizer("bytes")
 PROMPTS = ["a", "The cat sat on", "\n\n", "in the beginning", "zz"]
 
@@ -69,14 +71,14 @@ def test_the_end_of_a_document_stops_one_row_alone():
 def test_the_next_turn_stops():
     assert STOP == "\n\nUser:"
     said = Scripted(b"yes\n\nUser: more", b"\n\nUser:~~~~~~", "é\n\nUse\n\nUser:".encode(), b"\n\nUser ~~~~~")
-    assert generate(said, BYTES, ["q"] * 4, max_tokens=14) == ["yes", "", "é\n\nUse", "\n\nUser ~~~~~~~"]
+    assert generate(said, BYTES, ["q"] * 4, max_tokens=14, stop=STOPS) == ["yes", "", "é\n\nUse", "\n\nUser ~~~~~~~"]
 
 
 def test_the_model_is_not_run_after_every_row_has_stopped():
     steps = []
     said = Scripted(b"ab\0", b"\0", b"a" + STOP.encode())
     said.register_forward_hook(lambda *_: steps.append(1))
-    generate(said, BYTES, ["q", "r", "s"], max_tokens=100)
+    generate(said, BYTES, ["q", "r", "s"], max_tokens=100, stop=STOPS)
     assert len(steps) == 8  # for each of the 8 bytes of the last
 
 
@@ -173,7 +175,7 @@ def test_wrong_arguments(model, prompt, arguments, word):
 def test_a_stream_is_the_text(model):
     for prompt in PROMPTS:
         pieces = list(stream(model, BYTES, prompt, Sampling(1.0, 0.9, 30, (STOP,), seed=2)))
-        assert "".join(pieces) == generate(model, BYTES, [prompt], 30, 1.0, 0.9, seed=2)[0]
+        assert "".join(pieces) == generate(model, BYTES, [prompt], 30, 1.0, 0.9, seed=2, stop=STOPS)[0]
         assert "" not in pieces
     with pytest.raises(UserError, match="prompt is empty"):
         stream(model, BYTES, "", Sampling())
@@ -192,10 +194,10 @@ def test_stripped_pieces(pieces):
 
 
 def record(question: str, answer: str) -> Record:
-    return Record("here", (("user", question), ("assistant", answer)))
+    return Record("here", (Turn("user", question), Turn("assistant", answer)))
 
 
-RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (("text", "abc"),))]
+RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (Turn("text", "abc"),))]
 
 
 def documents(records: list[Record]) -> list[Document]:
@@ -312,8 +314,8 @@ def test_a_right_answer_may_hold_a_blank_line():
 
 
 def test_a_loss_of_a_part_says_so(model, caplog):
-    records = [Record(f"r:{n}", (("user", "q"), ("assistant", "a" * n))) for n in (1, 90, 200)]
-    records.append(Record("r:4", (("user", "q" * 90), ("assistant", "a"))))
+    records = [Record(f"r:{n}", (Turn("user", "q"), Turn("assistant", "a" * n))) for n in (1, 90, 200)]
+    records.append(Record("r:4", (Turn("user", "q" * 90), Turn("assistant", "a"))))
     documents_loss(model, documents(records[:1]), ctx_len=64, batch_size=2)
     assert "ctx_len" not in caplog.text
     documents_loss(model, documents(records), ctx_len=64, batch_size=2)

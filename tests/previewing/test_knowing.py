@@ -9,13 +9,16 @@ import torch
 
 from rwkv_miss.cli import main
 from rwkv_miss.config import PreviewConfig
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.previewing.found import Knowledge
 from rwkv_miss.previewing.knowing import _kinds, knowledge, own_strings, warn_of
 
 CONFIG = PreviewConfig(data="a.jsonl", tokenizer="bytes")
-TURNS = (("system", "Brief."), ("user", " Why\n\nnot? "), ("assistant", "No."), ("user", "Oh"), ("assistant", "So."))
+TURNS = (
+    *(Turn("system", "Brief."), Turn("user", " Why\n\nnot? "), Turn("assistant", "No.")),
+    *(Turn("user", "Oh"), Turn("assistant", "So.")),
+)
 
 
 class Certain:
@@ -55,7 +58,7 @@ def test_tokens_that_count(name):
 
 
 def test_what_a_model_loses_where():
-    texts = [own_strings(Record("a:1", (("user", "WHY"), ("assistant", "NO"))), CONFIG)] * 3
+    texts = [own_strings(Record("a:1", (Turn("user", "WHY"), Turn("assistant", "NO"))), CONFIG)] * 3
     sure = knowledge(Certain(b"\nAssistant:"), load_tokenizer("bytes"), texts)
     assert (sure.own, sure.own_tokens) == (pytest.approx(0, abs=1e-6), 3 * len("\nAssistant:"))
     assert (sure.text, sure.text_tokens) == (pytest.approx(5.545, abs=1e-3), 3 * len("WHYNO"))

@@ -13,8 +13,8 @@ from rich.console import Console
 from rwkv_miss.cli import main
 from rwkv_miss.config import DataOptions, PreviewConfig
 from rwkv_miss.data.documents import encode_record
-from rwkv_miss.data.records import Record
-from rwkv_miss.data.templates import render
+from rwkv_miss.data.records import Record, Turn
+from rwkv_miss.data.rendering import render
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.previewing.preview import preview
@@ -54,7 +54,7 @@ def show(record, ctx_len, tokenizer=WORLD):
 
 
 def test_the_pieces_are_the_record_and_its_mask():
-    record = Record("a:1", (("user", "Warum ⏎ <b>?"), ("assistant", "Darum.\n\nÄöü 漢字 😀")))
+    record = Record("a:1", (Turn("user", "Warum ⏎ <b>?"), Turn("assistant", "Darum.\n\nÄöü 漢字 😀")))
     shown, document = show(record, 4096)
     assert "".join(piece.text for piece in shown.pieces) == "User: Warum ⏎ <b>?\n\nAssistant: Darum.\n\nÄöü 漢字 😀"
     assert [i for piece in shown.pieces for i in piece.ids] == document.ids.tolist()
@@ -66,7 +66,7 @@ def test_the_pieces_are_the_record_and_its_mask():
 @pytest.mark.parametrize("ctx_len", range(1, 40))
 def test_what_ctx_len_cuts_is_marked(ctx_len):
     """The text that is not cut is what the tokens of a row say, wherever these end, a character's middle aside."""
-    shown, document = show(Record("a:1", (("user", "Why?"), ("assistant", "Äöü 漢字 😀 end."))), ctx_len, BYTES)
+    shown, document = show(Record("a:1", (Turn("user", "Why?"), Turn("assistant", "Äöü 漢字 😀 end."))), ctx_len, BYTES)
     kept = [piece for piece in shown.pieces if not piece.is_cut]
     assert [i for piece in kept for i in piece.ids] == document.ids[: ctx_len + 1].tolist()
     text = BYTES.decode(document.ids[: ctx_len + 1].tolist())
@@ -80,7 +80,7 @@ BYTES = load_tokenizer("bytes")
 
 
 def test_plain_text_goes_on_in_further_rows():
-    shown, _ = show(Record("a:1", (("text", "abcdefgh"),)), 3, BYTES)
+    shown, _ = show(Record("a:1", (Turn("text", "abcdefgh"),)), 3, BYTES)
     assert shown.rows == 3 and not any(piece.is_cut for piece in shown.pieces) and shown.kind == "plain text"
 
 
@@ -154,7 +154,7 @@ def test_the_figures(write):
     assert [Path(place).name for place in found.several_answers.examples[0]] == ["a.jsonl:101", "a.jsonl:1"]
     assert found.steps_an_epoch == -(-found.now.packed_rows // 6) and found.steps == 2 * found.steps_an_epoch
     assert found.speed is None and found.seconds is None
-    assert found.reader[0] == "jsonl" and found.template[0] == "rwkv-world" and len(found.shown) == 5
+    assert found.reader[0] == "jsonl" and found.template[0] == "world" and len(found.shown) == 5
 
 
 def test_a_limit(write):
@@ -182,7 +182,7 @@ def test_what_train_would_refuse_is_said(write, make_base):
     assert (found.records, found.vocabulary) == (2, (128, str(base)))
     assert found.outside == {0xC3: 1, 0x84: 1} and len(found.refused) == 2
     refused, outside, *_ = found.warnings
-    assert "a.jsonl:2: the text has token 0" in refused and "of 1 other records the like" in refused
+    assert "a.jsonl:2: the text has token 0" in refused and "; 1 more records would be refused" in refused
     assert "2 tokens are not in the vocabulary of 128 ids" in outside and "195" in outside
     with pytest.raises(UserError, match=r"a\.jsonl:1: the text has token 0"):
         preview(config_of(write([{"text": "\0"}])))
@@ -199,6 +199,32 @@ def test_what_ctx_len_loses_is_said(write):
     assert "train would end before it begins: of 100 records, 51 lose" in said(51, 49)
     assert "would end before it begins" not in said(51, 49, allow_dropping=True)
     assert "lose their ends" not in said(51, 49, long_documents="carry")
+
+
+def test_thoughts_and_calls_are_shown_as_the_template_writes_them(write):
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": '{"a": 1}'}}]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Rain.", "reasoning_content": "It says so."},
+    ]
+    data = write([{"messages": turns}])
+    said = printed(config_of(data, template="g1-think"))
+    lines = [line for line in said.splitlines() if line[1:2] == "│"]
+    assert '+│ {"name": "look", "arguments": {"a": 1}}⏎' in lines and " │ User: Function output:⏎" in lines
+    assert lines[-4:] == ["+│ >⏎", "+│ It says so.⏎", "+│ </think>⏎", "+│ Rain.∎"]
+    assert re.search(r"template +g1-think: it was given", said)
+    assert not preview(config_of(data, template="g1-think")).unread
+    assert preview(config_of(data, template="g1")).unread == {"reasoning_content": 1}
+
+
+def test_answers_to_compare_are_shown(write):
+    data = write([{"prompt": "Why?", "chosen": "Because.", "rejected": "No."}] * 2)
+    found = preview(config_of(data, records=2))
+    assert (found.records, found.pairs, found.conversations) == (4, 2, 4)
+    assert [shown.where.partition(", ")[2] for shown in found.shown] == ["chosen", "rejected"]
+    assert [shown.pieces[1].text for shown in found.shown] == [" Because.", " No."]
+    assert "no objective learns from yet" in found.warnings[0] and "; 1 more records would" in found.warnings[0]
 
 
 def test_rows_that_are_nearly_empty_are_said(write):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.records import ROLES, Record
+from rwkv_miss.data.records import Call, Record, Tool, Turn
 from rwkv_miss.errors import UserError
 
 _WITH_INPUT = ("instruction", "output")
@@ -17,54 +18,81 @@ KNOWN_PAIRS = (
     ("prompt", "completion"),
 )
 """The names of a prompt and its answer that are found without an option."""
+_TALKS = (("messages",), ("conversations",))
+_COMPARED = ("chosen", "rejected")
+_FILL_IN = ("prefix", "suffix", "middle")
+_SHAPES: tuple[tuple[str, ...], ...] = (("text",), *_TALKS, *KNOWN_PAIRS, _COMPARED, _FILL_IN)
+# What is asked, beside a chosen and a rejected answer.
+_ASKED = ("prompt", "question", "instruction")
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Who speaks, as OpenAI's `messages` and ShareGPT's `conversations` call it -> the role of the turn."""
 
 _ADVICE = "name yours with prompt_field and answer_field, or with text_field"
+_CORRECT = "correct or remove the record"
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
-Turns = tuple[tuple[str, str], ...]
+Turns = tuple[Turn, ...]
 
 
 def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Record:
     """The record that an object's fields hold.
 
-    With `prompt_field` and `answer_field`, or with a `text_field` other than "text", these fields are read.
-    Otherwise the object must have exactly one of the known shapes: `text`; `messages` (a list of {"role",
-    "content"}); a pair of `KNOWN_PAIRS` (`input`, if the object has one that is not empty, follows `instruction` on
-    a new line). A field that is null counts as absent. Fields that are not read are named in the record.
+    With `prompt_field` and `answer_field`, or with a `text_field` other than "text", these fields are read alone.
+    Otherwise the object must have exactly one of the known shapes:
+
+    - `text`;
+    - `messages` or `conversations`, a list of {role, content} or {from, value}, with `tools` and `system` beside it;
+    - a pair of `KNOWN_PAIRS`, with `system` and `history` (a list of [question, answer]) beside it, and `input` beside
+      `instruction`;
+    - `chosen` and `rejected`, both an answer to `prompt` (`question`, `instruction`) or a list as in `messages`;
+    - `prefix`, `suffix` and `middle`.
+
+    A field that is null counts as absent. Fields that are not read are named in the record.
 
     Args:
         where: the file and the line or row of the object, for messages.
         item: values as JSON has them.
 
     Raises:
-        UserError: the object has none of these shapes or several, or a field that is read is not a string, is empty
+        UserError: the object has none of these shapes or several, or a field that is read is not of its type, is empty
             or white space alone, or cannot be written as UTF-8. The message begins with `where`.
     """
     fields = {name: value for name, value in item.items() if value is not None}
-    shape: tuple[str, ...]
-    if options.prompt_field is not None and options.answer_field is not None:
-        is_named, shape = True, (options.prompt_field, options.answer_field)
-    elif options.text_field != "text":
-        is_named, shape = True, (options.text_field,)
-    else:
-        is_named, shape = False, _known_shape(where, fields)
-
-    read = set(shape)
     unread: dict[str, None] = {}
-    turns: Turns
-    if shape == ("messages",) and not is_named:
-        turns = _messages(where, fields["messages"], unread)
-    elif len(shape) == 1:
-        turns = (("text", _string(where, fields, shape[0])),)
+    tools: tuple[Tool, ...] = ()
+    rejected: Turns = ()
+    if options.prompt_field is not None and options.answer_field is not None:
+        turns = _question(where, fields, (options.prompt_field, options.answer_field))
+    elif options.text_field != "text":
+        turns = (Turn("text", _string(where, fields, options.text_field)),)
+    elif (shape := _known_shape(where, fields)) == ("text",):
+        turns = (Turn("text", _string(where, fields, "text")),)
+    elif shape in _TALKS:
+        tools = _tools(where, fields, unread)
+        turns = _after_system(where, fields, _turns(where, fields, shape[0], options, unread))
+        _check_answers(f"{where}: {shape[0]}", turns)
+    elif shape == _COMPARED:
+        turns, rejected = _compared(where, fields, options, unread)
+    elif shape == _FILL_IN:
+        around = tuple(Turn(name, _string(where, fields, name, may_be_empty=True)) for name in _FILL_IN[:2])
+        turns = (*around, Turn("assistant", _string(where, fields, "middle")))
     else:
-        prompt, answer = (_string(where, fields, name) for name in shape)
-        if shape == _WITH_INPUT and not is_named:
-            read.add("input")
-            if fields.get("input", "") != "":
-                prompt = f"{prompt}\n{_string(where, fields, 'input')}"
-        turns = (("user", prompt), ("assistant", answer))
-    unread |= dict.fromkeys(name for name, value in fields.items() if name not in read and value not in _EMPTY)
-    return Record(where, turns, tuple(unread))
+        about = _optional(where, fields, "input") if shape == _WITH_INPUT else ""
+        turns = _history(where, fields) + _question(where, fields, shape, about)
+        turns = _after_system(where, fields, turns)
+    unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
+    return Record(where, turns, tuple(unread), tools, rejected)
 
 
 def kind(value: Any) -> str:
@@ -82,12 +110,10 @@ def kind(value: Any) -> str:
 
 
 def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
-    shapes: list[tuple[str, ...]] = [("text",), ("messages",), *KNOWN_PAIRS]
-    fitting = [shape for shape in shapes if all(name in fields for name in shape)]
+    fitting = [shape for shape in _SHAPES if shape[0] in fields and all(name in fields for name in shape)]
     if not fitting:
         raise UserError(
-            f"{where}: no known field (text, messages, {', '.join('/'.join(pair) for pair in KNOWN_PAIRS)}); "
-            f"{_found(fields)}; {_ADVICE}"
+            f"{where}: no known field ({', '.join('/'.join(shape) for shape in _SHAPES)}); {_found(fields)}; {_ADVICE}"
         )
     if len(fitting) > 1:
         raise UserError(
@@ -97,38 +123,218 @@ def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
     return fitting[0]
 
 
-def _messages(where: str, messages: Any, unread: dict[str, None]) -> Turns:
-    """The turns of a list of messages; the names of fields that are not read are added to `unread`."""
+# Each of these takes the fields that it reads out of `fields`: what is left at the end was not read.
+
+
+def _question(where: str, fields: dict[str, Any], names: tuple[str, ...], about: str = "") -> Turns:
+    _check_there(where, fields, names, _ADVICE)
+    prompt, answer = (_string(where, fields, name) for name in names)
+    return (Turn("user", prompt, about), Turn("assistant", answer))
+
+
+def _after_system(where: str, fields: dict[str, Any], turns: Turns) -> Turns:
+    """The turns, after what the field `system` says if there is one."""
+    content = _optional(where, fields, "system")
+    if content and turns and turns[0].role == "system":
+        raise UserError(f"{where}: has a field 'system' and a system turn; remove one of them")
+    return (Turn("system", content), *turns) if content else turns
+
+
+def _history(where: str, fields: dict[str, Any]) -> Turns:
+    """The questions and answers that came before, each as a list of two strings."""
+    turns: Turns = ()
+    history = fields.pop("history", [])
+    if not isinstance(history, list):
+        raise UserError(f"{where}: history is {kind(history)}, not a list of [question, answer]; {_CORRECT}")
+    for i, pair in enumerate(history):
+        at = f"{where}: history[{i}]"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"{at} is {kind(pair)}, not [question, answer]; {_CORRECT}")
+        said = dict(zip(("question", "answer"), pair, strict=True))
+        turns += (Turn("user", _string(at, said, "question")), Turn("assistant", _string(at, said, "answer")))
+    return turns
+
+
+def _compared(where: str, fields: dict[str, Any], options: DataOptions, unread: dict[str, None]) -> tuple[Turns, Turns]:
+    """The conversation with the chosen answer, and with the rejected one."""
+    asked: Turns = ()
+    if name := next((name for name in _ASKED if name in fields), None):
+        is_list = isinstance(fields[name], list)
+        asked = (
+            _turns(where, fields, name, options, unread) if is_list else (Turn("user", _string(where, fields, name)),)
+        )
+    asked = _after_system(where, fields, asked)
+    found = []
+    for name in _COMPARED:
+        if isinstance(fields[name], list):
+            turns = _turns(where, fields, name, options, unread)
+            if turns and turns[0].role == "assistant":
+                turns = asked + turns
+            elif turns[: len(asked)] != asked:
+                raise UserError(f"{where}: {name} is a conversation that does not begin with what is asked; {_CORRECT}")
+        else:
+            turns = (*asked, Turn("assistant", _string(where, fields, name)))
+        _check_answers(f"{where}: {name}", turns)
+        if turns[-1].role != "assistant" or turns[0].role == "assistant":
+            raise UserError(f"{where}: {name} is no answer to a question; give one, and the question as prompt")
+        found.append(turns)
+    return found[0], found[1]
+
+
+def _turns(where: str, fields: dict[str, Any], name: str, options: DataOptions, unread: dict[str, None]) -> Turns:
+    """The turns of the list of messages in the field `name`; what is not read of them is added to `unread`."""
+    messages = fields.pop(name)
     if not isinstance(messages, list):
-        raise UserError(f"{where}: messages is {kind(messages)}, not a list of {{role, content}} objects")
-    advice = "each message needs a role and a content"
+        raise UserError(f"{where}: {name} is {kind(messages)}, not a list of {{role, content}} objects")
     turns = []
     for i, message in enumerate(messages):
-        at = f"{where}: messages[{i}]"
+        at = f"{where}: {name}[{i}]"
         if not isinstance(message, dict):
             raise UserError(f"{at} is {kind(message)}, not an object with role and content")
-        role = _string(at, message, "role", advice)
-        if role not in ROLES:
-            raise UserError(f"{at}: role {role!r} is not known; use {', '.join(ROLES)}")
-        if role == "system" and i > 0:
+        left = dict(message)
+        turn = _turn(at, left, options)
+        if turn.role == "system" and i > 0:
             raise UserError(f"{at}: a system turn can only be the first; move it or make it a user turn")
-        turns.append((role, _string(at, message, "content", advice)))
-        for name, value in message.items():
-            if name not in ("role", "content") and value not in _EMPTY:
-                unread[f"messages[].{name}"] = None
-    if not any(role == "assistant" for role, _ in turns):
-        raise UserError(f"{where}: messages has no assistant turn, so there is no answer to learn")
+        turns.append(turn)
+        unread |= dict.fromkeys(f"{name}[].{key}" for key, value in left.items() if value not in _EMPTY)
     return tuple(turns)
 
 
-def _string(where: str, fields: dict[str, Any], name: str, advice: str = _ADVICE) -> str:
+def _turn(at: str, message: dict[str, Any], options: DataOptions) -> Turn:
+    by, said = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    needed = (by,) if message.get("tool_calls") else (by, said)
+    _check_there(at, message, needed, "each message needs a role and a content")
+    speaker = _string(at, message, by)
+    role = ROLES.get(speaker)
+    if role is None:
+        raise UserError(f"{at}: {by} {speaker!r} is not known; use {', '.join(ROLES)}")
+    if role != "assistant":
+        return Turn(role, _content(at, message, said))
+    calls = _calls(at, message)
+    if calls and message.get(said) in (None, "", []):
+        message.pop(said, None)
+        content = ""
+    else:
+        content = _content(at, message, said)
+        if speaker == "function_call":
+            calls, content = (_call(f"{at}: {said}", _json(at, said, content)),), ""
+    thought = _optional(at, message, "reasoning_content")
+    learned = True
+    if options.learn == "weighted" and (weight := message.pop("weight", None)) is not None:
+        if weight not in (0, 1):
+            raise UserError(f"{at}: weight is {weight!r:.40}; an answer is learned (1) or not (0)")
+        learned = bool(weight)
+    return Turn(role, content, thought=thought, calls=calls, learned=learned)
+
+
+def _content(at: str, message: dict[str, Any], name: str) -> str:
+    """The text of a message, which may be in parts."""
+    _check_there(at, message, (name,), "each message needs a role and a content")
+    if isinstance(parts := message[name], list):
+        for i, part in enumerate(parts):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                what = f"of type {part['type']!r:.40}" if isinstance(part, dict) and "type" in part else kind(part)
+                raise UserError(f"{at}: {name}[{i}] is {what}; only text can be learned; remove the record")
+        message[name] = "".join(part["text"] for part in parts)
+    return _string(at, message, name)
+
+
+def _calls(at: str, message: dict[str, Any]) -> tuple[Call, ...]:
+    """The calls of a message, in which what is not read of them is left."""
+    calls = message.pop("tool_calls", None) or []
+    if not isinstance(calls, list):
+        raise UserError(f"{at}: tool_calls is {kind(calls)}, not a list; {_CORRECT}")
+    read = ("function", "type", "name", "arguments")
+    for call in calls:
+        if isinstance(call, dict):
+            message |= {f"tool_calls[].{key}": value for key, value in call.items() if key not in read}
+    return tuple(_call(f"{at}: tool_calls[{i}]", call) for i, call in enumerate(calls))
+
+
+def _call(at: str, call: Any) -> Call:
+    """A call as {name, arguments}, or within {function: ...}. The arguments are an object, or one as a string."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(function, dict):
+        raise UserError(f"{at} is {kind(function)}, not an object with name and arguments; {_CORRECT}")
+    _check_there(at, function, ("name",), _CORRECT)
+    name, arguments = _string(at, dict(function), "name"), function.get("arguments") or {}
+    text = arguments if isinstance(arguments, str) else _as_json(at, "arguments", arguments)
+    arguments = _json(at, "arguments", text)
+    if not isinstance(arguments, dict):
+        raise UserError(f"{at}: arguments is {kind(arguments)}, not an object; {_CORRECT}")
+    return Call(name, _string(at, {"arguments": text}, "arguments"))
+
+
+def _tools(where: str, fields: dict[str, Any], unread: dict[str, None]) -> tuple[Tool, ...]:
+    """The tools in the field `tools`: a list of {name, description, parameters}, or of {function: ...}, or one as a
+    string."""
+    tools = fields.pop("tools", None) or []
+    if isinstance(tools, str):
+        tools = _json(where, "tools", tools)
+    if not isinstance(tools, list):
+        raise UserError(f"{where}: tools is {kind(tools)}, not a list; {_CORRECT}")
+    found = []
+    for i, tool in enumerate(tools):
+        at = f"{where}: tools[{i}]"
+        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        if not isinstance(function, dict):
+            raise UserError(f"{at} is {kind(function)}, not an object with a name; {_CORRECT}")
+        left = dict(function)
+        _check_there(at, left, ("name",), _CORRECT)
+        name, description = _string(at, left, "name"), _optional(at, left, "description")
+        parameters = left.pop("parameters", None) or {}
+        if not isinstance(parameters, dict):
+            raise UserError(f"{at}: parameters is {kind(parameters)}, not an object; {_CORRECT}")
+        _string(at, {"parameters": _as_json(at, "parameters", parameters)}, "parameters")
+        unread |= dict.fromkeys(f"tools[].{key}" for key in left if key != "type" and left[key] not in _EMPTY)
+        found.append(Tool(name, description, parameters))
+    return tuple(found)
+
+
+def _check_answers(at: str, turns: Turns) -> None:
+    if not any(turn.role == "assistant" for turn in turns):
+        raise UserError(f"{at} has no assistant turn, so there is no answer to learn")
+    if not any(turn.learned for turn in turns if turn.role == "assistant"):
+        raise UserError(
+            f"{at} gives every answer the weight 0, so there is none to learn; give --learn all, or remove it"
+        )
+
+
+def _json(at: str, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and nesting too deep
+        raise UserError(f"{at}: {name} is not JSON ({error}); {_CORRECT}") from error
+
+
+def _as_json(at: str, name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{at}: {name} cannot be written as JSON ({error}); {_CORRECT}") from error
+
+
+def _check_there(at: str, fields: dict[str, Any], names: tuple[str, ...], advice: str) -> None:
+    if missing := [name for name in names if name not in fields]:
+        raise UserError(f"{at}: lacks the field {missing[0]!r}; {_found(fields)}; {advice}")
+
+
+def _optional(at: str, fields: dict[str, Any], name: str) -> str:
+    """The field's string; empty if it is not there, or holds nothing."""
+    value = fields.get(name)
+    if value in _EMPTY or (isinstance(value, str) and not value.strip()):
+        fields.pop(name, None)
+        return ""
+    return _string(at, fields, name)
+
+
+def _string(where: str, fields: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
     """The field's value: a string that is there, holds more than white space, and can be written as UTF-8."""
-    if name not in fields:
-        raise UserError(f"{where}: lacks the field {name!r}; {_found(fields)}; {advice}")
-    value = fields[name]
+    _check_there(where, fields, (name,), _ADVICE)
+    value = fields.pop(name)
     if not isinstance(value, str):
-        raise UserError(f"{where}: field {name!r} is {kind(value)}, not a string; correct or remove the record")
-    if not value.strip():
+        raise UserError(f"{where}: field {name!r} is {kind(value)}, not a string; {_CORRECT}")
+    if not value.strip() and not may_be_empty:
         raise UserError(f"{where}: field {name!r} is empty; fill it or remove the record")
     try:
         value.encode("utf-8")

@@ -13,8 +13,9 @@ from rwkv_miss.data.readers.instead import instead
 from rwkv_miss.data.readers.jsonl import read_jsonl
 from rwkv_miss.data.readers.txt import read_txt
 from rwkv_miss.data.records import Record
+from rwkv_miss.data.rendering import holds_stop, unused
 from rwkv_miss.data.signs import Signs
-from rwkv_miss.data.templates import STOP, holds_stop
+from rwkv_miss.data.templates import find_template
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
 
@@ -43,7 +44,7 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
 
     At the end of the file, or where the caller stops, one warning names the fields that were not read, each with the
     number of records in which it holds something; another counts the records with an answer that a runtime cuts,
-    since it holds the `STOP` of the template; and there may be those of `Signs`.
+    since it holds a string that stops an answer; and there may be those of `Signs`.
 
     Raises:
         UserError: the options contradict each other, the format is not known, the file cannot be read or holds no
@@ -63,32 +64,35 @@ def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:
         with path.open("rb") as file:
             for record in READERS[path.suffix.lower()](path, file, options):
                 records += 1
-                unread.update(record.unread)
                 signs.take(record)
+                if names := (*record.unread, *unused(record, options)):
+                    unread.update(names)
                 if holds_stop(record, options):
                     stopped += 1
                     first_stopped = first_stopped or record.where
                 yield record
     except GeneratorExit:
-        _warn(path, unread, stopped, first_stopped, signs)
+        _warn(path, options, unread, stopped, first_stopped, signs)
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not records:
         raise UserError(f"{path}: is empty: there is no record in it")
-    _warn(path, unread, stopped, first_stopped, signs)
+    _warn(path, options, unread, stopped, first_stopped, signs)
 
 
-def _warn(path: Path, unread: Counter[str], stopped: int, first_stopped: str, signs: Signs) -> None:
+def _warn(
+    path: Path, options: DataOptions, unread: Counter[str], stopped: int, first_stopped: str, signs: Signs
+) -> None:
     if unread:
         named = ", ".join(f"{name!r} ({count:,})" for name, count in unread.most_common(_NAMED))
         more = f" and {len(unread) - _NAMED:,} more" if len(unread) > _NAMED else ""
         _log.warning("%s: fields that are not read, with the records that have them: %s%s", path, named, more)
     if stopped:
         _log.warning(
-            "%s: answers hold %r in %s records, the first in %s; they are learned whole, but a runtime stops there and "
+            "%s: answers hold %s in %s records, the first in %s; they are learned whole, but a runtime stops there and "
             "cuts the rest off",
-            *(path, STOP, f"{stopped:,}", first_stopped),
+            *(path, " or ".join(map(repr, find_template(options.template).stops)), f"{stopped:,}", first_stopped),
         )
     for warning in signs.warnings():
         _log.warning("%s: %s", path, warning)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.records import Record
+from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
 
@@ -27,5 +27,5 @@ def read_txt(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Recor
     line = 1
     for piece in [text] if separator is None else text.split(separator):
         if piece.strip():
-            yield Record(f"{path}:{line}", (("text", piece),))
+            yield Record(f"{path}:{line}", (Turn("text", piece),))
         line += piece.count("\n") + (separator or "").count("\n")

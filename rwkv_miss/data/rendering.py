@@ -1,0 +1,275 @@
+"""What a record looks like as text in a template, and which of it the model learns.
+
+A prompt, which a runtime writes, and what the model writes after it are spans of their own. What carries loss is what
+the model has to write: the answer, with a thought before it if it has one, and its end: the template's `end` after an
+answer that another turn follows; after the last one token 0 (the end of the document, which is added when the record is
+tokenised), with `answer_end` "blank_line" the template's `end` before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rwkv_miss.config import DataOptions
+from rwkv_miss.data import jinja
+from rwkv_miss.data.records import Record, Tool, Turn
+from rwkv_miss.data.templates import Template, fill, find_template
+from rwkv_miss.errors import UserError
+
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+class Span(NamedTuple):
+    """A stretch of a rendered record, and whether its tokens are learned (carry loss)."""
+
+    text: str
+    learned: bool
+
+
+class _Answer(NamedTuple):
+    """An assistant's turn as text: `prompt` is all before it up to the answer before, `said` what it says without its
+    thought, `written` how the template writes that."""
+
+    prompt: str
+    thought: str
+    written: str
+    said: str
+    learned: bool
+
+
+def render(record: Record, options: DataOptions) -> list[Span]:
+    """The record as spans; their texts joined are the whole text. Plain text is one learned span, as it is.
+
+    Turns after the last learned answer cannot affect the loss and are left out. An answer is learned whole, whatever it
+    holds: one with a stop string inside too, although a runtime would stop there (`read_records` warns of it).
+
+    Raises:
+        UserError: the template has no form for a turn of the record.
+    """
+    if record.is_text:
+        return [Span(record.turns[0].content, True)]
+    spans = []
+    for answer in _answers(record, options):
+        spans.append(Span(answer.prompt, False))
+        if answer.thought and not (answer.learned and options.learn_thoughts):
+            spans += [Span(answer.thought, False), Span(answer.written, answer.learned)]
+        else:
+            spans.append(Span(answer.thought + answer.written, answer.learned))
+    return spans
+
+
+def prompt_text(record: Record, options: DataOptions) -> str:
+    """The conversation up to its last answer: the prompt to evaluate that with.
+
+    Raises:
+        UserError: the record is plain text, or as `render`.
+    """
+    *before, last = _answers(_refuse_text(record), options)
+    return "".join(part for answer in before for part in answer[:3]) + last.prompt
+
+
+def answer_text(record: Record, options: DataOptions) -> str:
+    """The conversation's last answer in the form that the model learns, without its thought and without white space at
+    its ends.
+
+    Raises:
+        UserError: as `prompt_text`.
+    """
+    return _answers(_refuse_text(record), options)[-1].said.strip()
+
+
+def without_thought(written: str, template: Template) -> str:
+    """The answer in what a model wrote after a template's prompt, without white space at its ends."""
+    if template.after_thought is not None:
+        border = template.after_thought.partition("{content}")[0].strip()
+        end = (template.thought or "").partition("{thought}")[2].strip() + border
+        written = written.partition(end)[2] if end in written else written.strip().removeprefix(border)
+    return written.strip()
+
+
+def chat_prompt(question: str, template: Template) -> str:
+    """The prompt of a conversation's first question.
+
+    Raises:
+        UserError: the template has no form for a question.
+    """
+    if template.jinja is not None:
+        return jinja.write("prompt", template.jinja, [Turn("user", question)], (), asks=True)[1]
+    prompt = template.think_prompt or template.no_think_prompt or template.prompt
+    end = template.question_end if template.think_prompt else ""
+    return _asked("prompt", Turn("user", question), template, end) + prompt
+
+
+def unused(record: Record, options: DataOptions) -> list[str]:
+    """The names of what the record holds and its template does not write."""
+    answers = [turn for turn in record.turns if turn.role == "assistant"]
+    if not record.tools and not any(turn.calls or turn.thought or "<think>" in turn.content for turn in answers):
+        return []
+    template = find_template(options.template)
+    thoughts = [_split(record.where, turn, template)[0] for turn in answers]
+    there = {
+        "tools": bool(record.tools),
+        "tool_calls": any(turn.calls for turn in answers),
+        "reasoning_content": any(thoughts),
+    }
+    if template.jinja is not None:
+        return [name for name, is_there in there.items() if is_there and name not in template.jinja]
+    written = {"tools": template.tools, "tool_calls": template.call, "reasoning_content": template.thought}
+    found = [name for name, is_there in there.items() if is_there and written[name] is None]
+    if template.thought is not None and any(thoughts[:-1]):
+        found.append("reasoning_content of earlier answers")
+    if template.tools is not None and any(_has_details(tool) for tool in record.tools):
+        found.append("tools[].parameters, but for names and types")
+    return found
+
+
+def holds_stop(record: Record, options: DataOptions) -> bool:
+    """Whether a learned answer of the record, in the form that the model learns, holds a string that stops it."""
+    stops = find_template(options.template).stops
+    if record.is_text or not any(stop in turn.content for turn in record.turns for stop in stops):
+        return False  # the first look is a quick one: cleaning makes no stop string
+    return any(stop in answer.said for answer in _answers(record, options) if answer.learned for stop in stops)
+
+
+def _answers(record: Record, options: DataOptions) -> list[_Answer]:
+    """The record's answers up to the last learned one, each with the prompt before it."""
+    template, where = find_template(options.template), record.where
+    turns = _with_tools(record, template)
+    by_weight = [i for i, t in enumerate(turns) if t.role == "assistant" and (t.learned or options.learn != "weighted")]
+    last = by_weight[-1]
+    learned = by_weight[-1:] if options.learn == "last" else by_weight
+    if template.jinja is not None:
+        return _by_jinja(where, turns[: last + 1], record.tools, template, learned)
+    thinks = template.think_prompt is not None and bool(_split(where, turns[last], template)[0])
+    question = max((i for i in range(last) if turns[i].role == "user"), default=None) if thinks else None
+    found, prompt = [], ""
+    for i, turn in enumerate(turns[: last + 1]):
+        if turn.role == "assistant":
+            found.append(_answer(where, prompt, turn, template, options, i == last, i in learned))
+            prompt = ""
+        elif turn.role == "prefix":
+            prompt += _filled_in(where, turns, template)
+        elif turn.role != "suffix":
+            prompt += _asked(where, turn, template, template.question_end if i == question else "")
+    return found
+
+
+def _by_jinja(
+    where: str, turns: Sequence[Turn], tools: Sequence[Tool], template: Template, learned: Sequence[int]
+) -> list[_Answer]:
+    pairs, _ = jinja.write(where, template.jinja or "", turns, tools)
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if len(pairs) != len(answers):
+        raise UserError(
+            f"{where}: the template {template.name} has {len(pairs)} of {len(answers)} answers between "
+            "{% generation %} and {% endgeneration %}; put what the model writes of each between them"
+        )
+    return [
+        _Answer(prompt, "", written, turns[i].content, i in learned)
+        for i, (prompt, written) in zip(answers, pairs, strict=True)
+    ]
+
+
+def _answer(
+    where: str, before: str, turn: Turn, template: Template, options: DataOptions, is_last: bool, learned: bool
+) -> _Answer:
+    thought, said = _split(where, turn, template)
+    if turn.calls and template.call is not None:
+        calls = [fill(template.call, name=call.name, arguments=call.arguments) for call in turn.calls]
+        said = "\n".join([*([said] if said else []), *calls])
+    if not said.strip():
+        what = "calls tools" if turn.calls else "thinks"
+        raise UserError(
+            f"{where}: an answer only {what}, and the template {template.name} does not write that; give another, such "
+            f"as --template {'g1' if turn.calls else 'world'}, or remove the record"
+        )
+    if options.answer_lines == "join":
+        thought, said = _clean(thought), _clean(said)
+    prompt, answer = template.prompt, template.answer
+    if is_last and thought and template.think_prompt is not None:
+        prompt, answer = template.think_prompt, template.after_thought or ""
+        thought = fill(template.thought or "", thought=thought)
+    else:
+        thought = ""
+        if is_last and template.no_think_prompt is not None:
+            prompt, answer = template.no_think_prompt, template.after_thought or ""
+    end = template.end if not is_last or options.answer_end == "blank_line" else ""
+    return _Answer(before + prompt, thought, fill(answer, content=said) + end, said, learned)
+
+
+def _split(where: str, turn: Turn, template: Template) -> tuple[str, str]:
+    """The thought of an assistant's turn, which is empty if it has none, and what it says after that."""
+    if template.keeps_thoughts or template.jinja is not None or not (found := _THOUGHT.match(turn.content)):
+        return turn.thought.strip(), turn.content
+    if turn.thought:
+        raise UserError(f"{where}: an answer has a thought in reasoning_content and one in its content; remove one")
+    return found[1].strip(), turn.content[found.end() :]
+
+
+def _asked(where: str, turn: Turn, template: Template, question_end: str = "") -> str:
+    """A turn that is not the assistant's, as text."""
+    string = getattr(template, turn.role, None)
+    if string is None:
+        raise UserError(
+            f"{where}: the template {template.name} has no form for a turn of role {turn.role}; give another template, "
+            "or remove the record"
+        )
+    content, after = turn.content, ""
+    if turn.input and template.input is not None:
+        after = fill(template.input, content=_clean(turn.input) if template.cleans else turn.input)
+    elif turn.input:
+        content = f"{content}\n{turn.input}"
+    return fill(string, content=(_clean(content) if template.cleans else content) + question_end) + after
+
+
+def _filled_in(where: str, turns: Sequence[Turn], template: Template) -> str:
+    if template.fill_in is None:
+        raise UserError(
+            f"{where}: the template {template.name} has no form for a text to fill in; give another, such as "
+            "--template fim, or remove the record"
+        )
+    return fill(template.fill_in, **{turn.role: turn.content for turn in turns[:2]})
+
+
+def _with_tools(record: Record, template: Template) -> tuple[Turn, ...]:
+    """The record's turns, of which the first, the system's, also says which tools there are."""
+    if not record.tools or template.tools is None:
+        return record.turns
+    content = fill(template.tools, tools="\n".join(_tool_line(tool, template) for tool in record.tools))
+    if record.turns[0].role != "system":
+        return (Turn("system", content), *record.turns)
+    return (Turn("system", f"{record.turns[0].content}\n{content}"), *record.turns[1:])
+
+
+def _tool_line(tool: Tool, template: Template) -> str:
+    """The tool's name, its parameters with their types, such as `city: string, days: integer`, and what it does."""
+    properties = tool.parameters.get("properties")
+    parameters = []
+    for name, schema in properties.items() if isinstance(properties, Mapping) else ():
+        kind = schema.get("type") if isinstance(schema, Mapping) else None
+        parameters.append(f"{name}: {kind}" if isinstance(kind, str) else name)
+    values = {"name": tool.name, "parameters": ", ".join(parameters), "description": _clean(tool.description)}
+    return fill(template.tool_line, **values).rstrip()
+
+
+def _has_details(tool: Tool) -> bool:
+    """Whether a tool's parameters say more than their names and types."""
+    properties = tool.parameters.get("properties")
+    schemas = properties.values() if isinstance(properties, Mapping) else ()
+    return not tool.parameters.keys() <= {"type", "properties"} or any(
+        not isinstance(schema, Mapping) or not schema.keys() <= {"type"} for schema in schemas
+    )
+
+
+def _clean(content: str) -> str:
+    r"""Ends stripped, `\r\n` made `\n`, and each run of two or more `\n` made one. A lone `\r` and a line of white
+    space stay."""
+    return re.sub(r"\n{2,}", "\n", content.strip().replace("\r\n", "\n"))
+
+
+def _refuse_text(record: Record) -> Record:
+    if record.is_text:
+        raise UserError(f"{record.where}: plain text has no question and answer; give records that have them")
+    return record
