@@ -47,7 +47,7 @@ def _page(found: Preview, config: PreviewConfig) -> str:
         ("tokens", f"{found.tokens:,}", f"{found.loss_tokens:,} with loss"),
         (f"at ctx_len {now.ctx_len:,}", f"{now.truncated:,} cut", f"{now.dropped:,} dropped"),
         ("rows", f"{found.fill:.1%} filled", "packed" if found.packing else "one document in each"),
-        ("copies", f"{found.copies.count:,}", f"{found.several_answers.count:,} with another answer"),
+        ("copies", f"{found.copies.count:,}", f"{found.several_answers.count:,} have other answers"),
         ("steps", f"{found.steps:,}", f"{found.steps_an_epoch:,} an epoch"),
     ]
     body = [
@@ -102,6 +102,7 @@ def _lengths(found: Preview) -> str:
 
 
 _STYLE = """
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 128px), 1fr)); }
 .legend { color: var(--soft); font-size: 13px; margin-bottom: 10px; }
 article { margin-bottom: 12px; }
 article > pre.seen { color: var(--soft); max-height: 40em; margin: 6px 0 0; }

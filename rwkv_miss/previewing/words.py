@@ -41,8 +41,8 @@ def facts(found: Preview, config: PreviewConfig) -> dict[str, str]:
         "tokens a record": f"{found.median:,} in the middle, {found.most:,} in 99 %, {found.longest:,} in the longest",
         f"at ctx_len {now.ctx_len}": f"{now.truncated:,} cut, {now.carried:,} carried on, {now.dropped:,} dropped, "
         f"{now.lost_tokens:,} loss tokens lost",
-        "rows": f"{now.packed_rows:,} packed, {now.packed_fill:.1%} filled; {now.single_rows:,} with one document in "
-        f"each, {now.single_fill:.1%} filled; packing is {'on' if found.packing else 'off'}",
+        "rows": f"{now.packed_rows:,} packed ({now.packed_fill:.1%} filled), {now.single_rows:,} with a document in "
+        f"each ({now.single_fill:.1%}); packing is {'on' if found.packing else 'off'}",
         "copies": _repeated(found.copies, n),
         "several answers": _repeated(found.several_answers, n),
         "steps": f"{_about(config)}{found.steps:,} in the run, {found.steps_an_epoch:,} in an epoch, of "
