@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from rwkv_miss import cli
 from rwkv_miss.cli import main
 from rwkv_miss.config import DataOptions, PreviewConfig
 from rwkv_miss.data.documents import encode_record
@@ -20,7 +22,9 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.previewing.preview import preview
 from rwkv_miss.previewing.showing import shorten, show_record, visible
 from rwkv_miss.previewing.terminal import print_preview
+from tests.test_readme import commands
 
+DOCS = Path(__file__).parents[2] / "docs" / "preview.md"
 NASTY = "<script>alert('x')</script> & \"quoted\" \x1b[31m </pre>"
 PAIR = {"question": "2 + 2?", "answer": "4"}
 WORLD = load_tokenizer("world")
@@ -258,6 +262,14 @@ def test_the_settings_of_a_run_are_taken(write, make_base, tmp_path, capsys):
         "is_cut": False,
         "is_end": False,
     }
+
+
+@pytest.mark.parametrize("command", [c for c in commands(DOCS.read_text()) if c.startswith("rwkv-miss")])
+def test_a_command_of_the_docs_is_accepted_as_written(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out/mine").mkdir(parents=True)
+    Path("out/mine/config.yaml").write_text("base: a.pth\ndata: a.jsonl\ntokenizer: world\nout: out/mine\n")
+    cli._parse(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,24 @@ def test_more_than_one_percent_lost_is_a_warning(make_config, tmp_path, caplog):
     assert not [m for m in caplog.messages if "ctx_len" in m]
 
 
+def test_nearly_empty_rows_are_a_warning(make_config, tmp_path, caplog):
+    """Without packing they are as wide as the longest row of a batch, here of 8 rows."""
+
+    def warned(lengths, **changes):
+        data = records_of(tmp_path / "a.jsonl", lengths)
+        caplog.clear()
+        quiet_train(make_config(data=str(data), max_steps=1, overwrite=True, **changes))
+        return [m for m in caplog.messages if "padding" in m]
+
+    [said] = warned([21] * 7 + [64])
+    assert said.startswith(f"{tmp_path / 'a.jsonl'}: the documents fill 41.2% of the rows, the rest is padding")
+    assert not warned([21] * 7 + [40]) and not warned([21] * 7 + [64], packing=True)
+    assert not warned([21] * 7 + [64], batch_size=1)
+    [said] = warned([31], packing=True)
+    assert "all records together fill 48.4% of the rows" in said
+    assert not warned([32], packing=True)
+
+
 @pytest.mark.parametrize("where", ["data", "val_data"])
 def test_more_than_half_lost_is_an_error_unless_allowed(make_config, tmp_path, where):
     data = records_of(tmp_path / "a.jsonl", [40] * 2 + [70, 80, 90])
