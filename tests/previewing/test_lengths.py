@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rwkv_miss.data.documents import Document
@@ -21,6 +21,7 @@ def documents_of(masks):
 
 
 @given(masks, st.integers(1, 50), st.booleans())
+@example([[False, True, *[False] * 5, True]], 2, True)  # pieces without loss between the first and the last, short one
 def test_it_says_what_becomes_of_the_documents(masks, ctx_len, carry):
     documents = documents_of(masks)
     fitted = Fitted(ctx_len, carry)
