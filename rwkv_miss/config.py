@@ -123,6 +123,14 @@ class AdapterConfig:
         return found
 
 
+Data = str | list[str | dict[str, Any]]
+"""What `TrainConfig.data` may be; `rwkv_miss.data.sources` reads it."""
+FIELDS = ("text_field", "prompt_field", "answer_field")
+READING = (*FIELDS, "separator")
+"""The options of `DataOptions` that say how files are read, which a source may have for itself; those in `FIELDS` are
+for formats with named fields."""
+
+
 @dataclass(kw_only=True)
 class DataOptions:
     """How data files are read, and how their records become text. Readers and templates take it whole."""
@@ -183,8 +191,12 @@ class TrainConfig(DataOptions):
 
     base: str
     """The base checkpoint (.pth or .st) in BlinkDL's layout."""
-    data: str
-    """Training data: .jsonl (text, messages, or question and answer), .txt, or a binidx (PREFIX of .bin and .idx)."""
+    data: Data
+    """Training data: a file (.jsonl, .json, .csv, .tsv, .txt, these as .gz or .zst, .parquet, .arrow), a folder or a
+    pattern such as 'parts/*.jsonl', a binidx (PREFIX of .bin and .idx), or OWNER/NAME:SPLIT of the Hugging Face hub.
+    Several are parted by commas, each with a weight if you like: a.jsonl:2,b.csv gives every row of a.jsonl twice an
+    epoch. In a YAML file also a list, whose entries may be objects: path, weight, and text_field, prompt_field,
+    answer_field and separator of their own."""
     tokenizer: str
     """world, bytes, or the path of a Hugging Face tokenizer.json; with a binidx, the one that made its ids."""
     out: str
@@ -196,8 +208,8 @@ class TrainConfig(DataOptions):
     adapter's."""
     packing: bool = True
     """Lay several documents into one row, each with a state of its own; false gives every document a row."""
-    val_data: str | None = None
-    """Validation data, in any format that data may have."""
+    val_data: Data | None = None
+    """Validation data, as data but without weights."""
     val_split: float = 0.0
     """Share of the training data held out for validation (0 to 1), when val_data is not given."""
     val_every: int = 0
@@ -390,7 +402,7 @@ class PlanConfig(TrainConfig):
 
     base: str = ""
     """The base checkpoint, of which only the sizes are read; not needed with shape."""
-    data: str = ""
+    data: Data = ""
     """Not read: every row is taken to be full, and every token to carry loss."""
     tokenizer: str = "world"
     """Not read."""
@@ -457,8 +469,8 @@ class EvalConfig(DataOptions):
 
     model: str
     """A checkpoint (.pth or .st)."""
-    data: str
-    """.jsonl, .txt or a binidx, as for train."""
+    data: Data
+    """Files, folders or a binidx, as for train but without weights."""
     tokenizer: str
     """world, bytes, or the path of a Hugging Face tokenizer.json."""
     adapter: str | None = None
@@ -468,8 +480,8 @@ class EvalConfig(DataOptions):
     forgetting: str | None = None
     """The base that the model was tuned from (.pth or .st): also say how much of it the tuning has changed, by the
     losses of both on `text` and the KL divergence between them."""
-    text: str | None = None
-    """With forgetting: text of the kind that the base was trained on, .jsonl, .txt or a binidx."""
+    text: Data | None = None
+    """With forgetting: text of the kind that the base was trained on, given as data is."""
     limit: int | None = None
     """Use only this many records (of a binidx: documents) of data and of text, the first ones."""
     ctx_len: int = 512

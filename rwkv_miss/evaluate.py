@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from rwkv_miss.config import DataOptions, EvalConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.documents import Document, encode_record
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import Document, all_documents, encode_record
 from rwkv_miss.data.packing import check_losses, make_rows
-from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import answer_text, prompt_text, without_thought
+from rwkv_miss.data.sources import Source, check_sources, data_name, parse_sources, source_records
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
@@ -236,16 +236,18 @@ def evaluate(
             f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
             f"{vocab_size}; give the base that the model was tuned from"
         )
-    if binidx_prefix(config.data) and config.exact_match:
-        raise UserError(f"{config.data}: a binidx has no questions and answers; leave out exact_match")
-    records, documents = _read(config.data, config, tokenizer, vocab_size)
-    _, text = _read(config.text, config, tokenizer, vocab_size) if config.text else ([], [])
+    data, text = (parse_sources(d, config, weights=False) if d else [] for d in (config.data, config.text))
+    check_sources([*data, *text], config)
+    records, documents = _read(data, config, tokenizer, vocab_size)
+    if config.exact_match and not records:
+        raise UserError(f"{data_name(config.data)}: a binidx has no questions and answers; leave out exact_match")
+    _, text_documents = _read(text, config, tokenizer, vocab_size) if text else ([], [])
     with show("rows of the loss") as report:
         loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
     changed = given = None
     if base is not None:
         with show("rows of the text") as report:
-            changed = forgetting(model, base, text, config.ctx_len, config.batch_size, report)
+            changed = forgetting(model, base, text_documents, config.ctx_len, config.batch_size, report)
     if config.exact_match and math.isfinite(loss):
         with show("answers") as report:
             given = answers(model, tokenizer, records, config, config.max_tokens, config.batch_size, report)
@@ -253,10 +255,13 @@ def evaluate(
 
 
 def _read(
-    path: str, config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
+    sources: list[Source], config: EvalConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[list[Record], Sequence[Document]]:
-    """The records of a file and their documents; the documents alone of a binidx."""
-    if prefix := binidx_prefix(path):
-        return [], open_documents(prefix, vocab_size, config)[: config.limit]
-    records = list(islice(read_records(path, config), config.limit))
+    """The records of the sources and their documents; the documents alone of a binidx."""
+    files = [file for source in sources for file in source.files]
+    if prefix := next(filter(None, map(binidx_prefix, files)), None):
+        if len(files) > 1:
+            raise UserError(f"{prefix}: a binidx is among several files; measure it alone")
+        return [], all_documents(open_binidx(prefix, vocab_size))[: config.limit]
+    records = list(islice(source_records(sources), config.limit))
     return records, [encode_record(record, tokenizer, vocab_size, config) for record in records]

@@ -288,7 +288,9 @@ def test_a_new_model_is_made_and_trained_on_a_binidx(tmp_path, capsys, version):
         figures.append(json.loads(capsys.readouterr().out))
     assert figures[0] == figures[1] and figures[0]["records"] == 8
     refused(capsys, [*evaluate, f"--data={prefix}", "--exact_match"], "corpus", "no questions and answers")
-    refused(capsys, [*train, "--text_field=q", f"--out={tmp_path / 'none'}"], "corpus", "no fields", "prompt_field")
+    refused(
+        capsys, [*train, "--text_field=q", f"--out={tmp_path / 'none'}"], "corpus: text_field can only be given for"
+    )
 
 
 def test_a_binidx_that_is_not_whole(arguments, tmp_path, capsys):
@@ -305,7 +307,7 @@ def test_a_binidx_is_written_whole_or_not_at_all(tmp_path, capsys):
     refused(capsys, argv, "data.jsonl:2", "not JSON")
     assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
     argv = ["data", "binidx", f"--data={tmp_path}/none.jsonl", "--tokenizer=bytes", f"--out={tmp_path}/new/corpus"]
-    refused(capsys, argv, "none.jsonl", "No such file")
+    refused(capsys, argv, "none.jsonl: no such file")
     assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl"}
 
 

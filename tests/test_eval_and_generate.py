@@ -168,7 +168,7 @@ def test_eval_parts_a_text_as_training_does(base, tmp_path, capsys):
     assert (whole["records"], whole["tokens"]) == (1, len(text.read_text()))
     (tmp_path / "data.jsonl").write_text('{"text": "a"}')
     assert main([*argv[:2], f"--data={tmp_path / 'data.jsonl'}", "--tokenizer=bytes", "--separator=x"]) == 2
-    assert "leave it out for .jsonl" in capsys.readouterr().err
+    assert "can only be given for .txt" in capsys.readouterr().err
 
 
 def test_eval_compares_a_model_with_its_base_on_the_bases_text(base, data, make_base, tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from rwkv_miss.benchmarks.common import Table
+from rwkv_miss.benchmarks.data import bench_data
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "miss": Benchmark(bench_miss, False),
     "memory": Benchmark(bench_memory, False),
     "merge": Benchmark(bench_merge, False),
+    "data": Benchmark(bench_data, False),
     "methods": Benchmark(bench_methods, False),
     "quant": Benchmark(bench_quant, False),
 }

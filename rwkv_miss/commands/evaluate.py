@@ -13,6 +13,7 @@ def run(config: EvalConfig) -> int:
         raise UserError("; ".join(problems))
     from rwkv_miss.adapters.files import adapters_template
     from rwkv_miss.commands.model import load
+    from rwkv_miss.data.sources import data_name
     from rwkv_miss.data.templates import settled
     from rwkv_miss.evaluate import evaluate, perplexity
     from rwkv_miss.progress import show_progress
@@ -36,9 +37,10 @@ def run(config: EvalConfig) -> int:
             figures = found.figures()
             print(f"exact match: {figures['right']} of {found.records} ({figures['exact_match']:.1%})")
         if text := found.forgetting:
+            assert config.text
             print(
                 f"forgetting: loss {text.base_loss:.4f} of the base, {text.loss:.4f} of the model, KL(base || model) "
-                f"{text.kl:.4f} a token, {text.tokens:,} tokens of {config.text}"
+                f"{text.kl:.4f} a token, {text.tokens:,} tokens of {data_name(config.text)}"
             )
     if not math.isfinite(found.loss):
         raise RunError(f"the loss is not finite ({found.loss}); the weights of the model or of the adapter are damaged")

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_miss.data.packing import NO_LOSS, NO_RECORD, AnyRows
+from rwkv_miss.data.rows import NO_LOSS, NO_RECORD, Rows, epoch_rows
 from rwkv_miss.errors import UserError
 
 # What the arrays of a micro-batch hold where there is no document.
 _PADDING = {"tokens": 0, "targets": NO_LOSS, "seq_start": False, "records": NO_RECORD}
 
 
-def count_windows(rows: AnyRows, window_len: int | None) -> int:
+def count_windows(rows: Rows, window_len: int | None) -> int:
     """The number of windows, of at most `window_len` columns each, that `BatchStream` cuts every row into; 1 if
     window_len is None. Windows are those of truncated back-propagation through time."""
     return -(-rows.width // window_len) if window_len else 1
 
 
 class BatchStream:
-    """One rank's micro-batches of `rows`. A full iteration is one epoch, in which each row comes once, to one of the
-    ranks.
+    """One rank's micro-batches of `rows`. A full iteration is one epoch: each of its rows (`epoch_rows`) comes to one
+    of the ranks.
 
     The rows' order is a function of (seed, epoch). An optimizer step takes the next batch_size * accumulate *
     world_size rows and divides them as evenly as possible into accumulate * world_size shares. The last step of an
@@ -32,7 +32,7 @@ class BatchStream:
 
     A micro-batch of b rows and T columns is a dict:
 
-    - `tokens`, `targets` int64 (b, T) and `seq_start` bool (b, T), as in `Rows`;
+    - `tokens`, `targets` int64 (b, T) and `seq_start` bool (b, T), as in `LaidOut`;
     - `step_tokens` int: the loss tokens in the whole optimizer step, over all its micro-batches and ranks. The sum of
       the loss over `step_tokens` adds up to the step's exact mean over tokens;
     - `positions` int: the positions of all ranks' rows in these columns; the padding rows of empty shares do not count;
@@ -40,7 +40,7 @@ class BatchStream:
     - `has_loss` bool: whether any rank has a target in these columns;
     - `last` bool: whether these columns are the last of their rows. If not, the next micro-batch goes on with the same
       rows;
-    - if the rows have groups, `records` int64 (b, T), as in `Rows`, and `step_groups` int: the groups in the whole
+    - if the rows have groups, `records` int64 (b, T), as in `LaidOut`, and `step_groups` int: the groups in the whole
       optimizer step, over all its micro-batches and ranks.
 
     All ranks have the same T. With `trim` (for rows that are not packed) the columns after the last target of all
@@ -53,7 +53,7 @@ class BatchStream:
 
     def __init__(
         self,
-        rows: AnyRows,
+        rows: Rows,
         *,
         batch_size: int,
         accumulate: int,
@@ -85,14 +85,14 @@ class BatchStream:
 
     def __len__(self) -> int:
         """The number of micro-batches in an epoch, the same for every rank."""
-        return -(-len(self._rows) // self._step_rows) * self._accumulate * self._windows
+        return -(-self._rows.epoch_size // self._step_rows) * self._accumulate * self._windows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # A generator: its body does not run before the first batch is asked for, so an unused iterator is harmless.
         if self._begun or self._batch == len(self):
             self._epoch, self._batch = self._epoch + 1, 0
         self._begun = True
-        order = np.arange(len(self._rows))
+        order = epoch_rows(self._rows, self._seed, self._epoch)
         if self._shuffle:
             np.random.Generator(np.random.PCG64([self._seed, self._epoch])).shuffle(order)
         while self._batch < len(self):

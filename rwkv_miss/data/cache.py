@@ -1,7 +1,7 @@
-"""The cache of rows. A file is read and tokenised once for the same settings; all processes map the same arrays.
+"""The cache of tokens. A file is read and tokenised once for the same settings; all processes map the same arrays.
 
-An entry is a folder, named by a hash of everything that its rows depend on: the arrays of each part as .npy, and
-entry.json with their dtypes and shapes, the reports, the warnings that reading gave, and the settings, for people.
+An entry is a folder, named by a hash of everything that its tokens depend on: the arrays of a store, and entry.json
+with what `open_store` needs to know, the warnings that reading gave, and the settings, for people.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from filelock import Timeout
 
-from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.packing import AnyRows, PackReport, Rows
-from rwkv_miss.data.parts import Part, PartSettings, read_parts
+from rwkv_miss.data.corpus import Corpus, id_dtype, read_tokens
+from rwkv_miss.data.store import Store, open_store, store_in_memory, write_store
+from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.files import cache_folder, locked, part_path, put_in_place, remove
 
 # Entries that no run has used for so many days are removed when another one is written.
@@ -35,91 +33,58 @@ _PACKAGES = ("numpy", "pyrwkv-tokenizer", "tokenizers")
 _log = logging.getLogger("rwkv_miss")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class CachedRows:
-    """Rows whose arrays are mapped from files; see `AnyRows`. What takes a pass over all of them was computed when they
-    were made."""
+def cached_store(corpus: Corpus) -> Store:
+    """The tokens of files, from the cache if a process of this user has read the same ones with the same settings
+    before; otherwise they are read, while others that need the same wait. Warnings of the reading are given either way.
 
-    rows: Rows
-    mark: str
-    loss_tokens: np.ndarray
-    used: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def fingerprint(self) -> str:
-        return self.mark
-
-    @property
-    def width(self) -> int:
-        return self.rows.width
-
-    @property
-    def filled(self) -> np.ndarray:
-        return self.rows.filled
-
-    @property
-    def groups(self) -> np.ndarray | None:
-        return self.rows.groups
-
-    def has_loss(self, rows: np.ndarray, columns: slice) -> bool:
-        return self.rows.has_loss(rows, columns)
-
-    def check(self, rows: np.ndarray) -> None:
-        self.rows.check(rows)
-
-    def take(self, rows: np.ndarray) -> Rows:
-        return self.rows.take(rows)
-
-
-def cached_parts(settings: PartSettings) -> list[Part]:
-    """What `read_parts` returns, from the cache if a process of this user has read the same file with the same settings
-    before; otherwise it is read, while others that need the same wait. Warnings of the reading are given either way.
-
-    A binidx is mapped itself and is not cached. Where the cache cannot be written, the rows stay in memory, with a
-    warning.
+    Where the cache cannot be written, the tokens stay in memory, with a warning.
 
     Raises:
-        UserError: as `read_parts`.
+        UserError: as `read_tokens`.
     """
-    key = None if binidx_prefix(settings.data) else _key(settings)
+    key = _key(corpus)
     if key is None:
-        return read_parts(settings)
+        return _in_memory(corpus)
     entry = cache_folder() / "data" / key
-    found = _open(entry)
+    found = _open(entry, corpus.name)
     if found is None:
         try:
-            waited = _waited(entry, settings.data)
+            waited = _waited(entry, corpus.name)
         except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
-            _warn_without_cache(entry, error)
-            return read_parts(settings)
+            return _without_cache(corpus, entry, error)
         with waited:
-            found = _open(entry)  # the process that was waited for may have made it
+            found = _open(entry, corpus.name)  # the process that was waited for may have made it
             if found is None:
-                return _make(entry, settings)
-    parts, warnings = found
+                try:
+                    return _make(entry, corpus)
+                except OSError as error:
+                    return _without_cache(corpus, entry, error)
+    store, warnings = found
     for warning in warnings:
         _log.warning("%s", warning)
-    return parts
+    return store
 
 
-def _key(settings: PartSettings) -> str | None:
-    """A hash of all that the rows depend on: the settings, the content of the data and of the tokenizer, and the code
-    that makes rows of them. None if the data is no file that can be read twice; reading it may say why.
+def _in_memory(corpus: Corpus) -> Store:
+    return store_in_memory(corpus.name, read_tokens(corpus))
 
-    The file's name is among the settings, because its suffix chooses the reader and warnings have it.
+
+def _key(corpus: Corpus) -> str | None:
+    """A hash of all that the tokens depend on: the settings, the content of the data and of the tokenizer, and the code
+    that makes tokens of them. None if one is no file that can be read twice; reading it may say why.
+
+    The files' names are among the settings, because their suffixes choose the readers and warnings have them.
     """
-    data, tokenizer = Path(settings.data), Path(settings.tokenizer)
+    data, tokenizer = [Path(file) for file in corpus.files], Path(corpus.tokenizer)
     code = sorted(Path(__file__).parent.rglob("*.py"))
     try:
-        if not data.is_file():
+        if not all(path.is_file() for path in data):
             return None
-        content = [_hash_file(path) for path in (data, tokenizer, *code) if path.is_file()]
+        content = [_hash_file(path) for path in (*data, tokenizer, *code) if path.is_file()]
     except OSError:
         return None
     versions = [version(package) for package in _PACKAGES]
-    return hashlib.sha256(json.dumps([asdict(settings), content, versions]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([asdict(corpus), content, versions]).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:
@@ -145,23 +110,34 @@ def _waited(entry: Path, data: str) -> AbstractContextManager:
         return lock.acquire()
 
 
-def _make(entry: Path, settings: PartSettings) -> list[Part]:
-    """Reads the parts and writes the entry, in place of a damaged one. Returns them as mapped, or as read if they
-    cannot be kept."""
+def _make(entry: Path, corpus: Corpus) -> Store:
+    """Reads the file and writes the entry, in place of a damaged one: beside its place, which it gets at once. An entry
+    of a file that was written to while it was read is removed, and is there for as long as it is mapped.
+
+    Raises:
+        OSError: the disk refused. Nothing is left then.
+    """
     if entry.exists():
-        _log.warning("%s: is damaged, so %s is read again", entry, settings.data)
-    with _noted() as warnings:
-        parts = read_parts(settings)
-    if _key(settings) != entry.name:  # the file was written to while it was read
-        return parts
+        _log.warning("%s: is damaged, so %s is read again", entry, corpus.name)
+    _remove_unused(entry.parent)
+    for left in entry.parent.glob(f".{entry.name}.*.part"):  # by a process that was killed: the lock is held here
+        remove(left)
+    folder = part_path(entry)
     try:
-        _remove_unused(entry.parent)
-        _write(entry, parts, warnings, settings)
-    except OSError as error:
-        _warn_without_cache(entry, error)
-        return parts
-    found = _open(entry)
-    return found[0] if found else parts
+        folder.mkdir()
+        with _noted() as warnings, closing(read_tokens(corpus)) as parts:
+            written = write_store(folder, parts, id_dtype(load_tokenizer(corpus.tokenizer)))
+        if _key(corpus) == entry.name:
+            content = {"settings": asdict(corpus), "warnings": warnings, "store": written}
+            (folder / "entry.json").write_text(json.dumps(content, indent=1))
+            remove(entry)
+            put_in_place(folder, entry)
+            folder = entry
+        return open_store(folder, corpus.name, written)
+    finally:
+        if folder != entry:
+            with suppress(OSError):
+                remove(folder)
 
 
 @contextmanager
@@ -190,9 +166,10 @@ def _noted() -> Iterator[list[str]]:
             _log.warning("%s", warning)
 
 
-def _warn_without_cache(entry: Path, error: Exception) -> None:
+def _without_cache(corpus: Corpus, entry: Path, error: Exception) -> Store:
     reason = getattr(error, "strerror", None) or error
-    _log.warning("%s: rows cannot be cached (%s); each process keeps its own in memory", entry.parent, reason)
+    _log.warning("%s: tokens cannot be cached (%s); each process keeps its own in memory", entry.parent, reason)
+    return _in_memory(corpus)
 
 
 def _remove_unused(folder: Path) -> None:
@@ -204,55 +181,13 @@ def _remove_unused(folder: Path) -> None:
                 remove(path)
 
 
-def _write(entry: Path, parts: list[Part], warnings: list[str], settings: PartSettings) -> None:
-    """Writes an entry beside its place and gives it its name at once.
-
-    Raises:
-        OSError: the disk refused. Nothing is left then.
-    """
-    for left in entry.parent.glob(f".{entry.name}.*.part"):  # by a process that was killed: the lock is held here
-        remove(left)
-    folder = part_path(entry)
-    try:
-        folder.mkdir()
-        written = []
-        for number, (rows, report) in enumerate(parts):
-            assert isinstance(rows, Rows)
-            arrays = {name: array for name in Rows.__slots__ if (array := getattr(rows, name)) is not None}
-            arrays |= {"loss_tokens": rows.loss_tokens, "used": rows.used}
-            for name, array in arrays.items():
-                np.save(folder / f"{number}-{name}.npy", array)
-            shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
-            written.append({"arrays": shapes, "mark": rows.fingerprint(), "report": asdict(report)})
-        content = {"settings": asdict(settings), "warnings": warnings, "parts": written}
-        (folder / "entry.json").write_text(json.dumps(content, indent=1))
-        remove(entry)
-        put_in_place(folder, entry)
-    finally:
-        with suppress(OSError):  # it is not there after success
-            remove(folder)
-
-
-def _open(entry: Path) -> tuple[list[Part], list[str]] | None:
-    """The parts of an entry, mapped, and the warnings that reading gave; None if it is not there or damaged."""
+def _open(entry: Path, name: str) -> tuple[Store, list[str]] | None:
+    """The store of an entry, mapped, and the warnings that reading gave; None if it is not there or damaged."""
     try:
         content = json.loads((entry / "entry.json").read_text())
-        parts = [_open_part(entry, number, described) for number, described in enumerate(content["parts"])]
-        warnings = content["warnings"]
+        store, warnings = open_store(entry, name, content["store"]), content["warnings"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     with suppress(OSError):  # in a folder that cannot be written nothing is removed either
         os.utime(entry)
-    return parts, warnings
-
-
-def _open_part(entry: Path, number: int, described: dict[str, Any]) -> tuple[AnyRows, PackReport]:
-    """Raises OSError, ValueError, KeyError or TypeError if the files are not what entry.json says."""
-    arrays = {}
-    for name, [dtype, shape] in described["arrays"].items():
-        array = np.lib.format.open_memmap(entry / f"{number}-{name}.npy", mode="r")
-        if [array.dtype.str, list(array.shape)] != [dtype, shape]:
-            raise ValueError(f"{name} is another array")
-        arrays[name] = array
-    loss_tokens, used = arrays.pop("loss_tokens"), arrays.pop("used")
-    return CachedRows(Rows(**arrays), described["mark"], loss_tokens, used), PackReport(**described["report"])
+    return store, warnings

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
+from itertools import chain
+from typing import overload
 
 import numpy as np
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import render
+from rwkv_miss.data.store import Store, Tokens, edges_of, store_in_memory
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import UserError
 
@@ -31,15 +33,75 @@ class Document:
         """Whether every token after the first carries loss, as in plain text."""
         return bool(self.mask[1:].all())
 
-    def piece(self, start: int, stop: int) -> Document:
-        """The tokens from `start` up to `stop` as a document, of which the first carries no loss."""
-        mask = self.mask[start:stop].copy()
-        mask[0] = False
-        return Document(self.ids[start:stop], mask)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Documents(Sequence[Document]):
+    """Documents of a store, or parts of them: document i is the tokens from starts[i] up to stops[i] of the store. The
+    first of them carries no loss. starts and stops are int64 (documents,), ascending.
+
+    Tokens are read when a document is asked for.
+    """
+
+    store: Store
+    starts: np.ndarray
+    stops: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, i: int) -> Document: ...
+    @overload
+    def __getitem__(self, i: slice | np.ndarray) -> Documents: ...
+    def __getitem__(self, i: int | slice | np.ndarray) -> Document | Documents:
+        """Document i. For a slice or a bool array (documents,) instead, the documents that it selects."""
+        if isinstance(i, (slice, np.ndarray)):
+            return Documents(self.store, self.starts[i], self.stops[i])
+        mask = self.store.mask(self.starts[i], self.stops[i])
+        mask[:1] = False
+        return Document(self.store.read(self.starts[i], self.stops[i]), mask)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The tokens of each document after its first, int64 (documents,)."""
+        return np.maximum(self.stops - self.starts - 1, 0)
+
+    @property
+    def learned(self) -> np.ndarray:
+        """The tokens of each document that carry loss, int64 (documents,)."""
+        return count_learned(self.store, self.starts, self.targets)
+
+
+def count_learned(store: Store, starts: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """How many of `targets` tokens after the one at `starts` carry loss, int64 (places,)."""
+    return store.learned_before(starts + 1 + targets) - store.learned_before(starts + 1)
+
+
+def all_documents(store: Store) -> Documents:
+    """The documents of a store, whole."""
+    return Documents(store, store.offsets[:-1], store.offsets[1:])
+
+
+def gather(documents: Sequence[Document]) -> Documents:
+    """Documents as those of a store, which is in memory unless it is one already. There is at least one."""
+    if isinstance(documents, Documents):
+        return documents
+    lengths = np.array([len(document.ids) for document in documents])
+    mask = np.concatenate([document.mask for document in documents])
+    mask[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+    ids = np.concatenate([document.ids for document in documents])
+    return all_documents(store_in_memory("the data", [Tokens(ids, lengths, edges_of(mask))]))
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Document:
-    """The record's tokens and `END`. The tokens of learned spans and `END` carry loss.
+    """The record's tokens and `END`: `encode_records` of one record."""
+    tokens = encode_records([record], tokenizer, vocab_size, options)
+    return all_documents(store_in_memory(record.where, [tokens]))[0]
+
+
+def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Tokens:
+    """The tokens of each record and `END`, ids as int32. The tokens of learned spans and `END` carry loss. There is at
+    least one record.
 
     Each span is encoded by itself: a prompt has the tokens that a runtime gives it, and what is written after it begins
     with a token of its own, also where the texts together would have one across the border, such as `></`. So the
@@ -49,41 +111,55 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options
         vocab_size: the number of ids that the model has.
 
     Raises:
-        UserError: the text has a token that the model does not have, or `END`, or the record has two answers to
-            compare. The message names the record.
+        UserError: the text has a token that the model does not have, or `END`, or a record has two answers to compare.
+            The message names the first such record.
     """
-    if record.rejected:
+    places: list[str] = []
+    firsts: list[int] = []  # of each record's spans
+    spans: list[list[int]] = []
+    learned: list[bool] = []
+    for record in records:
+        if record.rejected:
+            raise UserError(
+                f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
+                "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
+            )
+        places.append(record.where)
+        firsts.append(len(spans))
+        for text, is_learned in render(record, options):
+            spans.append(tokenizer.encode(text))
+            learned.append(is_learned)
+        spans.append([END])
+        learned.append(True)
+    span_lengths = np.fromiter(map(len, spans), np.int64, len(spans))
+    ids = np.fromiter(chain.from_iterable(spans), np.int32, span_lengths.sum())
+    lengths = np.add.reduceat(span_lengths, firsts)
+    ends = np.cumsum(lengths)
+    if ids.max() >= vocab_size or np.count_nonzero(ids == END) > len(places):
+        for where, of_record in zip(places, np.split(ids, ends[:-1]), strict=True):
+            _check(where, of_record[:-1], tokenizer, vocab_size)
+    mask = np.repeat(learned, span_lengths)
+    mask[ends - lengths] = False
+    return Tokens(ids, lengths, edges_of(mask))
+
+
+def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if (token := int(ids.max(initial=END))) >= vocab_size:
         raise UserError(
-            f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
-            "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
-        )
-    ids: list[int] = []
-    mask: list[bool] = []
-    for text, learned in render(record, options):
-        tokens = tokenizer.encode(text)
-        ids += tokens
-        mask += [learned] * len(tokens)
-    if ids and max(ids) >= vocab_size:
-        token = max(ids)
-        raise UserError(
-            f"{record.where}: token {token} ({tokenizer.decode([token])!r}) of tokenizer {tokenizer.name} is not in "
+            f"{where}: token {token} ({tokenizer.decode([token])!r}) of tokenizer {tokenizer.name} is not in "
             f"the model's vocabulary of {vocab_size} ids; choose the tokenizer that the model was trained with"
         )
     if END in ids:
         raise UserError(
-            f"{record.where}: the text has token {END} of tokenizer {tokenizer.name}, which is kept for the end of a "
+            f"{where}: the text has token {END} of tokenizer {tokenizer.name}, which is kept for the end of a "
             "document (in bytes it is the NUL character); remove it from the text"
         )
-    document = Document(np.array([*ids, END], dtype=np.int32), np.array([*mask, True]))
-    document.mask[0] = False
-    return document
 
 
-@singledispatch
 def split_validation(
-    documents: Sequence[Document], fraction: float, seed: int, group_size: int | None = None
-) -> tuple[Sequence[Document], Sequence[Document]]:
-    """Holds out a share of the documents for validation.
+    sources: Sequence[Documents], fraction: float, seed: int, group_size: int | None = None
+) -> tuple[list[Documents], list[Documents]]:
+    """Holds out a share of the documents of all sources for validation.
 
     Args:
         fraction: the share that is held out; 0 holds nothing out. Of a single plain text it is the last targets.
@@ -92,22 +168,26 @@ def split_validation(
             is not split.
 
     Returns:
-        The documents for training and those for validation, each in their order.
+        Of each source the documents for training and those for validation, each in their order. It may have none left
+        on one side.
 
     Raises:
         UserError: `fraction` leaves either side empty, or the documents do not make whole groups.
     """
     if fraction == 0:
-        return documents, []
-    if group_size is None and len(documents) == 1 and documents[0].is_text:
-        targets = len(documents[0].ids) - 1
-        at = targets - count_held_out(fraction, targets, "tokens")
-        return [documents[0].piece(0, at + 1)], [documents[0].piece(at, targets + 1)]
-    n_units = len(documents) if group_size is None else count_groups(len(documents), group_size)
-    held_out = count_held_out(fraction, n_units, "documents" if group_size is None else "groups")
-    chosen = np.repeat(choose_held_out(held_out, n_units, seed), group_size or 1)
-    train = [document for document, out in zip(documents, chosen, strict=True) if not out]
-    return train, [document for document, out in zip(documents, chosen, strict=True) if out]
+        return [*sources], [documents[:0] for documents in sources]
+    n = group_size or 1
+    counts = [count_groups(len(documents), n) for documents in sources]
+    documents = sources[0]
+    if group_size is None and sum(counts) == 1 and (documents.learned == documents.targets).all():
+        at = documents.stops - 1 - _count_held_out(fraction, int(documents.targets[0]), "tokens")
+        return [Documents(documents.store, documents.starts, at + 1)], [Documents(documents.store, at, documents.stops)]
+    held_out = _count_held_out(fraction, sum(counts), "documents" if group_size is None else "groups")
+    drawn = np.zeros(sum(counts), dtype=bool)
+    drawn[np.random.Generator(np.random.PCG64(seed)).choice(len(drawn), held_out, replace=False)] = True
+    chosen = [np.repeat(part, n) for part in np.split(drawn, np.cumsum(counts)[:-1])]
+    kept = [documents[~out] for documents, out in zip(sources, chosen, strict=True)]
+    return kept, [documents[out] for documents, out in zip(sources, chosen, strict=True)]
 
 
 def count_groups(n_documents: int, group_size: int) -> int:
@@ -120,7 +200,7 @@ def count_groups(n_documents: int, group_size: int) -> int:
     return n_documents // group_size
 
 
-def count_held_out(fraction: float, whole: int, unit: str) -> int:
+def _count_held_out(fraction: float, whole: int, unit: str) -> int:
     """How many of `whole` units are held out. Raises UserError if that leaves nothing on either side."""
     if not 0 <= fraction < 1:
         raise UserError(f"val_split is {fraction}; it must be at least 0 and less than 1")
@@ -131,10 +211,3 @@ def count_held_out(fraction: float, whole: int, unit: str) -> int:
             f"{'nothing to train on' if held_out else 'nothing to validate on'}; change val_split or give val_data"
         )
     return held_out
-
-
-def choose_held_out(held_out: int, whole: int, seed: int) -> np.ndarray:
-    """Which of `whole` units are held out, bool (whole,): `held_out` of them, drawn by `seed`."""
-    chosen = np.zeros(whole, dtype=bool)
-    chosen[np.random.Generator(np.random.PCG64(seed)).choice(whole, held_out, replace=False)] = True
-    return chosen

@@ -8,6 +8,7 @@ tokenised), with `answer_end` "blank_line" the template's `end` before it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -120,7 +121,11 @@ def unused(record: Record, options: DataOptions) -> list[str]:
     found = [name for name, is_there in there.items() if is_there and written[name] is None]
     if template.thought is not None and any(thoughts[:-1]):
         found.append("reasoning_content of earlier answers")
-    if template.tools is not None and any(_has_details(tool) for tool in record.tools):
+    if (
+        template.tools is not None
+        and "{schema}" not in template.tool_line
+        and any(_has_details(tool) for tool in record.tools)
+    ):
         found.append("tools[].parameters, but for names and types")
     return found
 
@@ -244,14 +249,14 @@ def _with_tools(record: Record, template: Template) -> tuple[Turn, ...]:
 
 
 def _tool_line(tool: Tool, template: Template) -> str:
-    """The tool's name, its parameters with their types, such as `city: string, days: integer`, and what it does."""
+    """A tool as one line; `parameters` are its parameters with their types, such as `city: string, days: integer`."""
     properties = tool.parameters.get("properties")
     parameters = []
     for name, schema in properties.items() if isinstance(properties, Mapping) else ():
         kind = schema.get("type") if isinstance(schema, Mapping) else None
         parameters.append(f"{name}: {kind}" if isinstance(kind, str) else name)
     values = {"name": tool.name, "parameters": ", ".join(parameters), "description": _clean(tool.description)}
-    return fill(template.tool_line, **values).rstrip()
+    return fill(template.tool_line, **values, schema=json.dumps(tool.parameters, ensure_ascii=False)).rstrip()
 
 
 def _has_details(tool: Tool) -> bool:

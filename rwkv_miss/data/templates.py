@@ -37,7 +37,7 @@ class Template:
     system, user, tool: such turns; {content} is what is said. tool: what a call returned.
     input: what an instruction is about, after the user's turn; without it that follows the instruction on a new line.
     tools: the content of a system turn that says which tools there are, {tools}, one a line as in `tool`.
-    tool_line: one of them; {name}, {parameters} and {description}.
+    tool_line: one of them; {name}, {parameters} (names and types), {schema} (the same as a JSON schema), {description}.
     call: a call of a tool, as the end of an answer; {name} and {arguments}.
     fill_in: the prompt of a text to fill in; {prefix} and {suffix}.
     prompt: what a runtime writes before an answer.

@@ -15,8 +15,10 @@ from rwkv_miss.data.binidx import binidx_prefix
 from rwkv_miss.data.copies import Copies
 from rwkv_miss.data.documents import Document, encode_record
 from rwkv_miss.data.fitting import tolerated
+from rwkv_miss.data.readers.text import PACKED
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import Span, render, unused
+from rwkv_miss.data.sources import Source, data_name
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.errors import UserError
@@ -42,6 +44,7 @@ class Gathering:
         self._config, self._tokenizer, self._vocabulary, self._chosen = config, tokenizer, vocabulary, template
         self._carry = config.long_documents == "carry"
         self._fitted = [Fitted(ctx_len, self._carry) for ctx_len in lengths_to_try(config.ctx_len)]
+        self._sources: list[tuple[Source, Fitted]] = []
         self._lengths = array("q")
         self._pairs = self._conversations = self._without_loss = self._loss_tokens = 0
         self._copies = Copies()
@@ -51,10 +54,14 @@ class Gathering:
         self._refused: list[str] = []
         self._shown: list[Shown] = []
 
+    def begin(self, source: Source) -> None:
+        """What is taken from now on is of this source."""
+        self._sources.append((source, Fitted(self._config.ctx_len, self._carry)))
+
     def take_record(self, record: Record) -> None:
         """The next record. What a run would refuse is noted and left out, but for a pair of answers to compare: of that
         both conversations are taken."""
-        self._unread.update([*record.unread, *unused(record, self._config)])
+        self._unread.update([*record.unread, *unused(record, self._sources[-1][0].options)])
         try:
             self._take_conversation(record)
         except UserError as e:
@@ -66,8 +73,9 @@ class Gathering:
                 self._take_conversation(replace(chosen, where=f"{record.where}, rejected", turns=record.rejected))
 
     def _take_conversation(self, record: Record) -> None:
-        document = encode_record(record, self._tokenizer, ANY_ID, self._config)
-        spans = render(record, self._config) if len(self._shown) < self._config.records else None
+        options = self._sources[-1][0].options
+        document = encode_record(record, self._tokenizer, ANY_ID, options)
+        spans = render(record, options) if len(self._shown) < self._config.records else None
         self.take(record.where, spans, document)
 
     def take(self, where: str, spans: list[Span] | None, document: Document) -> None:
@@ -80,7 +88,7 @@ class Gathering:
         self._lengths.append(length)
         self._loss_tokens += loss_tokens
         self._without_loss += not loss_tokens
-        for fitted in self._fitted:
+        for fitted in (*self._fitted, self._sources[-1][1]):
             fitted.take(document, length, loss_tokens)
         given = np.flatnonzero(~document.mask[1:])
         self._conversations += len(given) > 0
@@ -99,21 +107,19 @@ class Gathering:
         """
         config = self._config
         if not self._lengths:
-            raise UserError(self._refused[0] if self._refused else f"{config.data}: there is no record in it")
+            raise UserError(self._refused[0] if self._refused else f"{data_name(config.data)}: there is no record")
         ordered = sorted(self._lengths)
         enough = next((f.ctx_len for f in self._fitted if f.ctx_len >= ordered[-1]), ordered[-1])
         together = config.batch_size * config.devices * config.num_nodes
         lengths = [f.told(together) for f in self._fitted if f.ctx_len <= enough or f.ctx_len == config.ctx_len]
-        now = next(at for at in lengths if at.ctx_len == config.ctx_len)
-        share = 1 - config.val_split
-        rows = round((now.packed_rows if config.packing else now.single_rows) * share)
+        rows, tokens = self._epoch(together)
         steps_an_epoch = -(-rows // (together * config.accumulate))
         steps = config.max_steps or config.epochs * steps_an_epoch
         speed = _measured_speed(config)
         return Preview(
-            data=config.data,
+            data=data_name(config.data),
             is_all=is_all,
-            reader=_reader(config.data),
+            reader=self._reader(),
             template=self._template(),
             tokenizer=config.tokenizer,
             vocabulary=self._vocabulary,
@@ -138,11 +144,26 @@ class Gathering:
             steps_an_epoch=steps_an_epoch,
             steps=steps,
             speed=speed,
-            seconds=now.tokens * share * steps / steps_an_epoch / speed if speed and steps_an_epoch else None,
+            seconds=tokens * steps / steps_an_epoch / speed if speed and steps_an_epoch else None,
             knowledge=None,
             warnings=[],
             shown=self._shown,
         )
+
+    def _epoch(self, rows_together: int) -> tuple[int, float]:
+        """The rows and the tokens that come in an epoch: those of each source as often as its weight says."""
+        rows, tokens, share = 0, 0.0, 1 - self._config.val_split
+        for source, fitted in self._sources:
+            told = fitted.told(rows_together)
+            n = told.packed_rows if self._config.packing else told.single_rows
+            rows += round(n * share * source.weight) or min(n, 1)
+            tokens += told.tokens * share * source.weight
+        return rows, tokens
+
+    def _reader(self) -> tuple[str, str]:
+        files = [file for source, _ in self._sources for file in source.files]
+        kinds = {"binidx" if binidx_prefix(file) else _suffix(file): file for file in files}
+        return ", ".join(kinds), f"by the name of {' and of '.join(file.name for file in kinds.values())}"
 
     def _template(self) -> tuple[str, str]:
         if not self._conversations:
@@ -154,11 +175,10 @@ class Gathering:
         return Repeated(len(numbers), examples)
 
 
-def _reader(data: str) -> tuple[str, str]:
-    if prefix := binidx_prefix(data):
-        return "binidx", f"there are {prefix}.bin and {prefix}.idx"
-    suffix = Path(data).suffix.lower()
-    return suffix[1:], f"the file's name ends in {suffix}"
+def _suffix(file: Path) -> str:
+    """What tells the format of a file: its suffix, with the one before if it is compressed."""
+    last = file.suffix.lower()
+    return (Path(file.stem).suffix.lower() * (last in PACKED) + last)[1:]
 
 
 def _measured_speed(config: PreviewConfig) -> float | None:

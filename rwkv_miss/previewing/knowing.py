@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 
 from rwkv_miss.config import PreviewConfig
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.readers.reader import read_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import render
+from rwkv_miss.data.sources import Source, source_records
 from rwkv_miss.data.tokenizers import Tokenizer
+from rwkv_miss.errors import UserError
 from rwkv_miss.generation.text_stream import Detokenizer
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import load_model
@@ -31,23 +33,25 @@ _KNOWN = 0.5
 _OPEN, _CLOSE = "\ufdd2", "\ufdd3"
 
 
-def ask(config: PreviewConfig, tokenizer: Tokenizer) -> Knowledge | None:
+def ask(config: PreviewConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> Knowledge | None:
     """Lets the base of the settings read the first conversations of their data, those aside in which tools are called.
     None if there are none.
 
     Raises:
         UserError: the base cannot be loaded.
     """
-    if binidx_prefix(config.data):
-        return None
-    conversations = (record for record in read_records(config.data, config) if not record.is_text and not record.tools)
-    records = list(islice(conversations, _RECORDS))
-    if not records:
+    with_records = [source for source in sources if not binidx_prefix(source.files[0])]
+    records = (record for record in source_records(with_records) if not record.is_text and not record.tools)
+    texts = []
+    for record in islice(records, _RECORDS):
+        with suppress(UserError):  # the template has no form for it, which is told elsewhere
+            texts.append(own_strings(record, config))
+    if not texts:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = None if config.precision == "auto" else config.precision
     model = load_model(config.base, dtype, device, quant=config.quant, quant_skip=config.quant_skip).eval()
-    return knowledge(model, tokenizer, [own_strings(record, config) for record in records])
+    return knowledge(model, tokenizer, texts)
 
 
 def warn_of(found: Knowledge | None) -> Iterator[str]:

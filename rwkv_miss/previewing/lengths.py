@@ -9,7 +9,7 @@ import numpy as np
 
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.filling import fill_of_batches
-from rwkv_miss.data.packing import pack_lengths
+from rwkv_miss.data.packing import pack
 from rwkv_miss.previewing.found import AtLength
 
 # The powers of two that are tried as ctx_len.
@@ -57,7 +57,7 @@ class Fitted:
         """What became of all of them. Where they are not packed, `rows_together` rows are computed together."""
         filled = np.frombuffer(self._pieces, np.int64)
         tokens = int(filled.sum())
-        packed = len(pack_lengths(filled, self.ctx_len))
+        packed = len(pack(filled, self.ctx_len)[1]) - 1 if len(filled) else 0
         return AtLength(
             ctx_len=self.ctx_len,
             truncated=self._truncated,

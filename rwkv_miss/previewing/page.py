@@ -51,7 +51,7 @@ def _page(found: Preview, config: PreviewConfig) -> str:
         ("steps", f"{found.steps:,}", f"{found.steps_an_epoch:,} an epoch"),
     ]
     body = [
-        f"<header><h1>{text(Path(found.data).name)}</h1><p>as the model will see it</p>",
+        f"<header><h1>{text(found.data)}</h1><p>as the model will see it</p>",
         *(f'<p class="warning">{text(warning)}</p>' for warning in found.warnings),
         f"</header>\n<section class=tiles>{''.join(tile(*figure) for figure in tiles)}</section>\n",
         "<section><h2>Records</h2><p class=legend><mark>learned</mark> carries loss, <span>the rest</span> is given, "
@@ -63,7 +63,7 @@ def _page(found: Preview, config: PreviewConfig) -> str:
         f"<section><h2>Tokens of a record</h2><div class=bars>{_bars(found)}</div></section>\n",
         f"<section><h2>At other lengths</h2><div class=wide-table>{_lengths(found)}</div></section>\n",
     ]
-    return page(f"{Path(found.data).name}: preview", "".join(body), _STYLE)
+    return page(f"{found.data}: preview", "".join(body), _STYLE)
 
 
 def _record(shown: Shown, number: int, token_ids: bool) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import islice
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from rwkv_miss.adapters import method
 from rwkv_miss.checkpoint import read_checkpoint
-from rwkv_miss.config import PreviewConfig, value_problems
+from rwkv_miss.config import DataOptions, PreviewConfig, value_problems
 from rwkv_miss.data.binidx import binidx_prefix
-from rwkv_miss.data.corpus import check_source
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import all_documents
 from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.sources import Source, check_sources, parse_sources
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_is_file
@@ -42,15 +43,19 @@ def preview(config: PreviewConfig, progress: Callable[[int], None] = lambda reco
     given = config.template
     config = with_adapters_settings(config)
     tokenizer = load_tokenizer(config.tokenizer)
+    options = DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)})
+    sources = parse_sources(config.data, options)
+    check_sources(sources, config)
     if config.base:
         vocabulary = infer_config(read_checkpoint(config.base), config.base).vocab_size, config.base
     else:
         vocabulary = tokenizer.vocab_size, f"tokenizer {config.tokenizer}"
     gathering = Gathering(config, tokenizer, vocabulary, _why(given, config))
     with _collected() as of_reading:
-        is_all = _read(config, gathering, progress)
+        is_all = _read(sources, config.limit, gathering, progress)
     found = gathering.told(is_all)
-    knowledge = ask(config, tokenizer) if config.ask_base else None
+    with _collected():  # the warnings of reading once more
+        knowledge = ask(config, sources, tokenizer) if config.ask_base else None
     return replace(found, knowledge=knowledge, warnings=[*warnings_of(found, config), *of_reading, *warn_of(knowledge)])
 
 
@@ -60,7 +65,6 @@ def _check(config: PreviewConfig) -> None:
     wrong = config.problems() + config.adapter.problems()
     if wrong := wrong + method.problems(config.adapter, None if config.adapter_from else config):
         raise UserError("; ".join(wrong))
-    check_source(config.data)
     if config.base:
         check_is_file(Path(config.base), "checkpoint")
 
@@ -89,16 +93,26 @@ def _collected() -> Iterator[list[str]]:
         _log.removeFilter(passes)
 
 
-def _read(config: PreviewConfig, gathering: Gathering, progress: Callable[[int], None]) -> bool:
-    """Gathers the records, or the documents of a binidx, up to the limit. Returns whether these are all."""
-    if prefix := binidx_prefix(config.data):
-        documents = open_documents(prefix, ANY_ID, config)
-        for number, document in enumerate(documents[: config.limit]):
-            gathering.take(f"document {number}", None, document)
-            progress(number + 1)
-        return config.limit is None or config.limit >= len(documents)
-    records = read_records(config.data, config)
-    for number, record in enumerate(islice(records, config.limit)):
-        gathering.take_record(record)
-        progress(number + 1)
-    return config.limit is None or next(records, None) is None
+def _read(sources: Sequence[Source], limit: int | None, gathering: Gathering, progress: Callable[[int], None]) -> bool:
+    """Gathers the records, and the documents of a binidx, up to the limit. Returns whether these are all."""
+    number = 0
+    for source in sources:
+        gathering.begin(source)
+        for take in _takes(source, gathering):
+            if number == limit:
+                return False
+            take()
+            number += 1
+            progress(number)
+    return True
+
+
+def _takes(source: Source, gathering: Gathering) -> Iterator[Callable[[], None]]:
+    """For each record and each document of a source, what has it gathered."""
+    for file in source.files:
+        if prefix := binidx_prefix(file):
+            for number, document in enumerate(all_documents(open_binidx(prefix, ANY_ID))):
+                yield partial(gathering.take, f"{prefix}: document {number}", None, document)
+        else:
+            for record in read_records(file, source.options):
+                yield partial(gathering.take_record, record)

@@ -15,7 +15,7 @@ from typing import Any
 
 from rwkv_miss.adapters import method
 from rwkv_miss.config import AdapterConfig, TrainConfig, value_problems
-from rwkv_miss.data.corpus import check_source
+from rwkv_miss.data.sources import Source, check_sources, parse_sources
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
@@ -105,8 +105,7 @@ def check_run(config: TrainConfig) -> Resume | None:
     check_is_file(Path(config.base), "checkpoint")
     load_tokenizer(config.tokenizer)
     find_template(config.template)
-    for path in filter(None, (config.data, config.val_data)):
-        check_source(path)
+    check_sources(_sources(config), config)
     if is_first_process():
         _check_out(Path(config.out), config)
     return _find_resume(Path(config.out), config) if config.resume == "auto" else None
@@ -212,11 +211,18 @@ def _find_resume(out: Path, config: TrainConfig) -> Resume | None:
 
 def _check_inputs_stay(out: Path, config: TrainConfig) -> None:
     """UserError if a file that the run reads is among what it would replace."""
-    for name in filter(None, (config.base, config.data, config.val_data, config.tokenizer)):
-        source = Path(name).resolve()
+    files = [file for source in _sources(config) for file in source.files]
+    for name in (Path(config.base), Path(config.tokenizer), *files):
+        source = name.resolve()
         for path in written_by_runs(out):
             if path.resolve() in (source, *source.parents):
                 raise UserError(f"{name}: --overwrite true would remove it with {path}; move it, or give another out")
+
+
+def _sources(config: TrainConfig) -> list[Source]:
+    """What is trained on and what is validated on. Raises UserError as `parse_sources`."""
+    sources = parse_sources(config.data, config)
+    return sources + (parse_sources(config.val_data, config, weights=False) if config.val_data else [])
 
 
 def _check_writable(out: Path) -> None:

@@ -6,14 +6,14 @@ import lightning as L
 
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.packing import AnyRows
+from rwkv_miss.data.rows import Rows
 
 
 class PackedData(L.LightningDataModule):
     """Each rank's share of the rows. The order and the position are the stream's own (see `BatchStream`), so
     a run goes on from a checkpoint with the batch after the last one it saw."""
 
-    def __init__(self, train: AnyRows, val: AnyRows | None, config: TrainConfig) -> None:
+    def __init__(self, train: Rows, val: Rows | None, config: TrainConfig) -> None:
         super().__init__()
         self.train, self.val, self.config = train, val, config
 
@@ -24,7 +24,7 @@ class PackedData(L.LightningDataModule):
         assert self.val is not None, "the trainer was told that nothing validates"
         return self._stream(self.val, 1, shuffle=False)
 
-    def _stream(self, rows: AnyRows, accumulate: int, shuffle: bool) -> BatchStream:
+    def _stream(self, rows: Rows, accumulate: int, shuffle: bool) -> BatchStream:
         assert self.trainer is not None
         return BatchStream(
             rows,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rwkv_miss.adapters.inject import checkpoint_key, held_tensors
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.data.sources import data_name
 from rwkv_miss.errors import UserError
 from rwkv_miss.fingerprints import is_of_base
 from rwkv_miss.model.base import RWKV
@@ -129,8 +130,9 @@ class LitRWKV(L.LightningModule):
                 f"one has {here[:12]}); resume with the base that the run began with"
             )
         if checkpoint.get("data_fingerprint") not in (None, self.data_fingerprint):
+            data = data_name(self.config.data)
             raise UserError(
-                f"{self.config.data}: the checkpoint was trained on other data, or on what other settings made of it; "
+                f"{data}: the checkpoint was trained on other data, or on what other settings made of it; "
                 "resume with the data that the run began with, or start anew with another out"
             )
         if "state_dict" in checkpoint:  # DeepSpeed reads its own

@@ -17,11 +17,12 @@ from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
-from rwkv_miss.data.cache import cached_parts
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.filling import fill_of_batches, too_empty
-from rwkv_miss.data.packing import AnyRows, PackReport, check_losses, first_documents
-from rwkv_miss.data.parts import PartSettings
+from rwkv_miss.data.packing import PackReport, check_losses, first_documents
+from rwkv_miss.data.parts import Part, PartSettings, read_parts
+from rwkv_miss.data.rows import Rows
+from rwkv_miss.data.sources import data_name, parse_sources
 from rwkv_miss.data.templates import settled
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.load import running_dtype
@@ -38,18 +39,18 @@ _C = TypeVar("_C", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Prepared:
-    """tensors: the base's, memory-mapped. dtype: what the model runs in. micro_batches: in an optimizer step, on each
-    device; each window of a row is one. steps_an_epoch, total_steps: optimizer steps in an epoch and in the whole
-    run. val_every: those between validations; 0 validates at the end of each epoch. samples: the documents
-    that sample answers are asked from."""
+    """tensors: the base's, memory-mapped. dtype: what the model runs in. reports: of each source. micro_batches: in an
+    optimizer step, on each device; each window of a row is one. steps_an_epoch, total_steps: optimizer steps in an
+    epoch and in the whole run. val_every: those between validations; 0 validates at the end of each epoch. samples: the
+    documents that sample answers are asked from."""
 
     tensors: Mapping[str, Tensor]
     sizes: ModelConfig
     dtype: torch.dtype
     objective: Objective
-    rows: AnyRows
-    report: PackReport
-    val_rows: AnyRows | None
+    rows: Rows
+    reports: list[tuple[str, PackReport]]
+    val_rows: Rows | None
     val_report: PackReport | None
     micro_batches: int
     steps_an_epoch: int
@@ -104,32 +105,30 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(
             f"objective {config.objective} needs whole rows, but bptt_chunks is {config.bptt_chunks}; leave it out"
         )
-    rows, report, val_rows, val_report = _read_rows(config, sizes, objective)
+    train, *others = _read_parts(config, sizes, objective)
+    val = others[0] if others else None
     rows_a_step = config.batch_size * config.accumulate * config.devices * config.num_nodes
-    steps_an_epoch = -(-len(rows) // rows_a_step)
+    steps_an_epoch = -(-train.rows.epoch_size // rows_a_step)
     return Prepared(
         tensors,
         sizes,
         dtype,
         objective,
-        rows,
-        report,
-        val_rows,
-        val_report,
-        micro_batches=config.accumulate * count_windows(rows, config.window_len),
+        train.rows,
+        train.reports,
+        val and val.rows,
+        val and val.report,
+        micro_batches=config.accumulate * count_windows(train.rows, config.window_len),
         steps_an_epoch=steps_an_epoch,
         total_steps=config.max_steps or config.epochs * steps_an_epoch,
         val_every=config.val_every,
-        samples=first_documents(val_rows or rows, config.sample_count if config.sample_every else 0),
+        samples=first_documents((val or train).rows, config.sample_count if config.sample_every else 0),
     )
 
 
-def _read_rows(
-    config: TrainConfig, sizes: ModelConfig, objective: Objective
-) -> tuple[AnyRows, PackReport, AnyRows | None, PackReport | None]:
-    """(rows, their report, the validation's rows, their report); the last two are None where nothing validates."""
+def _read_parts(config: TrainConfig, sizes: ModelConfig, objective: Objective) -> list[Part]:
+    """What is trained on, and what validates if anything does."""
     settings = PartSettings(
-        data=config.data,
         tokenizer=config.tokenizer,
         vocab_size=sizes.vocab_size,
         ctx_len=config.ctx_len,
@@ -137,25 +136,25 @@ def _read_rows(
         carry=config.long_documents == "carry",
         group_size=objective.group_size,
         val_split=config.val_split,
-        seed=config.seed if config.val_split else 0,
-        options=DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)}),
+        seed=config.seed,
     )
-    parts = cached_parts(settings)
+    options = DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)})
+    parts = read_parts(parse_sources(config.data, options), settings)
     if config.val_data:
-        parts += cached_parts(replace(settings, data=config.val_data))
-    for (_, report), name in zip(parts, (config.data, config.val_data or f"{config.data}, held out"), strict=False):
+        parts += read_parts(parse_sources(config.val_data, options, weights=False), settings)
+    for name, report in (found for part in parts for found in part.reports):
         check_losses(report, name, config.allow_dropping)
-    (rows, report), *validation = parts
-    together = config.batch_size * config.devices * config.num_nodes
-    fill = report.fill if config.packing else fill_of_batches(rows.filled, rows.used, together)
+    rows, together = parts[0].rows, config.batch_size * config.devices * config.num_nodes
+    fill = parts[0].report.fill if config.packing else fill_of_batches(rows.filled, rows.used, together)
     if said := too_empty(fill, config.packing):
-        _log.warning("%s: %s", config.data, said)
-    if config.chunk_len and report.longest <= config.chunk_len:
+        _log.warning("%s: %s", data_name(config.data), said)
+    longest = parts[0].report.longest
+    if config.chunk_len and longest <= config.chunk_len:
         raise UserError(
-            f"{config.data}: no document is longer than chunk_len {config.chunk_len} (the longest has "
-            f"{report.longest} tokens); lower chunk_len, or leave it out"
+            f"{data_name(config.data)}: no document is longer than chunk_len {config.chunk_len} (the longest has "
+            f"{longest} tokens); lower chunk_len, or leave it out"
         )
-    return rows, report, *(validation[0] if validation else (None, None))
+    return parts
 
 
 def _check_devices(config: TrainConfig) -> None:

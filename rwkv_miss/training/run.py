@@ -16,6 +16,7 @@ import rwkv_miss
 from rwkv_miss.adapters.files import load_adapter, read_facts
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.config import TrainConfig
+from rwkv_miss.data.packing import join_reports
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
@@ -147,8 +148,12 @@ def _introduction(model: RWKV, prepared: Prepared) -> list[str]:
         f"RWKV-{sizes.version}, {sizes.n_layer} layers of {sizes.n_embd}, vocabulary {sizes.vocab_size:,}: "
         f"{sum((frozen | quantised).values()):,} parameters frozen{' in ' + ', '.join(formats) if formats else ''}, "
         f"{trained:,} trained",
-        f"training: {prepared.report}",
+        f"training: {join_reports([report for _, report in prepared.reports])}",
     ]
+    if len(prepared.reports) > 1:
+        lines.append(f"an epoch has {prepared.rows.epoch_size:,} rows:")
+        for (name, report), turns in zip(prepared.reports, prepared.rows.turns, strict=True):
+            lines.append(f"  {turns:,} of the {report.rows:,} of {name}, which has {report.tokens:,} tokens")
     if prepared.val_report:
         lines.append(f"validation: {prepared.val_report}")
     if n := len(prepared.samples):

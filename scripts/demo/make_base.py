@@ -33,8 +33,9 @@ from rwkv_miss.checkpoint import TensorSpec, write_pth
 from rwkv_miss.config import DataOptions, ModelConfig
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import encode_record
-from rwkv_miss.data.packing import NO_LOSS, make_rows
+from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.records import Record, Turn
+from rwkv_miss.data.rows import NO_LOSS
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.files import atomic_write
 from rwkv_miss.model.init import init_weights

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-from rwkv_miss.data.documents import Document
+from rwkv_miss.data.corpus import Corpus, read_tokens
+from rwkv_miss.data.documents import Document, Documents, all_documents
+from rwkv_miss.data.store import store_in_memory
+
+
+def read_documents(path, options):
+    """A file's documents as bytes, in memory."""
+    corpus = Corpus((str(path),), "bytes", 256, options)
+    return all_documents(store_in_memory(corpus.name, read_tokens(corpus)))
 
 
 def text_of(ids):
     """A plain text of these tokens: all but the first carry loss."""
     return Document(np.array(ids, np.int32), np.arange(len(ids)) > 0)
+
+
+def cut_out(documents, pieces):
+    """The pieces of documents of a store, as documents."""
+    return Documents(documents.store, pieces.starts, pieces.starts + pieces.lengths + 1)
+
+
+def everything(rows):
+    """All rows, laid out."""
+    return rows.take(np.arange(len(rows)))
 
 
 def pairs(documents):

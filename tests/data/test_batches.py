@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import lightning
 import numpy as np
@@ -13,13 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream, count_windows
 from rwkv_miss.data.binidx import write_binidx
-from rwkv_miss.data.documents import Document
-from rwkv_miss.data.mapped import open_documents
+from rwkv_miss.data.corpus import open_binidx
+from rwkv_miss.data.documents import Document, all_documents
 from rwkv_miss.data.packing import make_rows as make_any_rows
-from rwkv_miss.data.packing import pad
 from rwkv_miss.errors import UserError
 
 CTX_LEN = 6
@@ -31,7 +30,7 @@ def make_rows(count):
     for i in range(count):
         length = 2 + i * 7 % CTX_LEN
         documents.append(Document(np.full(length, i + 1, np.int32), np.arange(length) >= min(2, length - 1)))
-    return pad(documents, CTX_LEN)
+    return replace(make_any_rows(documents, CTX_LEN, packing=False)[0], width=CTX_LEN)
 
 
 def make_stream(count=23, **options):
@@ -219,7 +218,7 @@ def test_filled_of_a_binidx(tmp_path, packing):
     write_binidx(tmp_path / "p", texts)
     in_memory = [Document(np.array(text, np.int32), np.arange(len(text)) > 0) for text in texts]
     found = []
-    for documents in (open_documents(tmp_path / "p", 100, DataOptions()), in_memory):
+    for documents in (all_documents(open_binidx(tmp_path / "p", 100)), in_memory):
         rows, _ = make_any_rows(documents, 16, packing=packing)
         options = dict(batch_size=2, accumulate=2, rank=0, world_size=2, seed=0, shuffle=True, trim=not packing)
         found.append([batch["filled"] for batch in BatchStream(rows, window_len=5, **options)])

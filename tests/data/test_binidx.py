@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.binidx import binidx_prefix, read_binidx, write_binidx
 from rwkv_miss.data.corpus import records_to_binidx
+from rwkv_miss.data.readers import jsonl
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 
@@ -191,14 +192,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, full_disk):
     assert documents_of(tmp_path / "p") == DOCUMENTS and len(list(tmp_path.iterdir())) == 2
 
 
-def test_records_are_written_one_at_a_time(tmp_path):
-    """Ten times as many records take no more memory: only the length of each is kept."""
+def test_records_are_written_block_by_block(tmp_path, monkeypatch):
+    """Ten times as many records take no more memory: only the length of each is kept, and a block of lines."""
+    monkeypatch.setattr(jsonl, "BLOCK_SIZE", 10_000)
     peaks = []
     for count in (50, 500):
         path = tmp_path / f"{count}.jsonl"
         path.write_text("".join(json.dumps({"text": f"{n}" + "tick " * 1000}) + "\n" for n in range(count)))
         tracemalloc.start()
-        records_to_binidx(path, str(tmp_path / f"{count}"), load_tokenizer("bytes"), DataOptions())
+        records_to_binidx(str(path), str(tmp_path / f"{count}"), load_tokenizer("bytes"), DataOptions())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert len(read_binidx(tmp_path / "500").tokens) > 500 * 5000

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.documents import Document, encode_record, split_validation
+from rwkv_miss.data.documents import Document, encode_record, gather
+from rwkv_miss.data.documents import split_validation as split
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
@@ -71,6 +72,18 @@ def test_the_end_token_inside_a_text():
         encode_record(Record("f:1", (Turn("text", "a\0b"),)), load_tokenizer("bytes"), 256, OPTIONS)
 
 
+def test_two_answers_to_compare_are_refused():
+    record = replace(RECORD, rejected=(Turn("user", QUESTION), Turn("assistant", "no")))
+    with pytest.raises(
+        UserError, match=r"^sums.jsonl:7: has a chosen and a rejected answer, .* prompt_field and answer"
+    ):
+        encode_record(record, load_tokenizer("world"), 65536, OPTIONS)
+
+
+def split_validation(documents, *arguments, **options):
+    return [[*side[0]] for side in split([gather(documents)], *arguments, **options)]
+
+
 def test_split_validation_draws_whole_documents():
     documents = [text_of([i, 1]) for i in range(20)]
     train, val = split_validation(documents, 0.25, seed=3)
@@ -82,7 +95,8 @@ def test_split_validation_draws_whole_documents():
     assert [document.ids[0] for document in again] == first[1]
     other = split_validation(documents, 0.25, seed=4)[1]
     assert [document.ids[0] for document in other] != first[1]
-    assert split_validation(documents, 0, seed=3) == (documents, [])
+    everything, nothing = split_validation(documents, 0, seed=3)
+    assert pairs(everything) == pairs(documents) and nothing == []
 
 
 def test_split_validation_of_one_text_holds_out_its_end():

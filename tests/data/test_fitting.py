@@ -7,11 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_miss.data.documents import Document
-from rwkv_miss.data.fitting import cut_groups, enough_ctx_len, split_long, tolerated
+from rwkv_miss.data import fitting
+from rwkv_miss.data.documents import Document, gather
+from rwkv_miss.data.fitting import tolerated
 from rwkv_miss.data.packing import check_losses, make_rows
 from rwkv_miss.errors import UserError
-from tests.data.samples import conversation, pairs, text_of
+from tests.data.samples import conversation, cut_out, pairs, text_of
+
+
+def split_long(documents, ctx_len, carry=False):
+    """`fitting.split_long`, with the pieces as documents."""
+    documents = gather(documents)
+    pieces, too_long, dropped = fitting.split_long(documents, ctx_len, carry)
+    return cut_out(documents, pieces), too_long, dropped
+
+
+def cut_groups(documents, ctx_len, group_size):
+    """`fitting.cut_groups`, with the pieces as documents and their numbers."""
+    documents = gather(documents)
+    pieces, truncated, dropped = fitting.cut_groups(documents, ctx_len, group_size)
+    return cut_out(documents, pieces), pieces.records, truncated, dropped
+
+
+def enough_ctx_len(documents, group_size=None):
+    return fitting.enough_ctx_len(gather(documents), group_size)
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=8), st.integers(1, 20))

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
+import io
 import json
 import lzma
-import os
+import pickle
 import shutil
 import subprocess
-import sys
 import zipfile
 from itertools import islice
-from pathlib import Path
 
+import pyarrow.ipc
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.readers.instead import BY_CONTENT, BY_SUFFIX
-from rwkv_miss.data.readers.reader import read_records
+from rwkv_miss.data.readers import jsonl
+from rwkv_miss.data.readers.instead import BY_SUFFIX
+from rwkv_miss.data.readers.reader import block_records, read_blocks, read_records
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
@@ -84,6 +88,18 @@ def test_txt_parted_by_a_separator(tmp_path):
         Record(f"{path}:1", (Turn("text", "one\nmore\n"),)),
         Record(f"{path}:6", (Turn("text", "two\n"),)),
     ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+def test_blocks_of_any_size_are_whole_lines(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(jsonl, "BLOCK_SIZE", size)
+    lines = [b'\xef\xbb\xbf{"text": "a"}', b"", b'{"text": "%s"}' % (b"b" * 40), b'{"text": "c"}\r', b'{"text": "d"}']
+    (path := tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    blocks = [pickle.loads(pickle.dumps(block)) for block in read_blocks(path, DataOptions())]
+    records = [record for block in blocks for record in block_records(block, DataOptions())]
+    assert records == [*read_records(path, DataOptions())]
+    assert [record.where for record in records] == [f"{path}:{number}" for number in (1, 3, 4, 5)]
+    assert len(blocks) == {1: 5, 7: 5, 30: 3, 1000: 2}[size]
 
 
 GOOD = b'{"text": "fine"}\n'
@@ -163,17 +179,18 @@ def test_bad_files(tmp_path):
         assert str(path) in str(error.value)
         return str(error.value)
 
-    assert "cannot be read: No such file" in said("none.jsonl")
+    readable = "give a .jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow file, a folder of them, or a binidx"
+    assert "no such file" in said("none.jsonl")
     assert "is a folder" in said(".")
-    assert "suffix '.doc' is not known; give a .jsonl or .txt file, or a binidx" in said("a.doc", b"a,b")
-    assert "no such file or folder; give a .jsonl or .txt" in said("none")
+    assert f"suffix '.doc' is not known; {readable}" in said("a.doc", b"a,b")
+    assert f"no such file or folder; {readable}" in said("none")
     assert "is empty" in said("e.jsonl", b"\n \n")
     assert "is empty" in said("e.txt", b"")
     assert "is empty" in said("blank.txt", b"--\n--", separator="--")
-    assert "b.txt:2: is not UTF-8" in said("b.txt", b"fine\n\xff\n")
-    assert "leave it out for .jsonl" in said("s.jsonl", GOOD, separator="-")
-    assert "has no fields" in said("f.txt", b"a", text_field="body")
-    assert "has no fields" in said("f.txt", b"a", prompt_field="q", answer_field="a")
+    assert "b.txt: line 2 is not UTF-8" in said("b.txt", b"fine\n\xff\n")
+    assert "separator can only be given for .txt; leave it out" in said("s.jsonl", GOOD, separator="-")
+    assert "text_field can only be given for .jsonl, .json" in said("f.txt", b"a", text_field="body")
+    assert "prompt_field and answer_field can only" in said("f.txt", b"a", prompt_field="q", answer_field="a")
 
 
 @pytest.mark.parametrize(
@@ -209,95 +226,88 @@ ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": 'say "a,\tb"', "answ
 
 
 def write_as(path):
-    """Writes `ROWS` in the format that the suffix names; a compressed file holds JSON lines."""
-    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-    if path.suffix in (".csv", ".tsv"):
-        with path.open("w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, ["question", "answer"], delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(ROWS))
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines))
-    elif path.suffix == ".xz":
-        path.write_bytes(lzma.compress(lines))
-    elif path.suffix == ".zst":
-        subprocess.run(["zstd", "-q", "-o", path], input=lines, check=True)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(path.stem, lines)
+    """Writes `ROWS` in the format that the suffixes name; JSON lines if they do not."""
+    packed = path.suffix in PACKERS
+    suffix = path.suffixes[-2 if packed else -1]
+    if suffix in (".csv", ".tsv"):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["question", "answer"], delimiter="\t" if suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+        content = text.getvalue().encode("utf-8-sig")
+    elif suffix == ".json":
+        content = json.dumps(ROWS, indent=1).encode()
+    elif suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        return
+    elif suffix == ".arrow":
+        with pyarrow.ipc.new_stream(path, (table := pyarrow.Table.from_pylist(ROWS)).schema) as file:
+            file.write_table(table, max_chunksize=1)
+        return
     else:
-        pytest.importorskip("pyarrow")
-        pytest.importorskip("pandas").DataFrame(ROWS).to_parquet(path)
+        content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    path.write_bytes(PACKERS[path.suffix](content) if packed else content)
 
 
-TOOLS = {".json": "jq", ".gz": "gunzip", ".zst": "zstd", ".xz": "unxz", ".zip": "unzip"}
+def zipped(content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.jsonl", content)
+    return file.getvalue()
+
+
+PACKERS = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress, ".zip": zipped}
+TOOLS = {".gz": "gunzip", ".zst": "zstd", ".xz": "unxz", ".zip": "unzip"}
+
+
+@pytest.mark.parametrize(
+    "suffix", [".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".json.zst", ".csv.GZ".lower(), ".tsv.zst"]
+)
+def test_every_format_holds_the_same_records(tmp_path, suffix):
+    paths = [tmp_path / f"a{suffix}", tmp_path / "a.jsonl"]
+    for path in paths:
+        write_as(path)
+    assert (
+        turns(paths[0])
+        == turns(paths[1])
+        == [(Turn("user", row["question"]), Turn("assistant", row["answer"])) for row in ROWS]
+    )
+    first = {".csv": 2, ".tsv": 2}.get(paths[0].suffixes[0], 1)
+    assert [record.where for record in read_records(paths[0], DataOptions())] == [
+        f"{paths[0]}:{first}",
+        f"{paths[0]}:{first + 1}",
+    ]
 
 
 @pytest.mark.parametrize("suffix", BY_SUFFIX)
-def test_a_format_that_is_not_read_says_what_to_do_and_that_works(tmp_path, suffix):
+def test_a_file_that_is_not_read_says_what_to_do_and_that_works(tmp_path, suffix):
     """The message's command, pasted into a shell, makes a file that is read."""
-    if suffix in TOOLS and shutil.which(TOOLS[suffix]) is None:
+    if shutil.which(TOOLS[suffix]) is None:
         pytest.skip(f"no {TOOLS[suffix]} here")
-    folder = tmp_path / "my OUT FILE"
+    folder = tmp_path / "my FILE"
     folder.mkdir()
-    path = folder / (f"a.jsonl{suffix}" if suffix in (".gz", ".zst", ".xz", ".zip") else f"a{suffix}")
-    write_as(path)
+    path = folder / f"a{suffix}"
+    path.write_bytes(PACKERS[suffix]("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
     said = refused(path)
     assert f"{suffix!r}: " in said and "\n" not in said
-    command = said.rpartition(": ")[2] if "python" not in said else said[said.index("python") :]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(command, shell=True, check=True, cwd=folder, env=environment)
+    subprocess.run(said.rpartition(": ")[2], shell=True, check=True, cwd=folder)
+    if (folder / "a").exists():
+        (folder / "a").rename(folder / "a.jsonl")
     assert turns(folder / "a.jsonl") == [
         (Turn("user", row["question"]), Turn("assistant", row["answer"])) for row in ROWS
     ]
 
 
-@pytest.mark.parametrize("name", BY_CONTENT)
-def test_a_folder_says_what_to_do(tmp_path, name):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    (folder / name.replace("*", "part-0")).write_text("{}")
-    (folder / "readme.md").write_text("")
-    said = refused(folder)
-    if name in ("*.jsonl", "*.txt"):
-        assert f"cat {folder}/{name} > set{name[1:]}" in said
-    else:
-        assert "a folder with a Hugging Face data set" in said and f"{folder} set.jsonl" in said and "{" not in said
-
-
-def test_an_arrow_folder_with_its_state_is_loaded_as_it_was_saved(tmp_path):
-    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
-        (tmp_path / name).write_text("{}")
-    assert "datasets.load_from_disk(sys.argv[1]).to_json(sys.argv[2])" in refused(tmp_path)
-
-
-def test_a_folder_of_nothing_that_is_read(tmp_path):
-    assert refused(tmp_path).endswith("is a folder; give a .jsonl or .txt file, or a binidx")
-
-
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("*.jsonl", "a pattern of names is not expanded; join the files into one: cat *.jsonl > all.jsonl"),
-        ("more/part-?.csv", "join the files into one: cat more/part-?.csv > all.csv"),
-        ("more/*", "cat more/* > all.jsonl"),
-        (
-            "openai/gsm8k",
-            "datasets.load_dataset(sys.argv[1], split='train').to_json(sys.argv[2])\" openai/gsm8k gsm8k.jsonl",
-        ),
-        ("BAAI/Infinity-3.5", "If it is a data set of the Hugging Face hub, download it: python"),
-        ("openai/gsm8k.jsonl", "cannot be read: No such file"),
-        ("openai/gsm8k.csv", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
-        ("a" * 5000, "no such file or folder; give a .jsonl"),
-        ("a" * 5000 + ".jsonl", "cannot be the name of data: File name too long"),
-        ("a/b/c", "no such file or folder; give a .jsonl or .txt file, or a binidx"),
-    ],
+    ("package", "extra", "suffix"), [("pyarrow", "parquet", ".parquet"), ("zstandard", "zstd", ".txt.zst")]
 )
-def test_what_is_not_there(tmp_path, monkeypatch, name, said):
-    monkeypatch.chdir(tmp_path)
-    assert said in refused(name)
+def test_a_package_that_is_not_there_is_named_with_its_extra(tmp_path, monkeypatch, package, extra, suffix):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    (tmp_path / f"a{suffix}").write_bytes(b"")
+    assert refused(tmp_path / f"a{suffix}").endswith(
+        f"{package}, which is not installed: pip install 'rwkv-miss[{extra}]'"
+    )
 
 
 def test_a_pattern_that_is_a_name_is_read(tmp_path):

@@ -110,4 +110,5 @@ def test_text_is_left_as_it_is():
 
 def test_wrong_answer_options_are_problems():
     assert DataOptions(answer_lines="drop").problems() == ["answer_lines is 'drop'; it must be keep or join"]
+    assert DataOptions(learn="first").problems() == ["learn is 'first'; it must be weighted, all or last"]
     assert DataOptions(answer_end="stop").problems() == ["answer_end is 'stop'; it must be token or blank_line"]

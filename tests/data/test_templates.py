@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -190,6 +191,8 @@ def test_what_a_template_does_not_write_is_named():
     asked = Record("f:1", (Q, A), tools=(detailed,))
     assert unused(asked, DataOptions(template="g1")) == ["tools[].parameters, but for names and types"]
     assert unused(asked, DataOptions()) == ["tools"]
+    whole = DataOptions(template=recorded(replace(TEMPLATES["g1"], name="own", tool_line="- {name} {schema}")))
+    assert unused(asked, whole) == [] and f"- f {json.dumps(detailed.parameters)}\n" in prompt_text(asked, whole)
     assert unused(Record("f:1", (Turn("text", "<think>x</think>"),)), DataOptions(template="g1")) == []
 
 

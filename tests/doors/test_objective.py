@@ -13,12 +13,11 @@ from torch.nn.functional import log_softmax, logsigmoid
 from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge
 from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.packing import make_rows
-from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.training.objective import OBJECTIVES
+from tests.data.samples import read_documents
 from tests.doors.toy_objective import OBJECTIVE
 from tests.training.runs import adapter, losses, quiet_train, small_config
 
@@ -44,7 +43,7 @@ def config(base, tmp_path):
 def pair_losses(model, config) -> torch.Tensor:
     """The loss of each pair, from the logits of each document alone."""
     scores = []
-    for document in read_documents(config.data, load_tokenizer("bytes"), 256, config):
+    for document in read_documents(config.data, config):
         ids = torch.from_numpy(document.ids).long()
         log_p = log_softmax(model(ids[None, :-1])[0][0], dim=-1).gather(1, ids[1:, None])[:, 0]
         scores.append((log_p * torch.from_numpy(document.mask[1:])).sum())
@@ -59,7 +58,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_pairs_alone(config, monkeyp
     if max_logits:
         monkeypatch.setattr("rwkv_miss.ops.log_probs._MAX_LOGITS", max_logits)
     model = inject(load_model(config.base), AdapterConfig(r=4, modules_to_save=["head"]))
-    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    documents = read_documents(config.data, config)
     rows, _ = make_rows(documents, config.ctx_len, packing=True, group_size=2)
     [batch] = BatchStream(rows, batch_size=99, accumulate=1, rank=0, world_size=1, seed=0, shuffle=False, trim=False)
     assert len(batch["tokens"]) < 11 and batch["step_groups"] == OBJECTIVE.terms(batch) == 11
@@ -105,7 +104,7 @@ def test_however_the_rows_are_laid_out_the_run_is_the_same(config, tmp_path, cha
 def test_ranks_share_the_pairs_out(config):
     """Each rank divides its sum by the step's number of pairs; the results add up to the mean of one process."""
     model = load_model(config.base)
-    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    documents = read_documents(config.data, config)
     rows, _ = make_rows(documents, config.ctx_len, packing=True, group_size=2)
 
     def step(rank: int, world_size: int) -> float:

@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 
 from rwkv_miss.cli import main
-from rwkv_miss.data.readers.reader import READERS
+from rwkv_miss.data.readers.reader import READERS, Reader
 from rwkv_miss.errors import UserError
-from tests.doors.toy_reader import read_sums
+from tests.doors.toy_reader import sums_blocks, sums_records
 from tests.training.runs import adapter, losses, quiet_train, small_config
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setitem(READERS, ".sums", read_sums)
+    monkeypatch.setitem(READERS, ".sums", Reader(sums_blocks, sums_records))
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import pytest
 from rwkv_miss.cli import main
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.data.templates import TEMPLATES, find_template
+from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.training import samples
 from rwkv_miss.training.figures import read_samples
 from tests.doors.toy_template import TEMPLATE
 from tests.scripted import Scripted
@@ -27,7 +29,10 @@ def run(request, monkeypatch, base, data, tmp_path):
     path.write_text(json.dumps(asdict(TEMPLATE)))
     template = "toy" if request.param == "entry" else str(path)
     config = replace(small_config(base, data, tmp_path / "run"), max_steps=1, sample_every=1, sample_tokens=4)
+    stops = []
+    monkeypatch.setattr(samples, "Sampling", lambda **given: stops.append(given["stop"]) or Sampling(**given))
     quiet_train(replace(config, template=template))
+    assert set(stops) == {TEMPLATE.stops}
     path.unlink()
     return tmp_path / "run"
 
@@ -35,7 +40,7 @@ def run(request, monkeypatch, base, data, tmp_path):
 def test_every_command_uses_the_template_of_the_run(run, base, data, tmp_path, capsys, caplog, monkeypatch):
     facts = json.loads((run / "adapter" / "rwkv_miss.json").read_text())
     assert find_template(facts["template"]) == TEMPLATE
-    assert {sample["prompt"][:9] for sample in read_samples(run / "samples.jsonl")} == {"Q: count "}
+    assert {row["prompt"][:9] for row in read_samples(run / "samples.jsonl")} == {"Q: count "}
 
     argv = ["merge", f"--base={base}", f"--adapter={run}", f"--out={tmp_path / 'merged.pth'}"]
     assert main(argv) == 0

@@ -267,6 +267,15 @@ def test_a_right_answer_is_an_equal_one():
     assert [a.is_right for a in given] == [True, False]
 
 
+def test_answers_end_at_the_stops_of_the_template_and_are_compared_without_thoughts():
+    thinking = Record("here", (Turn("user", "a"), Turn("assistant", "42", thought="hm")))
+    said = Scripted(b">\n42\0", b">\nso\n</think>\n42\n\nUser: b")  # the longest prompt, the second, is asked first
+    options = DataOptions(template="g1-think")
+    given = answers(said, BYTES, [thinking, record("b", "42")], options, max_tokens=40, batch_size=1)
+    assert [a.prompt for a in given] == ["User: a\n\nAssistant: <think", "User: b\n\nAssistant: <think>\n</think"]
+    assert [(a.expected, a.given) for a in given] == [("42", "42")] * 2
+
+
 def test_a_question_that_is_answered_is_replaced_at_once():
     said = Scripted(b"long answer\0", b"b\0", b"c\0", b"dd\0", b"e\0")
     rows, done = [], []

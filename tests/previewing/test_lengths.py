@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rwkv_miss.data.documents import Document
+from rwkv_miss.data.documents import Document, gather
 from rwkv_miss.data.fitting import split_long
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.errors import UserError
@@ -38,7 +38,7 @@ def test_it_says_what_becomes_of_the_documents(masks, ctx_len, carry):
     assert (told.lost_tokens, told.tokens) == (report.lost_tokens, report.tokens)
     assert (told.packed_rows, told.single_rows) == (len(rows), len(single))
     assert told.packed_fill == pytest.approx(report.fill)
-    expected = [len(piece.ids) - 1 for piece in split_long(documents, ctx_len, carry)[0]]
+    expected = split_long(gather(documents), ctx_len, carry)[0].lengths.tolist()
     assert np.concatenate([pieces(document, ctx_len, carry) for document in documents]).tolist() == expected
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -242,8 +243,31 @@ def test_a_binidx(write, tmp_path):
     assert main(["data", "binidx", f"--data={data}", "--tokenizer=bytes", f"--out={tmp_path / 'corpus'}"]) == 0
     found = preview(config_of(tmp_path / "corpus"))
     assert (found.reader[0], found.template[0], found.records, found.copies.count) == ("binidx", "none", 3, 1)
-    assert found.shown[1].pieces[0].text == "two" and found.shown[1].where == "document 1"
+    assert found.shown[1].pieces[0].text == "two" and found.shown[1].where.endswith("corpus: document 1")
     assert not preview(config_of(tmp_path / "corpus", limit=2)).is_all
+
+
+def test_several_sources_come_as_often_as_they_weigh(write, tmp_path):
+    """Each with its own reader and fields; the limit counts all of them."""
+    first = write([{"text": f"one {n}", "id": n} for n in range(10)])
+    (tmp_path / "b.csv").write_text("q,a\n1,2\n3,4\n5,6\n")
+    data = [
+        {"path": str(first), "weight": 2},
+        {"path": str(tmp_path / "b.csv"), "prompt_field": "q", "answer_field": "a"},
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,tokens_per_s\n1,10\n")
+    config = PreviewConfig(
+        data=data, tokenizer="bytes", out=str(tmp_path / "run"), packing=False, batch_size=1, records=13, epochs=2
+    )
+    found = preview(config)
+    assert (found.records, found.conversations, found.unread) == (13, 3, {"id": 10})
+    assert (found.steps_an_epoch, found.steps) == (2 * 10 + 3, 2 * (2 * 10 + 3))
+    conversations = 3 * len("User: 1\n\nAssistant: 2")
+    assert found.seconds == pytest.approx(2 * (2 * 10 * len("one 1") + conversations) / 10)
+    assert found.reader == ("jsonl, csv", "by the name of a.jsonl and of b.csv")
+    assert found.shown[-1].pieces[1].text == " 6" and "b.csv" in found.data
+    assert not preview(replace(config, limit=11)).is_all
 
 
 def test_the_settings_of_a_run_are_taken(write, make_base, tmp_path, capsys):

@@ -29,8 +29,6 @@ from rwkv_miss.adapters.files import WEIGHTS
 from rwkv_miss.adapters.inject import installed
 from rwkv_miss.checkpoint import TensorSpec, read_checkpoint, write_pth
 from rwkv_miss.config import AdapterConfig
-from rwkv_miss.data.corpus import read_documents
-from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, Stopped, UserError
 from rwkv_miss.files import claimed
 from rwkv_miss.training import saving
@@ -38,6 +36,7 @@ from rwkv_miss.training.checks import last_checkpoint
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.saving import Saver
 from rwkv_miss.training.start import train
+from tests.data.samples import read_documents
 from tests.helpers import RunsCode
 from tests.processes import run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train, run_train
@@ -496,7 +495,7 @@ def test_tokens_are_those_of_the_documents_and_positions_those_of_the_rows(make_
     said = io.StringIO()
     train(config, Console(file=said))
     [rows] = re.findall(r"in (\d+) rows of 64", said.getvalue())
-    lengths = [len(x.ids) - 1 for x in read_documents(config.data, load_tokenizer("bytes"), 256, config)]
+    lengths = [len(x.ids) - 1 for x in read_documents(config.data, config)]
     assert losses(config.out, "tokens")[-1] == 2 * sum(min(length, 64) for length in lengths)
     assert losses(config.out, "positions")[-1] == 2 * 64 * int(rows) and int(rows) % (batch_size * accumulate)
 

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 
 from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.data.batches import BatchStream
-from rwkv_miss.data.corpus import read_documents
 from rwkv_miss.data.packing import make_rows
-from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.model.load import load_model
 from rwkv_miss.training.figures import read_samples
+from tests.data.samples import read_documents
 from tests.helpers import loss_sum
 from tests.training.runs import adapter, losses, quiet_train, run_train, small_config
 
@@ -39,7 +38,7 @@ def assert_same_run(out, whole):
 def test_the_first_loss_is_the_mean_over_the_steps_tokens(make_config, whole):
     config = make_config()
     model = load_model(config.base)
-    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    documents = read_documents(config.data, config)
     rows, _ = make_rows(documents, config.ctx_len, packing=False)
     settings = dict(batch_size=8, accumulate=1, rank=0, world_size=1, seed=config.seed, shuffle=True, trim=False)
     batch = next(iter(BatchStream(rows, **settings)))
@@ -52,7 +51,7 @@ def test_the_gradient_norm_is_that_of_the_mean_loss_before_clipping(make_config,
     """Against PyTorch's own gradients in float64; the largest norm let through is 2.5."""
     config = make_config()
     model = inject(load_model(config.base), config.adapter).double()
-    documents = read_documents(config.data, load_tokenizer("bytes"), 256, config)
+    documents = read_documents(config.data, config)
     rows, _ = make_rows(documents, config.ctx_len, packing=False)
     settings = dict(batch_size=8, accumulate=1, rank=0, world_size=1, seed=config.seed, shuffle=True, trim=False)
     batch = next(iter(BatchStream(rows, **settings)))
