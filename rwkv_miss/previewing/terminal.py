@@ -17,7 +17,7 @@ from rwkv_miss.training.progress import printable
 
 # The marks and the colours of what is learned, of what is not, and of what is cut off.
 _LEARNED, _GIVEN, _CUT = ("+", "green"), (" ", ""), ("x", "red")
-_LEGEND = "+ learned   x cut off by ctx_len   ⏎ line break   · space   → tab   ∎ end, token 0"
+_LEGEND = "+ learned  x cut off by ctx_len  ⏎ line break  · space  → tab  ∎ end, token 0"
 _PICTURES = r"[⏎·→∎␀-␡]|<U\+[0-9A-F]{4,6}>"
 # Characters of a stretch of text that are shown: its beginning and its end.
 _SHOWN = 1500
