@@ -123,7 +123,7 @@ class AdapterConfig:
         return found
 
 
-Data = str | list[str | dict[str, Any]]
+Data = str | list[str | dict[str, str | float]]
 """What `TrainConfig.data` may be; `rwkv_miss.data.sources` reads it."""
 FIELDS = ("text_field", "prompt_field", "answer_field")
 READING = (*FIELDS, "separator")

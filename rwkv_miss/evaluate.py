@@ -236,7 +236,8 @@ def evaluate(
             f"{config.forgetting}: the vocabulary has {base.config.vocab_size} tokens, that of {config.model} has "
             f"{vocab_size}; give the base that the model was tuned from"
         )
-    data, text = (parse_sources(d, config, weights=False) if d else [] for d in (config.data, config.text))
+    data = parse_sources(config.data, config, weights=False)
+    text = [] if config.text is None else parse_sources(config.text, config, weights=False)
     check_sources([*data, *text], config)
     records, documents = _read(data, config, tokenizer, vocab_size)
     if config.exact_match and not records:

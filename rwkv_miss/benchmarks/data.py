@@ -33,12 +33,13 @@ _UNLIKE = 20_000_000
 def bench_data(thread_count: int) -> Table:
     """Files of questions and answers as World tokens in up to `thread_count` processes, from the file to the arrays in
     the folder for temporary files, and then a run's start on these. Questions and answers are source code of Python's
-    standard library. Each row is measured in a process of its own, which also holds the tokenizer.
+    standard library.
 
     Returns:
         A table with a row for each of `SIZES`: name; mb, of the records as .jsonl; seconds; mb_per_s; token_mb, what
-        the ids take; peak_mb, the most memory that the process had (resident, mapped files included), and so for the
-        start: until there is a first batch of rows of `CTX_LEN`.
+        the ids take; rise_mb, by how much the memory of the process rises at its peak (resident, mapped files included)
+        over what PyTorch and the tokenizer take; and the same of the start, until there is a first batch of rows of
+        `CTX_LEN`, in a process of its own.
     """
     rows = []
     for suffix, size in SIZES.items():
@@ -46,8 +47,8 @@ def bench_data(thread_count: int) -> Table:
             path = Path(folder) / f"records{suffix}"
             _WRITERS[suffix](path, size)
             written, row = _apart(_tokenise, path, thread_count)
-            row |= {"mb": size / 1e6, "mb_per_s": size / 1e6 / row["seconds"]}
-            rows.append({"name": suffix, **row, **_apart(_start, path.parent, written)})
+            row = {"name": suffix, "mb": size / 1e6, "mb_per_s": size / 1e6 / row["seconds"], **row}
+            rows.append(row | _apart(_start, path.parent, written))
     return Table(f"Files as World tokens, {thread_count} process(es), and a start on them", rows)
 
 
@@ -59,24 +60,24 @@ def _apart(function: Callable, *arguments: Any) -> Any:
 def _tokenise(path: Path, cores: int) -> tuple[dict[str, Any], dict[str, float]]:
     tokenizer = load_tokenizer("world")
     corpus = Corpus((str(path),), "world", tokenizer.vocab_size, DataOptions())
-    begin = time.perf_counter()
+    before, begin = resident("VmRSS"), time.perf_counter()
     written = write_store(path.parent, read_tokens(corpus, cores), id_dtype(tokenizer))
     seconds = time.perf_counter() - begin
     [dtype, length] = written["arrays"]["ids"]
     return written, {
         "seconds": seconds,
         "token_mb": length * int(dtype[-1]) / 1e6,
-        "peak_mb": resident("VmHWM") / 1e6,
+        "rise_mb": (resident("VmHWM") - before) / 1e6,
     }
 
 
 def _start(folder: Path, written: dict[str, Any]) -> dict[str, float]:
     load_tokenizer("world")
-    begin = time.perf_counter()
+    before, begin = resident("VmRSS"), time.perf_counter()
     rows, _ = make_rows(all_documents(open_store(folder, "records", written)), CTX_LEN, packing=True)
     stream = BatchStream(rows, batch_size=8, accumulate=1, rank=0, world_size=1, seed=0, shuffle=True, trim=False)
     next(iter(stream))
-    return {"start_seconds": time.perf_counter() - begin, "start_peak_mb": resident("VmHWM") / 1e6}
+    return {"start_seconds": time.perf_counter() - begin, "start_rise_mb": (resident("VmHWM") - before) / 1e6}
 
 
 def _records() -> Iterator[dict[str, str]]:

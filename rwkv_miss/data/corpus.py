@@ -16,6 +16,7 @@ from rwkv_miss.data.binidx import read_binidx, write_binidx
 from rwkv_miss.data.documents import all_documents, encode_records
 from rwkv_miss.data.readers.block import Block
 from rwkv_miss.data.readers.reader import Notes, block_records, check_not_empty, read_blocks
+from rwkv_miss.data.records import Record
 from rwkv_miss.data.sources import check_sources, parse_sources, refuse_binidx
 from rwkv_miss.data.store import Store, Tokens, store_in_memory
 from rwkv_miss.data.tokenizers import Tokenizer, load_tokenizer
@@ -70,32 +71,31 @@ def read_tokens(corpus: Corpus, cores: int | None = None) -> Generator[Tokens]:
     notes = {file: Notes() for file in files}
     for tokens, file, of_block in map_in_processes(encode, blocks, processes):
         notes[file].join(of_block)
-        if tokens is not None:
+        if len(tokens.lengths):
             yield tokens
     for file in files:
         check_not_empty(file, notes[file])
         notes[file].warn(file)
 
 
-def _encode(
-    block: Block, tokenizer: Tokenizer, vocab_size: int, options: DataOptions
-) -> tuple[Tokens | None, Path, Notes]:
-    """The tokens of a block's records, None if there are none; its file, and what is to be noted of it. Raises
-    UserError for the first record that is wrong."""
-    records, notes, error = [], Notes(), None
-    try:
-        for record in block_records(block, options):
-            notes.take(record, options)
-            records.append(record)
-    except UserError as e:
-        error = e
-    tokens = None
-    if records:
-        tokens = encode_records(records, tokenizer, vocab_size, options)
-        tokens = tokens._replace(ids=tokens.ids.astype(id_dtype(tokenizer)))
+def _encode(block: Block, tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> tuple[Tokens, Path, Notes]:
+    """The tokens of a block's records, its file, and what is to be noted of it. Raises UserError for the first record
+    that is wrong."""
+    notes, error = Notes(), None
+
+    def records() -> Iterator[Record]:
+        nonlocal error
+        try:
+            for record in block_records(block, options):
+                notes.take(record, options)
+                yield record
+        except UserError as e:
+            error = e
+
+    tokens = encode_records(records(), tokenizer, vocab_size, options)
     if error is not None:
         raise error  # after those of the records before it
-    return tokens, block.path, notes
+    return tokens._replace(ids=tokens.ids.astype(id_dtype(tokenizer))), block.path, notes
 
 
 def id_dtype(tokenizer: Tokenizer) -> type[np.integer]:

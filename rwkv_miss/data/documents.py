@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import overload
 
 import numpy as np
@@ -100,8 +100,7 @@ def encode_record(record: Record, tokenizer: Tokenizer, vocab_size: int, options
 
 
 def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: int, options: DataOptions) -> Tokens:
-    """The tokens of each record and `END`, ids as int32. The tokens of learned spans and `END` carry loss. There is at
-    least one record.
+    """The tokens of each record and `END`, ids as int32. The tokens of learned spans and `END` carry loss.
 
     Each span is encoded by itself: a prompt has the tokens that a runtime gives it, and what is written after it begins
     with a token of its own, also where the texts together would have one across the border, such as `></`. So the
@@ -114,33 +113,32 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
         UserError: the text has a token that the model does not have, or `END`, or a record has two answers to compare.
             The message names the first such record.
     """
+    ids = array("i")  # not lists of each text's ids, which the garbage collector would go through again and again
     places: list[str] = []
-    firsts: list[int] = []  # of each record's spans
-    spans: list[list[int]] = []
-    learned: list[bool] = []
+    ends: list[int] = []
+    span_ends, learned = [0], [False]
     for record in records:
         if record.rejected:
             raise UserError(
                 f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
                 "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
             )
-        places.append(record.where)
-        firsts.append(len(spans))
         for text, is_learned in render(record, options):
-            spans.append(tokenizer.encode(text))
+            ids.fromlist(tokenizer.encode(text))
+            span_ends.append(len(ids))
             learned.append(is_learned)
-        spans.append([END])
+        ids.append(END)
+        span_ends.append(len(ids))
         learned.append(True)
-    span_lengths = np.fromiter(map(len, spans), np.int64, len(spans))
-    ids = np.fromiter(chain.from_iterable(spans), np.int32, span_lengths.sum())
-    lengths = np.add.reduceat(span_lengths, firsts)
-    ends = np.cumsum(lengths)
-    if ids.max() >= vocab_size or np.count_nonzero(ids == END) > len(places):
-        for where, of_record in zip(places, np.split(ids, ends[:-1]), strict=True):
+        places.append(record.where)
+        ends.append(len(ids))
+    tokens, lengths = np.array(ids, np.int32), np.diff(np.array(ends, np.int64), prepend=0)
+    if tokens.max(initial=END) >= vocab_size or np.count_nonzero(tokens == END) > len(places):
+        for where, of_record in zip(places, np.split(tokens, ends), strict=False):
             _check(where, of_record[:-1], tokenizer, vocab_size)
-    mask = np.repeat(learned, span_lengths)
-    mask[ends - lengths] = False
-    return Tokens(ids, lengths, edges_of(mask))
+    mask = np.repeat(learned, np.diff(span_ends, prepend=0))
+    mask[np.cumsum(lengths) - lengths] = False
+    return Tokens(tokens, lengths, edges_of(mask))
 
 
 def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:

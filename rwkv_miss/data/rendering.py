@@ -253,6 +253,8 @@ def _tool_line(tool: Tool, template: Template) -> str:
     properties = tool.parameters.get("properties")
     parameters = []
     for name, schema in properties.items() if isinstance(properties, Mapping) else ():
+        if schema is None:  # a parameter of another tool, where a table gives all of them the same columns
+            continue
         kind = schema.get("type") if isinstance(schema, Mapping) else None
         parameters.append(f"{name}: {kind}" if isinstance(kind, str) else name)
     values = {"name": tool.name, "parameters": ", ".join(parameters), "description": _clean(tool.description)}
@@ -264,7 +266,7 @@ def _has_details(tool: Tool) -> bool:
     properties = tool.parameters.get("properties")
     schemas = properties.values() if isinstance(properties, Mapping) else ()
     return not tool.parameters.keys() <= {"type", "properties"} or any(
-        not isinstance(schema, Mapping) or not schema.keys() <= {"type"} for schema in schemas
+        not isinstance(schema, Mapping) or not schema.keys() <= {"type"} for schema in schemas if schema is not None
     )
 
 

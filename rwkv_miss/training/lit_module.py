@@ -132,8 +132,8 @@ class LitRWKV(L.LightningModule):
         if checkpoint.get("data_fingerprint") not in (None, self.data_fingerprint):
             data = data_name(self.config.data)
             raise UserError(
-                f"{data}: the checkpoint was trained on other data, or on what other settings made of it; "
-                "resume with the data that the run began with, or start anew with another out"
+                f"{data}: the checkpoint was trained on other data, on what other settings made of it, or by another "
+                "version; resume with the data that the run began with, or start anew with another out"
             )
         if "state_dict" in checkpoint:  # DeepSpeed reads its own
             in_optimizer = [

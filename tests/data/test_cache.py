@@ -162,6 +162,7 @@ logging.basicConfig(level=logging.INFO, format="%(message)s")
 cache._PATIENCE = 0.01
 encode = corpus.encode_records
 def counted(records, *arguments):
+    records = list(records)
     with open({str(tmp_path / "read")!r}, "a") as file:
         file.write("".join(record.where + chr(10) for record in records))
     return encode(records, *arguments)

@@ -94,6 +94,18 @@ def test_system_and_history_beside_a_pair(pair):
     assert read(item | {"system": None, "history": [], "input": " "}).turns == (Q, A)
 
 
+def test_a_table_gives_all_messages_and_tools_the_same_columns():
+    """What one of them lacks is null there, as in Parquet."""
+    empty = {"from": None, "value": None, "role": None, "content": None, "tool_calls": None, "weight": None}
+    assert read(talk(empty | QUESTION, empty | ANSWER)).turns == (Q, A)
+    said = [empty | {"from": "human", "value": "q"}, empty | {"from": "gpt", "value": "a"}]
+    assert read({"conversations": said}).turns == (Q, A)
+    schema = {"properties": {"city": {"type": "string"}, "day": None}}
+    record = read(talk(QUESTION, ANSWER, tools=[{"function": None, "name": "f", "parameters": schema}]))
+    options = DataOptions(template="g1")
+    assert "\n- f(city: string)\n" in render(record, options)[0].text and not unused(record, options)
+
+
 def test_weights():
     item = talk(QUESTION, ANSWER | {"weight": 0}, QUESTION, ANSWER | {"weight": 1}, QUESTION, ANSWER)
     assert [turn.learned for turn in read(item).turns[1::2]] == [False, True, True]

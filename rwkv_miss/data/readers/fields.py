@@ -201,7 +201,8 @@ def _turns(where: str, fields: dict[str, Any], name: str, options: DataOptions, 
 
 
 def _turn(at: str, message: dict[str, Any], options: DataOptions) -> Turn:
-    by, said = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    is_sharegpt = message.get("role") is None and message.get("from") is not None
+    by, said = ("from", "value") if is_sharegpt else ("role", "content")
     needed = (by,) if message.get("tool_calls") else (by, said)
     _check_there(at, message, needed, "each message needs a role and a content")
     speaker = _string(at, message, by)
@@ -253,7 +254,7 @@ def _calls(at: str, message: dict[str, Any]) -> tuple[Call, ...]:
 
 def _call(at: str, call: Any) -> Call:
     """A call as {name, arguments}, or within {function: ...}. The arguments are an object, or one as a string."""
-    function = call.get("function", call) if isinstance(call, dict) else call
+    function = call.get("function") or call if isinstance(call, dict) else call
     if not isinstance(function, dict):
         raise UserError(f"{at} is {kind(function)}, not an object with name and arguments; {_CORRECT}")
     _check_there(at, function, ("name",), _CORRECT)
@@ -276,7 +277,7 @@ def _tools(where: str, fields: dict[str, Any], unread: dict[str, None]) -> tuple
     found = []
     for i, tool in enumerate(tools):
         at = f"{where}: tools[{i}]"
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
+        function = tool.get("function") or tool if isinstance(tool, dict) else tool
         if not isinstance(function, dict):
             raise UserError(f"{at} is {kind(function)}, not an object with a name; {_CORRECT}")
         left = dict(function)
