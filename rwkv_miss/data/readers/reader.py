@@ -78,7 +78,8 @@ class Notes:
     def take(self, record: Record, options: DataOptions) -> None:
         """Counts a record."""
         self.records += 1
-        self.unread.update(record.unread)
+        if record.unread:
+            self.unread.update(record.unread)
         if holds_stop(record, options):
             self.stopped += 1
             self.first_stopped = self.first_stopped or record.where
