@@ -83,12 +83,17 @@ def test_warnings_come_from_one_process_alone(make_config, tmp_path):
 
 
 def test_the_data_are_tokenised_once(make_config, data, tmp_path, monkeypatch, caplog):
-    """A second run with other settings of the training has the same rows, losses and messages."""
+    """A second run with other settings of the training has the same rows, losses and messages; one with another ctx_len
+    has the same tokens."""
     encoded = []
-    encode = corpus.encode_record
-    monkeypatch.setattr(
-        corpus, "encode_record", lambda record, *more: (encoded.append(record), encode(record, *more))[1]
-    )
+    encode = corpus.encode_records
+
+    def counted(records, *more):
+        records = list(records)
+        encoded.extend(records)
+        return encode(records, *more)
+
+    monkeypatch.setattr(corpus, "encode_records", counted)
     config = make_config(data=str(shutil.copy(data, tmp_path)), max_steps=3, val_split=0.2)
     results, said = [], []
     for changes in ({}, {"out": str(tmp_path / "again"), "max_steps": 2, "accumulate": 1}):
@@ -99,6 +104,8 @@ def test_the_data_are_tokenised_once(make_config, data, tmp_path, monkeypatch, c
     assert results[0] == results[1] and said[0] == said[1] and len(said[0]) == 2
     assert losses(tmp_path / "again")[:2] == losses(config.out)[:2]
     quiet_train(replace(config, ctx_len=65, overwrite=True))
+    assert len(encoded) == 29
+    quiet_train(replace(config, answer_end="blank_line", overwrite=True))
     assert len(encoded) == 2 * 29
 
 
