@@ -77,8 +77,9 @@ class Preview:
     nothing is learned. tokens: the targets. median, most, longest: half, 99 % and all of the records have so many
     tokens at most. histogram: (the most tokens, how many records have no more, but more than those before).
     copies: records that are copies of earlier ones; several_answers: those whose prompt an earlier one has with
-    another answer. outside: the tokens that the vocabulary lacks, and how often each is there. refused: why train
-    would refuse a record, for each. unread: the fields that are not read, and how many records have them.
+    another answer. outside: the tokens that the vocabulary lacks, and how often each is there. refused: how many
+    records train would refuse, with its message for the first. unread: the fields that are not read, and how many
+    records have them.
 
     steps_an_epoch and steps are optimizer steps. seconds: of the whole run at `speed` tokens/s, None where no run has
     measured one. warnings: what deserves a look, in sentences.
@@ -106,7 +107,8 @@ class Preview:
     copies: Repeated
     several_answers: Repeated
     outside: dict[int, int]
-    refused: list[str]
+    refused: int
+    first_refused: str
     unread: dict[str, int]
     steps_an_epoch: int
     steps: int

@@ -51,7 +51,7 @@ class Gathering:
         self._places: list[str] = []
         self._outside: Counter[int] = Counter()
         self._unread: Counter[str] = Counter()
-        self._refused: list[str] = []
+        self._refused, self._first_refused = 0, ""
         self._shown: list[Shown] = []
 
     def begin(self, source: Source) -> None:
@@ -65,7 +65,8 @@ class Gathering:
         try:
             self._take_conversation(record)
         except UserError as e:
-            self._refused.append(str(e))
+            self._refused += 1
+            self._first_refused = self._first_refused or str(e)
             if record.rejected:
                 self._pairs += 1
                 chosen = replace(record, where=f"{record.where}, chosen", rejected=())
@@ -83,7 +84,7 @@ class Gathering:
         if len(self._shown) < self._config.records:
             shown = show_record(where, spans, document, self._tokenizer, self._config.ctx_len, self._carry)
             self._shown.append(shown)
-        length, loss_tokens = len(document.ids) - 1, int(np.count_nonzero(document.mask))
+        length, loss_tokens = max(len(document.ids) - 1, 0), int(np.count_nonzero(document.mask))
         self._places.append(where)
         self._lengths.append(length)
         self._loss_tokens += loss_tokens
@@ -107,7 +108,7 @@ class Gathering:
         """
         config = self._config
         if not self._lengths:
-            raise UserError(self._refused[0] if self._refused else f"{data_name(config.data)}: there is no record")
+            raise UserError(self._first_refused or f"{data_name(config.data)}: there is no record")
         ordered = sorted(self._lengths)
         enough = next((f.ctx_len for f in self._fitted if f.ctx_len >= ordered[-1]), ordered[-1])
         together = config.batch_size * config.devices * config.num_nodes
@@ -140,6 +141,7 @@ class Gathering:
             several_answers=self._repeated(self._copies.several_answers()),
             outside=dict(self._outside.most_common()),
             refused=self._refused,
+            first_refused=self._first_refused,
             unread=dict(self._unread.most_common()),
             steps_an_epoch=steps_an_epoch,
             steps=steps,

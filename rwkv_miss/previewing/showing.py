@@ -36,7 +36,7 @@ def show_record(
     return Shown(
         where,
         "plain text" if document.is_text else "conversation",
-        len(ids) - 1,
+        max(len(ids) - 1, 0),
         int(np.count_nonzero(document.mask)),
         len(pieces(document, ctx_len, carry)),
         _cut(found, kept, tokenizer),

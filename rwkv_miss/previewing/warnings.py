@@ -17,8 +17,8 @@ def warnings_of(found: Preview, config: PreviewConfig) -> Iterator[str]:
     """A sentence for each thing that would end a run before it begins, or that it would warn of, and what to do."""
     now, n = found.now, found.records
     if found.refused:
-        more = f"; {len(found.refused) - 1:,} more records would be refused" if len(found.refused) > 1 else ""
-        yield f"train would end with this: {found.refused[0]}{more}"
+        more = f"; {found.refused - 1:,} more records would be refused" if found.refused > 1 else ""
+        yield f"train would end with this: {found.first_refused}{more}"
     if found.outside:
         size, whose = found.vocabulary
         named = ", ".join(f"{token}" for token in [*found.outside][:_NAMED])

@@ -15,6 +15,7 @@ from rich.console import Console
 from rwkv_miss import cli
 from rwkv_miss.cli import main
 from rwkv_miss.config import DataOptions, PreviewConfig
+from rwkv_miss.data.binidx import write_binidx
 from rwkv_miss.data.documents import encode_record
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.rendering import render
@@ -185,7 +186,7 @@ def test_what_train_would_refuse_is_said(write, make_base):
     base = make_base(vocab_size=128)
     found = preview(config_of(data, base=str(base)))
     assert (found.records, found.vocabulary) == (2, (128, str(base)))
-    assert found.outside == {0xC3: 1, 0x80: 1} and len(found.refused) == 2
+    assert found.outside == {0xC3: 1, 0x80: 1} and found.refused == 2
     refused, outside, *_ = found.warnings
     assert "a.jsonl:2: the text has token 0" in refused and "; 1 more records would be refused" in refused
     assert "2 tokens are not in the vocabulary of 128 ids" in outside and "195" in outside
@@ -245,6 +246,14 @@ def test_a_binidx(write, tmp_path):
     assert (found.reader[0], found.template[0], found.records, found.copies.count) == ("binidx", "none", 3, 1)
     assert found.shown[1].pieces[0].text == "two" and found.shown[1].where.endswith("corpus: document 1")
     assert not preview(config_of(tmp_path / "corpus", limit=2)).is_all
+
+
+def test_documents_of_a_binidx_of_which_nothing_is_learned(tmp_path):
+    write_binidx(tmp_path / "corpus", [[65, 66, 0], [], [0]])
+    found = preview(config_of(tmp_path / "corpus", ctx_len=4))
+    assert (found.records, found.tokens, found.without_loss, found.longest) == (3, 2, 2, 2)
+    assert (found.now.dropped, found.now.packed_rows) == (2, 1) and [s.tokens for s in found.shown] == [2, 0, 0]
+    assert any("2 of 3 records have no token that carries loss" in said for said in found.warnings)
 
 
 def test_several_sources_come_as_often_as_they_weigh(write, tmp_path):
