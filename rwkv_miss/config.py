@@ -428,6 +428,42 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(kw_only=True)
+class PreviewConfig(TrainConfig):
+    """Show data as the model will see them, before anything is trained: the options are those of train."""
+
+    base: str = ""
+    """The base checkpoint, of which only the sizes are read, unless ask_base is given; without it the tokenizer's
+    vocabulary is taken."""
+    out: str = "out"
+    """Not written. If a run is there already, its speed tells how long this one will take."""
+    records: int = 5
+    """How many records to show: the first ones."""
+    limit: int | None = None
+    """Take all figures from this many records (of a binidx: documents), the first ones; from all when not given."""
+    token_ids: bool = False
+    """Also show the token ids of the records."""
+    ask_base: bool = False
+    """Load the base, and let it read up to 16 records: does it know the template?"""
+    html: str | None = None
+    """Write all of it as one page, which needs nothing else, to this file as well."""
+    overwrite: bool = False
+    """Replace the page if it is there already."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        found = super().problems()
+        if self.records < 0:
+            found.append(f"records is {self.records}; it cannot be negative")
+        if self.limit is not None and self.limit < 1:
+            found.append(f"limit is {self.limit}; it must be at least 1, or be left out for all records")
+        if self.ask_base and not self.base:
+            found.append("ask_base is given without a base; give --base")
+        return found
+
+
+@dataclass(kw_only=True)
 class EvalConfig(DataOptions):
     """Measure a model's loss and perplexity on data, and how many of its answers are right."""
 

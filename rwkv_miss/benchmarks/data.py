@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rwkv_miss.benchmarks.common import Table, resident
 from rwkv_miss.config import DataOptions
@@ -36,8 +39,9 @@ def bench_data(thread_count: int) -> Table:
     standard library.
 
     Returns:
-        A table with a row for each of `SIZES`: name; mb, of the records as .jsonl; seconds; mb_per_s; token_mb, what
-        the ids take; rise_mb, by how much the memory of the process rises at its peak (resident, mapped files included)
+        A table with a row for each of `SIZES`: name; mb, of the records as .jsonl; mb_per_s; mb_per_cpu_s, over the
+        CPU time of all processes, which is a core's speed where other programs have a part of it; token_mb, what the
+        ids take; rise_mb, by how much the memory of the process rises at its peak (resident, mapped files included)
         over what PyTorch and the tokenizer take; and the same of the start, until there is a first batch of rows of
         `CTX_LEN`, in a process of its own.
     """
@@ -46,9 +50,8 @@ def bench_data(thread_count: int) -> Table:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"records{suffix}"
             _WRITERS[suffix](path, size)
-            written, row = _apart(_tokenise, path, thread_count)
-            row = {"name": suffix, "mb": size / 1e6, "mb_per_s": size / 1e6 / row["seconds"], **row}
-            rows.append(row | _apart(_start, path.parent, written))
+            written, row = _apart(_tokenise, path, thread_count, size)
+            rows.append({"name": suffix, "mb": size / 1e6, **row, **_apart(_start, path.parent, written)})
     return Table(f"Files as World tokens, {thread_count} process(es), and a start on them", rows)
 
 
@@ -57,18 +60,24 @@ def _apart(function: Callable, *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def _tokenise(path: Path, cores: int) -> tuple[dict[str, Any], dict[str, float]]:
+def _tokenise(path: Path, cores: int, size: int) -> tuple[dict[str, Any], dict[str, float]]:
     tokenizer = load_tokenizer("world")
     corpus = Corpus((str(path),), "world", tokenizer.vocab_size, DataOptions())
-    before, begin = resident("VmRSS"), time.perf_counter()
+    memory, cpu, begin = resident("VmRSS"), _cpu_seconds(), time.perf_counter()
     written = write_store(path.parent, read_tokens(corpus, cores), id_dtype(tokenizer))
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, _cpu_seconds() - cpu
     [dtype, length] = written["arrays"]["ids"]
     return written, {
-        "seconds": seconds,
-        "token_mb": length * int(dtype[-1]) / 1e6,
-        "rise_mb": (resident("VmHWM") - before) / 1e6,
+        "mb_per_s": size / 1e6 / seconds,
+        "mb_per_cpu_s": size / 1e6 / cpu,
+        "token_mb": length * np.dtype(dtype).itemsize / 1e6,
+        "rise_mb": (resident("VmHWM") - memory) / 1e6,
     }
+
+
+def _cpu_seconds() -> float:
+    """The CPU time of this process, and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _start(folder: Path, written: dict[str, Any]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rwkv_miss.commands import (
     init,
     merge,
     plan,
+    preview,
     report,
     train,
 )
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "data binidx": data_binidx.run,
     "train": train.run,
     "plan": plan.run,
+    "preview": preview.run,
     "report": report.run,
     "merge": merge.run,
     "convert": convert.run,

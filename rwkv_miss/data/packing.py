@@ -51,7 +51,8 @@ class PackReport:
         return (
             f"{self.records:,} records in {self.rows:,} rows of {self.width}: {self.tokens:,} tokens, "
             f"{self.loss_tokens:,} with loss, {self.fill:.1%} filled; "
-            f"{self.truncated:,} truncated, {self.carried:,} carried on, {self.dropped:,} dropped"
+            f"{self.truncated:,} truncated, {self.carried:,} carried on, {self.dropped:,} dropped, "
+            f"{self.lost_tokens / max(self.loss_tokens + self.lost_tokens, 1):.1%} of the loss tokens lost"
         )
 
     @property
@@ -147,7 +148,7 @@ def join_reports(reports: Sequence[PackReport]) -> PackReport:
 
 
 def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
-    """Warns of what ctx_len loses of the records, if that is more than is `tolerated`.
+    """Warns of what ctx_len loses of the records, and of records without loss, if that is more than is `tolerated`.
 
     Args:
         name: what the records are called in the message, such as their file.
@@ -157,6 +158,11 @@ def check_losses(report: PackReport, name: str, allow_dropping: bool) -> None:
         UserError: more than half of the records are truncated or dropped, and that is not allowed.
     """
     if not (said := report.losses):
+        if report.dropped > tolerated(report.records):
+            _log.warning(
+                "%s: %s of %s records have no token that carries loss: nothing is learned from them",
+                *(name, f"{report.dropped:,}", f"{report.records:,}"),
+            )
         return
     if not allow_dropping and 2 * (report.truncated + report.dropped) > report.records:
         raise UserError(f"{name}: {said}; raise ctx_len, or give --allow_dropping true to train on what is left")

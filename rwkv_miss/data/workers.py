@@ -54,7 +54,7 @@ def map_in_processes(function: Callable[[_T], _R], items: Iterable[_T], count: i
         waiting: deque[Future[_R]] = deque()
         for item in items:
             waiting.append(threads.submit(_ask, idle, item))
-            if len(waiting) > 2 * count:
+            if len(waiting) > count + 4:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -123,3 +123,6 @@ def serve(pipes: list[tuple[int, int]]) -> None:
                 failed = error
             pickle.dump((found, failed), answers)
             answers.flush()
+    with suppress(ChildProcessError):  # those that were forked from this one, which nobody else waits for
+        while True:
+            os.wait()

@@ -3,6 +3,7 @@ needs no model is made here, before the base's weights are loaded."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
@@ -17,6 +18,7 @@ from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
 from rwkv_miss.data.documents import Document
+from rwkv_miss.data.filling import fill_of_batches, too_empty
 from rwkv_miss.data.packing import PackReport, check_losses, first_documents
 from rwkv_miss.data.parts import Part, PartSettings, read_parts
 from rwkv_miss.data.rows import Rows
@@ -31,6 +33,7 @@ from rwkv_miss.ops.dispatch import check_usable
 from rwkv_miss.training.checks import is_first_process
 from rwkv_miss.training.objective import Objective, find_objective
 
+_log = logging.getLogger("rwkv_miss")
 _C = TypeVar("_C", bound=TrainConfig)
 
 
@@ -141,6 +144,10 @@ def _read_parts(config: TrainConfig, sizes: ModelConfig, objective: Objective) -
         parts += read_parts(parse_sources(config.val_data, options, weights=False), settings)
     for name, report in (found for part in parts for found in part.reports):
         check_losses(report, name, config.allow_dropping)
+    rows, together = parts[0].rows, config.batch_size * config.devices * config.num_nodes
+    fill = parts[0].report.fill if config.packing else fill_of_batches(rows.filled, rows.used, together)
+    if said := too_empty(fill, config.packing):
+        _log.warning("%s: %s", data_name(config.data), said)
     longest = parts[0].report.longest
     if config.chunk_len and longest <= config.chunk_len:
         raise UserError(

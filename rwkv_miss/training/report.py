@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rwkv_miss.files import atomic_write
 from rwkv_miss.training.charts import Line, chart
 from rwkv_miss.training.checks import read_settings
 from rwkv_miss.training.figures import read_figures, read_samples
-from rwkv_miss.training.progress import printable
+from rwkv_miss.training.page import page, pairs, table, text, tile
 from rwkv_miss.training.result import TrainResult
 
 # Answers to a prompt that are shown at once, the newest ones; those between the first and these are folded away.
@@ -70,30 +69,18 @@ def _page(
     columns = {column: _column(rows, column) for column in (rows[0] if rows else ())}
     result = _result(columns)
     body = [
-        f"<header><h1>{_text(name)}</h1>",
-        *(f"<p>{_text(line)}</p>" for line in facts.get("trained", ())),
+        f"<header><h1>{text(name)}</h1>",
+        *(f"<p>{text(line)}</p>" for line in facts.get("trained", ())),
         _status(result, facts),
-        f'<p class="warning">{_text(warning)}</p>' if (warning := result.warning()) else "",
+        f'<p class="warning">{text(warning)}</p>' if (warning := result.warning()) else "",
         f"</header>\n<section class=tiles>{_tiles(result, columns)}</section>\n",
         f"<section class=charts>{_charts(columns)}</section>\n",
         _samples(samples),
         _settings(settings),
-        _table("Machine", facts.get("machine", {})),
-        f"<section><h2>Command</h2><pre>{_text(facts['command'])}</pre></section>\n" if "command" in facts else "",
+        table("Machine", facts.get("machine", {})),
+        f"<section><h2>Command</h2><pre>{text(facts['command'])}</pre></section>\n" if "command" in facts else "",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Nothing is loaded, whatever the data hold.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
-        'img-src data:"><link rel="icon" href="data:,">\n'
-        f"<title>{_text(name)}</title>\n<style>{_STYLE}</style></head>\n<body><main>\n{''.join(body)}</main></body></html>\n"
-    )
-
-
-def _text(value: Any) -> str:
-    """Anything as text of the page."""
-    return escape(printable(str(value)))
+    return page(name, "".join(body))
 
 
 def _column(rows: Sequence[Mapping[str, str]], column: str) -> list[tuple[float, float]]:
@@ -128,7 +115,7 @@ def _status(result: TrainResult, facts: Mapping[str, Any]) -> str:
     elif "ended" not in facts:
         kind, said = "", f"{steps}; the run goes on, or was killed"
     when = " to ".join(str(facts[key]).replace("T", " ") for key in ("started", "ended") if facts.get(key))
-    return f'<p class="status {kind}">{_text(said)}</p><p class="when">{_text(when)}</p>'
+    return f'<p class="status {kind}">{text(said)}</p><p class="when">{text(when)}</p>'
 
 
 def _tiles(result: TrainResult, columns: Mapping[str, list[tuple[float, float]]]) -> str:
@@ -147,7 +134,7 @@ def _tiles(result: TrainResult, columns: Mapping[str, list[tuple[float, float]]]
         found.append(("memory", f"{max(y for _, y in memory) / 1000:,.2f} GB", "the most in one process"))
     if seconds := columns.get("seconds"):
         found.append(("time", str(timedelta(seconds=round(_duration([y for _, y in seconds])))), "of training"))
-    return "".join(f"<div><small>{a}</small><b>{b}</b><small>{c}</small></div>" for a, b, c in found)
+    return "".join(tile(*figure) for figure in found)
 
 
 def _duration(seconds: Sequence[float]) -> float:
@@ -186,8 +173,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             between = f"<details><summary>{len(folded)} more</summary>{''.join(folded)}</details>"
             shown = [shown[0], between, *shown[-_NEWEST:]]
         cards.append(
-            f"<article><pre>{_text(prompt.strip())}</pre>{''.join(shown)}"
-            f'<div class="answer data"><small>data</small><pre>{_text(expected.strip())}</pre></div></article>'
+            f"<article><pre>{text(prompt.strip())}</pre>{''.join(shown)}"
+            f'<div class="answer data"><small>data</small><pre>{text(expected.strip())}</pre></div></article>'
         )
     return f"<section><h2>Samples</h2><div class=samples>{''.join(cards)}</div></section>\n" if cards else ""
 
@@ -195,7 +182,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 def _answer(sample: Mapping[str, Any], expected: str) -> str:
     answer = str(sample.get("answer", "")).strip()
     right = " right" if answer == expected.strip() else ""
-    said = _text(answer) or "(nothing)"
+    said = text(answer) or "(nothing)"
     return f'<div class="answer{right}"><small>step {sample["step"]:,}</small><pre>{said}</pre></div>'
 
 
@@ -205,8 +192,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
     changed = {name: value for name, value in given.items() if value != defaults.get(name)}
     rest = {name: value for name, value in given.items() if name not in changed}
     return (
-        f"<section><h2>Settings</h2>{_rows(changed)}"
-        f"<details><summary>{len(rest)} more, which have their defaults</summary>{_rows(rest)}</details></section>\n"
+        f"<section><h2>Settings</h2>{pairs(changed)}"
+        f"<details><summary>{len(rest)} more, which have their defaults</summary>{pairs(rest)}</details></section>\n"
     )
 
 
@@ -217,76 +204,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         inner = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, Mapping) else {name: value}
         found |= {key: list(x) if isinstance(x, tuple) else x for key, x in inner.items()}
     return found
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    return f"<section><h2>{title}</h2>{_rows(values)}</section>\n" if values else ""
-
-
-def _rows(values: Mapping[str, Any]) -> str:
-    return f"<dl>{''.join(f'<dt>{_text(k)}</dt><dd>{_text(_value(v))}</dd>' for k, v in values.items())}</dl>"
-
-
-def _value(value: Any) -> str:
-    """A setting as it is written in YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #667085; --edge: #e3e6ec;
-  --s0: #2563eb; --s1: #e8590c; --good: #12805c; --bad: #c92a2a; }
-@media (prefers-color-scheme: dark) { :root { --page: #12151b; --card: #1b1f27; --ink: #e6e9ef; --soft: #98a2b3;
-  --edge: #2d333f; --s0: #6ea8fe; --s1: #ffa94d; --good: #51cf9a; --bad: #ff8787; } }
-* { box-sizing: border-box; margin: 0; }
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-main { max-width: 1160px; margin: 0 auto; padding: 24px 16px 48px; }
-h1 { font-size: 26px; line-height: 1.25; margin-bottom: 8px; }
-h2 { font-size: 18px; margin: 32px 0 12px; }
-header p, small, .when { color: var(--soft); }
-.status { color: var(--ink); font-weight: 600; margin-top: 12px; }
-.status::before { content: "\\25cf"; color: var(--soft); margin-right: 8px; }
-.good::before { color: var(--good); }
-.bad::before { color: var(--bad); }
-.warning { border-left: 4px solid var(--s1); padding: 4px 12px; margin-top: 12px; color: var(--ink); }
-.tiles, .charts, .samples { display: grid; gap: 12px; margin-top: 20px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 150px), 1fr)); }
-.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, max(340px, 50% - 6px)), 1fr)); }
-.samples { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); margin-top: 0; }
-.tiles > div, .chart, article, dl, section > pre { background: var(--card); border: 1px solid var(--edge);
-  border-radius: 10px; padding: 12px 14px; min-width: 0; }
-.tiles b { display: block; font-size: 15px; font-variant-numeric: tabular-nums; }
-.wide { grid-column: 1 / -1; }
-figcaption { display: flex; flex-wrap: wrap; gap: 2px 16px; margin-bottom: 12px; }
-.key { color: var(--soft); font-size: 13px; }
-.key::before { content: ""; display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 6px;
-  vertical-align: middle; background: var(--color); }
-.s0 { --color: var(--s0); }
-.s1 { --color: var(--s1); }
-.plot { display: grid; grid-template: 180px 24px / var(--gutter) 1fr; gap: 0 10px; font-size: 12px; color: var(--soft);
-  font-variant-numeric: tabular-nums; }
-.wide .plot { grid-template-rows: 260px 24px; }
-.sides, .feet { position: relative; }
-.unit { white-space: nowrap; text-align: right; padding-top: 6px; }
-.sides span, .feet span { position: absolute; white-space: nowrap; }
-.sides span { right: 0; transform: translateY(-50%); }
-.feet span { top: 6px; }
-svg { width: 100%; height: 100%; overflow: visible; }
-path { fill: none; stroke: var(--color); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round;
-  vector-effect: non-scaling-stroke; }
-.grid { stroke: var(--edge); stroke-width: 1; }
-.dot { stroke-width: 6; }
-.band { fill: var(--color); stroke: none; opacity: .2; }
-pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-article > pre { color: var(--soft); max-height: 12em; overflow: auto; margin-bottom: 8px; }
-.answer { display: grid; grid-template-columns: minmax(88px, max-content) 1fr; gap: 8px; padding: 6px 0;
-  border-top: 1px solid var(--edge); }
-.right pre { color: var(--good); }
-.answer small { white-space: nowrap; }
-.data { border-top-style: dashed; }
-details { padding: 6px 0; }
-summary { cursor: pointer; color: var(--soft); font-size: 13px; margin-bottom: 6px; }
-dl { display: grid; grid-template-columns: minmax(90px, max-content) 1fr; gap: 4px 20px; font-size: 14px; }
-dt { color: var(--soft); }
-dd { font-variant-numeric: tabular-nums; white-space: pre-wrap; }
-@media (max-width: 480px) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 6px; } }
-"""

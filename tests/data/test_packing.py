@@ -102,7 +102,8 @@ def test_report():
     masks = [[False, False, True, True], [False] * 3 + [True] * 6, [False] * 8 + [True], [False, False, True]]
     rows, report = make_rows(documents_of(masks), ctx_len=5, packing=True)
     assert str(report) == (
-        "4 records in 2 rows of 5: 10 tokens, 6 with loss, 100.0% filled; 1 truncated, 0 carried on, 1 dropped"
+        "4 records in 2 rows of 5: 10 tokens, 6 with loss, 100.0% filled; 1 truncated, 0 carried on, 1 dropped, "
+        "40.0% of the loss tokens lost"
     )
     assert everything(rows).tokens.shape == (2, 5)
     rows, report = make_rows(documents_of(masks), ctx_len=5, packing=False)

@@ -39,6 +39,24 @@ def test_more_than_one_percent_lost_is_a_warning(make_config, tmp_path, caplog):
     assert not [m for m in caplog.messages if "ctx_len" in m]
 
 
+def test_nearly_empty_rows_are_a_warning(make_config, tmp_path, caplog):
+    """Without packing they are as wide as the longest row of a batch, here of 8 rows."""
+
+    def warned(lengths, **changes):
+        data = records_of(tmp_path / "a.jsonl", lengths)
+        caplog.clear()
+        quiet_train(make_config(data=str(data), max_steps=1, overwrite=True, **changes))
+        return [m for m in caplog.messages if "padding" in m]
+
+    [said] = warned([21] * 7 + [64])
+    assert said.startswith(f"{tmp_path / 'a.jsonl'}: the documents fill 41.2% of the rows, the rest is padding")
+    assert not warned([21] * 7 + [40]) and not warned([21] * 7 + [64], packing=True)
+    assert not warned([21] * 7 + [64], batch_size=1)
+    [said] = warned([31], packing=True)
+    assert "all records together fill 48.4% of the rows" in said
+    assert not warned([32], packing=True)
+
+
 @pytest.mark.parametrize("where", ["data", "val_data"])
 def test_more_than_half_lost_is_an_error_unless_allowed(make_config, tmp_path, where):
     data = records_of(tmp_path / "a.jsonl", [40] * 2 + [70, 80, 90])
@@ -65,12 +83,17 @@ def test_warnings_come_from_one_process_alone(make_config, tmp_path):
 
 
 def test_the_data_are_tokenised_once(make_config, data, tmp_path, monkeypatch, caplog):
-    """A second run with other settings of the training has the same rows, losses and messages."""
+    """A second run with other settings of the training has the same rows, losses and messages; one with another ctx_len
+    has the same tokens."""
     encoded = []
-    encode = corpus.encode_record
-    monkeypatch.setattr(
-        corpus, "encode_record", lambda record, *more: (encoded.append(record), encode(record, *more))[1]
-    )
+    encode = corpus.encode_records
+
+    def counted(records, *more):
+        records = list(records)
+        encoded.extend(records)
+        return encode(records, *more)
+
+    monkeypatch.setattr(corpus, "encode_records", counted)
     config = make_config(data=str(shutil.copy(data, tmp_path)), max_steps=3, val_split=0.2)
     results, said = [], []
     for changes in ({}, {"out": str(tmp_path / "again"), "max_steps": 2, "accumulate": 1}):
@@ -81,6 +104,8 @@ def test_the_data_are_tokenised_once(make_config, data, tmp_path, monkeypatch, c
     assert results[0] == results[1] and said[0] == said[1] and len(said[0]) == 2
     assert losses(tmp_path / "again")[:2] == losses(config.out)[:2]
     quiet_train(replace(config, ctx_len=65, overwrite=True))
+    assert len(encoded) == 29
+    quiet_train(replace(config, answer_end="blank_line", overwrite=True))
     assert len(encoded) == 2 * 29
 
 

@@ -20,6 +20,7 @@ from rwkv_miss.data.readers.text import PACKED, open_text
 from rwkv_miss.data.readers.txt import txt_blocks, txt_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import holds_stop, unused
+from rwkv_miss.data.signs import Signs
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
@@ -68,8 +69,8 @@ _log = logging.getLogger("rwkv_miss")
 @dataclass
 class Notes:
     """What is warned of at the end of a file: the fields that were not read, each with the number of records in which
-    it holds something, and the records with an answer that a runtime cuts, since it holds one of the `stops` of the
-    template.
+    it holds something, the records with an answer that a runtime cuts, since it holds one of the `stops` of the
+    template, and the signs that something is wrong with records.
     """
 
     records: int = 0
@@ -77,10 +78,12 @@ class Notes:
     stopped: int = 0
     first_stopped: str = ""
     stops: tuple[str, ...] = ()
+    signs: Signs = field(default_factory=Signs)
 
     def take(self, record: Record, options: DataOptions) -> None:
         """Counts a record."""
         self.records += 1
+        self.signs.take(record)
         if names := (*record.unread, *unused(record, options)):
             self.unread.update(names)
         if holds_stop(record, options):
@@ -95,6 +98,7 @@ class Notes:
         self.stopped += later.stopped
         self.first_stopped = self.first_stopped or later.first_stopped
         self.stops = self.stops or later.stops
+        self.signs.join(later.signs)
 
     def warn(self, path: Path) -> None:
         if self.unread:
@@ -107,6 +111,8 @@ class Notes:
                 "and cuts the rest off",
                 *(path, " or ".join(map(repr, self.stops)), f"{self.stopped:,}", self.first_stopped),
             )
+        for warning in self.signs.warnings():
+            _log.warning("%s: %s", path, warning)
 
 
 def read_records(path: str | Path, options: DataOptions) -> Iterator[Record]:

@@ -1,0 +1,1 @@
+"""Data as the model will see them, before anything is trained."""
