@@ -20,7 +20,7 @@ import zstandard
 from pyarrow import parquet
 
 from rwkv_miss.config import DataOptions
-from rwkv_miss.data.readers import jsonl
+from rwkv_miss.data.readers import json_array, jsonl, table, text, txt
 from rwkv_miss.data.readers.instead import BY_SUFFIX
 from rwkv_miss.data.readers.reader import block_records, read_blocks, read_records
 from rwkv_miss.data.records import Record
@@ -102,6 +102,82 @@ def test_blocks_of_any_size_are_whole_lines(tmp_path, monkeypatch, size):
     assert len(blocks) == {1: 5, 7: 5, 30: 3, 1000: 2}[size]
 
 
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".txt", ".txt.gz"])
+def test_smaller_blocks_hold_the_same_records(tmp_path, monkeypatch, suffix, size):
+    path, options = tmp_path / f"a{suffix}", DataOptions(separator="--\n" if ".txt" in suffix else None)
+    rows = [{"text": f"{n} é\r\n{n}\r-\n"} for n in range(9)]
+    write_as(path, rows)
+    expected = [*read_records(path, options)]
+    for module in (text, json_array, table, txt):
+        monkeypatch.setattr(module, "BLOCK_SIZE", size)
+    blocks = [pickle.loads(pickle.dumps(block)) for block in read_blocks(path, options)]
+    assert [record for block in blocks for record in block_records(block, options)] == expected and len(expected) == 9
+    assert len(blocks) > 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"text,more,text\na,b,c\n", ":1: the header names 'text' twice"),
+        (b"\ntext,more\na,b\n\nc\n", ":5: has 1 columns, the header has 2 (',' parts them)"),
+        (b'text\na\n"b', ":3: is not a row of a table"),
+        (b"text\n", ": is empty"),
+        (b"answers\na\n", ":2: no known field"),
+    ],
+)
+def test_a_table_that_is_none(tmp_path, content, said):
+    (path := tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions()))
+    assert str(error.value).startswith(f"{path}{said}")
+
+
+@pytest.mark.parametrize(
+    "content", [b"question;answer\na,b;c\n", b"question\tanswer\na,b\tc\n", b'question,answer\n"a,b",c\n']
+)
+def test_what_parts_the_columns(tmp_path, content):
+    (path := tmp_path / "a.csv").write_bytes(content)
+    write(tmp_path / "a.jsonl", {"question": "a,b", "answer": "c"})
+    assert turns(path) == turns(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", ": is empty"),
+        (b'[{"text": "a"}] x', ": has more after the array, which ends with item 1: 'x'"),
+        (b'[{"text": "a"} {"text": "b"}]', ":1: a comma or ] has to follow, not '{'"),
+        (b'[{"text": "a"},', ":2: is not JSON (Expecting value at character 1)"),
+        (b'[{"text": "a"}', ":1: a comma or ] has to follow, not the end of the file"),
+        (b'[{"text": "a"}, 3]', ":2: is a number, not an object; give an array of objects"),
+        (b'{"text": "a"} {"text": ', ":2: is not JSON (Expecting value at character 10)"),
+        (b'{"data": []}', ":1: no known field"),
+    ],
+)
+def test_json_that_is_no_array_of_objects(tmp_path, content, said):
+    (path := tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions()))
+    assert str(error.value).startswith(f"{path}{said}")
+
+
+def test_objects_in_json_without_an_array(tmp_path):
+    (tmp_path / "a.json").write_text('{"text": "a"}\n{"text":\n "b"}')
+    write(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b"})
+    assert turns(tmp_path / "a.json") == turns(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst"])
+def test_a_compressed_file_that_is_cut_off(tmp_path, suffix):
+    """Also where what is left unpacks to text."""
+    content = PACKERS[suffix[4:]]("".join(f"{n} " for n in range(10**5)).encode())
+    path = tmp_path / f"a{suffix}"
+    for end in (len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
+        assert "is damaged" in refused(path)
+
+
 GOOD = b'{"text": "fine"}\n'
 
 
@@ -181,6 +257,7 @@ def test_bad_files(tmp_path):
     assert "is a folder" in said(".")
     assert f"suffix '.doc' is not known; {readable}" in said("a.doc", b"a,b")
     assert f"no such file or folder; {readable}" in said("none")
+    assert "by the suffix before this one, it is of no format" in said("a.parquet.gz", b"a")
     assert "is empty" in said("e.jsonl", b"\n \n")
     assert "is empty" in said("e.txt", b"")
     assert "is empty" in said("blank.txt", b"--\n--", separator="--")
@@ -222,27 +299,29 @@ def refused(path):
 ROWS = [{"question": "2 + 2?", "answer": "4"}, {"question": 'say "a,\tb"', "answer": "é\nf"}]
 
 
-def write_as(path):
-    """Writes `ROWS` in the format that the suffixes name; JSON lines if they do not."""
+def write_as(path, rows=ROWS):
+    """Writes rows in the format that the suffixes name."""
     packed = path.suffix in PACKERS
     suffix = path.suffixes[-2 if packed else -1]
     if suffix in (".csv", ".tsv"):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["question", "answer"], delimiter="\t" if suffix == ".tsv" else ",")
+        file = io.StringIO()
+        writer = csv.DictWriter(file, [*rows[0]], delimiter="\t" if suffix == ".tsv" else ",")
         writer.writeheader()
-        writer.writerows(ROWS)
-        content = text.getvalue().encode("utf-8-sig")
+        writer.writerows(rows)
+        content = file.getvalue().encode("utf-8-sig")
+    elif suffix == ".txt":
+        content = "--\n".join(row["text"] for row in rows).encode()
     elif suffix == ".json":
-        content = json.dumps(ROWS, indent=1).encode()
+        content = json.dumps(rows, indent=1).encode()
     elif suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return
     elif suffix == ".arrow":
-        with pyarrow.ipc.new_stream(path, (table := pyarrow.Table.from_pylist(ROWS)).schema) as file:
+        with pyarrow.ipc.new_stream(path, (table := pyarrow.Table.from_pylist(rows)).schema) as file:
             file.write_table(table, max_chunksize=1)
         return
     else:
-        content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(PACKERS[path.suffix](content) if packed else content)
 
 

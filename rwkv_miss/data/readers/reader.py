@@ -150,7 +150,10 @@ def block_records(block: Block, options: DataOptions) -> Iterator[Record]:
     """
     reader = reader_of(block.path)
     assert reader
-    return reader.records(block, options)
+    try:
+        yield from reader.records(block, options)
+    except OSError as error:
+        raise UserError(f"{block.path}: cannot be read: {error.strerror or error}") from error
 
 
 def check_not_empty(path: Path, notes: Notes) -> None:
