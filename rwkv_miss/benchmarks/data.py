@@ -77,7 +77,7 @@ def _tokenise(path: Path, cores: int, size: int) -> tuple[dict[str, Any], dict[s
 
 def _cpu_seconds() -> float:
     """The CPU time of this process, and of those that it has started and that have ended."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def _start(folder: Path, written: dict[str, Any]) -> dict[str, float]:

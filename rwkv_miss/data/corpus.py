@@ -113,10 +113,8 @@ def open_binidx(prefix: str | Path, vocab_size: int) -> Store:
         UserError: a token is not in the vocabulary (the message names its document), or the pair cannot be read.
     """
     file = read_binidx(prefix)
-    has_targets = np.diff(file.offsets) > 1
-    edges = np.stack([file.offsets[:-1] + 1, file.offsets[1:]], axis=1)[has_targets].ravel()
-    store = Store(f"{prefix}.bin", file.tokens, file.offsets, edges, vocab_size=vocab_size)
     n = len(file.tokens)
+    store = Store(f"{prefix}.bin", file.tokens, file.offsets, np.array([0, n]), vocab_size=vocab_size)
     anywhere = np.random.Generator(np.random.PCG64(0)).integers(n, size=_SAMPLE)
     places = np.unique(np.r_[0 : min(n, _SAMPLE), max(n - _SAMPLE, 0) : n, anywhere])
     store.check(file.tokens[places], places)

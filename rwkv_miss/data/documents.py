@@ -88,7 +88,6 @@ def gather(documents: Sequence[Document]) -> Documents:
         return documents
     lengths = np.array([len(document.ids) for document in documents])
     mask = np.concatenate([document.mask for document in documents])
-    mask[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
     ids = np.concatenate([document.ids for document in documents])
     return all_documents(store_in_memory("the data", [Tokens(ids, lengths, edges_of(mask))]))
 
@@ -136,9 +135,7 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
     if tokens.max(initial=END) >= vocab_size or np.count_nonzero(tokens == END) > len(places):
         for where, of_record in zip(places, np.split(tokens, ends), strict=False):
             _check(where, of_record[:-1], tokenizer, vocab_size)
-    mask = np.repeat(learned, np.diff(span_ends, prepend=0))
-    mask[np.cumsum(lengths) - lengths] = False
-    return Tokens(tokens, lengths, edges_of(mask))
+    return Tokens(tokens, lengths, edges_of(np.repeat(learned, np.diff(span_ends, prepend=0))))
 
 
 def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -20,8 +20,8 @@ _ARRAYS = ("ids", "offsets", "edges")
 class Tokens(NamedTuple):
     """Some documents, one after the other: the ids (N,) of all, and the lengths int64 (documents,) of each.
 
-    edges int64 (2 * stretches,), strictly ascending: the tokens from edges[2 * i] up to edges[2 * i + 1] carry loss as
-    targets. The first token of a document never does.
+    edges int64 (2 * stretches,), ascending: the tokens from edges[2 * i] up to edges[2 * i + 1] carry loss, unless they
+    are the first of their document, which is no target.
     """
 
     ids: np.ndarray
