@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Copies:
 
     def take(self, whole: bytes, prompt: bytes | None) -> None:
         """The next one, and what it asks before its last answer; None for plain text."""
-        self.whole.append(_hash(whole))
-        self.prompts.append(0 if prompt is None else _hash(prompt))
+        self.whole.append(xxh3_64_intdigest(whole))
+        self.prompts.append(0 if prompt is None else xxh3_64_intdigest(prompt))
 
     def join(self, later: Copies) -> None:
         """Adds what was taken after these."""
@@ -39,10 +39,6 @@ class Copies:
         _, first = np.unique(whole, return_index=True)
         asked = np.sort(first[prompts[first] != 0])
         return asked[_repeated(prompts[asked])]
-
-
-def _hash(content: bytes) -> int:
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def _repeated(values: np.ndarray) -> np.ndarray:

@@ -273,7 +273,8 @@ def _has_details(tool: Tool) -> bool:
 def _clean(content: str) -> str:
     r"""Ends stripped, `\r\n` made `\n`, and each run of two or more `\n` made one. A lone `\r` and a line of white
     space stay."""
-    return re.sub(r"\n{2,}", "\n", content.strip().replace("\r\n", "\n"))
+    content = content.strip().replace("\r\n", "\n")
+    return re.sub(r"\n{2,}", "\n", content) if "\n\n" in content else content
 
 
 def _refuse_text(record: Record) -> Record:

@@ -69,8 +69,9 @@ class Signs:
         """The next record."""
         self.records += 1
         asked, answer = _question_and_answer(record)
-        asked_with = repr((asked, record.tools)).encode()
-        whole = asked_with + repr((record.turns[len(asked) :], record.rejected)).encode()
+        # Of plain tuples, which Python writes four times as fast as named ones.
+        asked_with = repr(([*map(tuple, asked)], record.tools)).encode()
+        whole = asked_with + repr(([*map(tuple, record.turns[len(asked) :])], record.rejected)).encode()
         self.copies.take(whole, None if record.is_text else asked_with)
         if record.is_text:
             if _QUESTION.match(answer) and _ANSWER.search(answer):
