@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 
 @dataclass
 class Copies:
-    """Finds copies among what is taken one by one. Two hashes of 8 bytes are kept of each: that some two of n different
-    ones have the same has a probability of n^2 / 2^65, 3 in a million for 10 million."""
+    """Finds copies among what is taken one by one. Two of Python's hashes are kept of each, which are the same in a
+    process and its forks alone: that some two of n different ones have the same has a probability of n^2 / 2^65, 3 in a
+    million for 10 million."""
 
-    whole: array = field(default_factory=lambda: array("Q"))
-    prompts: array = field(default_factory=lambda: array("Q"))
+    whole: array = field(default_factory=lambda: array("q"))
+    prompts: array = field(default_factory=lambda: array("q"))
 
-    def take(self, whole: bytes, prompt: bytes | None) -> None:
+    def take(self, whole: Hashable, prompt: Hashable | None) -> None:
         """The next one, and what it asks before its last answer; None for plain text."""
-        self.whole.append(xxh3_64_intdigest(whole))
-        self.prompts.append(0 if prompt is None else xxh3_64_intdigest(prompt))
+        self.whole.append(hash(whole))
+        self.prompts.append(0 if prompt is None else hash(prompt))
 
     def join(self, later: Copies) -> None:
         """Adds what was taken after these."""
@@ -30,12 +31,12 @@ class Copies:
     def copies(self) -> np.ndarray:
         """Of each that is a copy of an earlier one, the numbers of both, int64 (copies, 2), in order; the first has
         the number 0."""
-        return _repeated(np.array(self.whole, np.uint64))
+        return _repeated(np.array(self.whole, np.int64))
 
     def several_answers(self) -> np.ndarray:
         """Of each whose prompt an earlier one has with another answer, the numbers of both, int64 (found, 2), in order.
         Copies of earlier ones are left out."""
-        whole, prompts = np.array(self.whole, np.uint64), np.array(self.prompts, np.uint64)
+        whole, prompts = np.array(self.whole, np.int64), np.array(self.prompts, np.int64)
         _, first = np.unique(whole, return_index=True)
         asked = np.sort(first[prompts[first] != 0])
         return asked[_repeated(prompts[asked])]

@@ -69,9 +69,8 @@ class Signs:
         """The next record."""
         self.records += 1
         asked, answer = _question_and_answer(record)
-        # Of plain tuples, which Python writes four times as fast as named ones.
-        asked_with = repr(([*map(tuple, asked)], record.tools)).encode()
-        whole = asked_with + repr(([*map(tuple, record.turns[len(asked) :])], record.rejected)).encode()
+        asked_with = asked, repr(record.tools) if record.tools else ""
+        whole = asked_with, record.turns[len(asked) :], record.rejected
         self.copies.take(whole, None if record.is_text else asked_with)
         if record.is_text:
             if _QUESTION.match(answer) and _ANSWER.search(answer):
@@ -129,5 +128,7 @@ class Signs:
 
 def _question_and_answer(record: Record) -> tuple[tuple[Turn, ...], str]:
     """What comes before the record's last answer, and that answer; of plain text nothing, and the text."""
-    last = max(i for i, turn in enumerate(record.turns) if turn.role in ("assistant", "text"))
+    last = len(record.turns) - 1
+    while record.turns[last].role not in ("assistant", "text"):
+        last -= 1
     return record.turns[:last], record.turns[last].content
