@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from xxhash import xxh3_128
 
 from rwkv_miss.errors import UserError
 
@@ -34,7 +34,7 @@ class Store:
     """Documents of tokens: document i is ids[offsets[i]:offsets[i + 1]].
 
     name: what messages call it. ids (N,), of any integer dtype. offsets int64 (documents + 1,). edges: as in `Tokens`.
-    mark: a SHA-256 hash (hex) of ids and edges; None if there may be too many to read them all.
+    mark: an xxh3 hash (128 bits, hex) of ids and edges; None if there may be too many to read them all.
     vocab_size: the number of ids that the model has, if they are to be checked when they are used; None if they were
     checked before.
     """
@@ -161,14 +161,14 @@ class _Digest:
     """The mark of a store whose parts come one after the other; where they were divided makes no difference."""
 
     def __init__(self) -> None:
-        self._ids, self._edges = hashlib.sha256(), hashlib.sha256()
+        self._ids, self._edges = xxh3_128(), xxh3_128()
 
     def update(self, ids: np.ndarray, edges: np.ndarray) -> None:
         self._ids.update(np.ascontiguousarray(ids).data)
         self._edges.update(np.ascontiguousarray(edges).data)
 
     def mark(self) -> str:
-        return hashlib.sha256(self._ids.digest() + self._edges.digest()).hexdigest()
+        return xxh3_128(self._ids.digest() + self._edges.digest()).hexdigest()
 
 
 class _GrowingArray:
