@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,10 @@ from rwkv_miss.config import ModelConfig
 from rwkv_miss.files import cache_folder, remove
 from rwkv_miss.model.rwkv6 import RWKV6
 from tests.processes import Start, processes
+
+# No test looks at the time that an example takes: beside others that is anything.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True, scope="session")

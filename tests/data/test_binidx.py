@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_miss.config import DataOptions
@@ -87,7 +87,6 @@ def test_deepspeed_s_copy_of_megatron_s_code(tmp_path, name):
     assert [read[i].tolist() for i in range(len(read))] == DOCUMENTS
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 65535), max_size=9), min_size=1, max_size=20).filter(any))
 def test_what_was_written_is_read(tmp_path_factory, documents):
     prefix = tmp_path_factory.mktemp("pair") / "p"

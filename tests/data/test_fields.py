@@ -230,7 +230,7 @@ ITEMS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ITEMS, st.sampled_from([*TEMPLATES]), st.sampled_from(["weighted", "all", "last"]))
 def test_whatever_stands_in_the_fields_is_read_and_written_or_refused(item, template, learn):
     options = DataOptions(template=template, learn=learn)

@@ -116,7 +116,7 @@ def lost(documents, ctx_len, group_size=None):
 
 
 @pytest.mark.parametrize("group_size", [None, 1, 2, 3])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(documents=any_documents(), repeated=st.sampled_from([1, 40]))
 def test_the_enough_ctx_len_is_the_least_that_loses_no_more_than_one_percent(documents, repeated, group_size):
     documents = documents * repeated  # with 40 copies, 1 % is often more than nothing

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rwkv_miss.config import DataOptions
@@ -52,7 +52,6 @@ def same_rows(rows, others):
 texts = st.lists(st.lists(st.integers(1, 99), max_size=30), min_size=1, max_size=25)
 
 
-@settings(deadline=None)
 @given(texts.filter(lambda texts: max(map(len, texts)) > 1), st.integers(1, 12), st.booleans())
 def test_rows_are_those_of_documents_in_memory(tmp_path_factory, texts, ctx_len, packing):
     prefix = tmp_path_factory.mktemp("pair") / "p"

@@ -27,7 +27,6 @@ from tests.helpers import RunsCode
 bounded = settings(
     max_examples=10,
     derandomize=True,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

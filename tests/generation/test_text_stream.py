@@ -56,7 +56,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["world", "bytes", *HUGGING_FACE])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_the_pieces_of_any_ids_are_their_text(tokenizer, kind, data):
     tok = tokenizer(kind)
@@ -80,7 +80,7 @@ def byte_ids(kind: str, tok: Tokenizer, raw: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["world", "bytes", "byte level", "llama", "byte fallback"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_the_pieces_of_what_is_nearly_utf_8(tokenizer, kind, data):
     """Whole characters among stray bytes and incomplete characters."""
@@ -163,7 +163,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(st.text("ab", max_size=5), max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_stop_strings_are_found_in_any_pieces(pieces, stops):
     found = StopStrings(stops)
