@@ -127,11 +127,15 @@ class Saver(L.Callback):
         trainer.strategy.barrier()
         try:
             trainer.save_checkpoint(part)
-        except OSError as e:
-            with suppress(OSError):
-                remove(part)
-            raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is unchanged") from e
-        trainer.strategy.barrier()
+            trainer.strategy.barrier()
+        except BaseException as e:
+            if trainer.is_global_zero:  # all ranks of DeepSpeed write to it, and would fail for its lack
+                with suppress(OSError):
+                    remove(part)
+            if isinstance(e, OSError):
+                said = f"{path}: cannot be written: {e.strerror or e}; what was saved before is unchanged"
+                raise RunError(said) from e
+            raise
         if trainer.is_global_zero:
             put_in_place(part, path)
             checkpoints = sorted(old for old in written_by_runs(self.out) if old.parent == folder)

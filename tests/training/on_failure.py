@@ -45,6 +45,20 @@ def watch_for(rank: int, stage: str, what: str) -> None:
     from rwkv_miss.training.lit_module import LitRWKV
 
     watch.SILENCE = 8.0  # 30 seconds, to save time
+    if what == "disk":
+        from rwkv_miss.training import zero
+
+        write = zero.write_pickle
+
+        def refuses(path: Path, content: Any) -> None:
+            raise OSError(28, os.strerror(28))
+
+        def late(path: Path, content: Any) -> None:
+            time.sleep(1)  # the other has failed by then
+            write(path, content)
+
+        zero.write_pickle = refuses if is_the_one else late
+        return
     if not is_the_one:
         return
 
@@ -65,13 +79,6 @@ def watch_for(rank: int, stage: str, what: str) -> None:
             return step(self, batch) * (math.nan if self.trainer.global_step + 1 == int(stage) else 1)
 
         LitRWKV._loss_sum = is_nan
-    elif what == "disk":
-        from rwkv_miss.training import zero
-
-        def refuses(path: Path, content: Any) -> None:
-            raise OSError(28, os.strerror(28))
-
-        zero.write_pickle = refuses
     else:
         LitRWKV.training_step = before(
             LitRWKV.training_step, lambda module, *_: module.trainer.global_step + 1 == int(stage)
