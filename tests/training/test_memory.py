@@ -72,7 +72,8 @@ def mapped(pid: int, path: Path) -> Iterator[dict[str, int]]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
 def test_ranks_share_the_mapped_base(make_base, data, start_process, tmp_path, strategy):
-    """While two ranks train, what they hold of the base's file is the file, once."""
+    """While two ranks train, what they hold of the base's file is the file, once: a page of it that is not shared is a
+    copy, which is anonymous. (The ranks are looked at one after the other, so that their shares may add up to more.)"""
     base = make_base(n_layer=2, n_embd=256, vocab_size=256, dtype=torch.bfloat16)
     config = small_config(base, data, tmp_path / "out")
     config.devices, config.strategy, config.batch_size, config.max_steps = 2, strategy, 4, 1
@@ -93,4 +94,4 @@ def test_ranks_share_the_mapped_base(make_base, data, start_process, tmp_path, s
         time.sleep(0.05)
     assert process.returncode == 0, process.communicate()[1]
     size = base.stat().st_size / 1024
-    assert ranks == 2 and 0.5 * size < most < 1.1 * size and copied < 0.1 * size
+    assert ranks == 2 and 0.5 * size < most and copied < 0.1 * size
