@@ -176,6 +176,10 @@ class DataOptions:
             found.append(f"answer_end is {self.answer_end!r}; it must be token or blank_line")
         return found
 
+    def of_data(self) -> DataOptions:
+        """These options alone, of settings that have others too."""
+        return DataOptions(**{f.name: getattr(self, f.name) for f in fields(DataOptions)})
+
 
 def _quant_problems(config: TrainConfig | EvalConfig) -> list[str]:
     if config.quant not in QUANTS:

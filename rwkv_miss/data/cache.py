@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import Timeout
 from xxhash import xxh3_128
 
+from rwkv_miss.data.collecting import collected_warnings
 from rwkv_miss.data.corpus import Corpus, id_dtype, read_tokens
 from rwkv_miss.data.store import Store, open_store, store_in_memory, write_store
 from rwkv_miss.data.tokenizers import load_tokenizer
@@ -143,26 +144,12 @@ def _make(entry: Path, corpus: Corpus) -> Store:
 
 @contextmanager
 def _noted() -> Iterator[list[str]]:
-    """Collects the package's warnings, and gives them at the end.
-
-    Also in a process that shows none: the warnings in an entry are for whichever process opens it.
-    """
+    """Collects the package's warnings, for whichever process opens the entry, and gives them at the end."""
     found: list[str] = []
-
-    def passes(record: logging.LogRecord) -> bool:
-        if record.levelno == logging.WARNING:
-            found.append(record.getMessage())
-        return record.levelno != logging.WARNING
-
-    level = _log.level
-    _log.addFilter(passes)
-    if not _log.isEnabledFor(logging.WARNING):
-        _log.setLevel(logging.WARNING)
     try:
-        yield found
+        with collected_warnings() as found:
+            yield found
     finally:
-        _log.removeFilter(passes)
-        _log.setLevel(level)
         for warning in found:
             _log.warning("%s", warning)
 

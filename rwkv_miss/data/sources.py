@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -194,10 +194,8 @@ def _is_there(name: str) -> bool:
 
 def _with_own(options: DataOptions, own: dict[str, Any]) -> DataOptions:
     """The options with a source's own in their place. Fields are named together or not at all."""
-    values = {field.name: getattr(options, field.name) for field in fields(DataOptions)}
-    if own.keys() & set(FIELDS):
-        values |= {name: getattr(_DEFAULT, name) for name in FIELDS}
-    return DataOptions(**values | own)
+    unnamed = {name: getattr(_DEFAULT, name) for name in FIELDS} if own.keys() & set(FIELDS) else {}
+    return replace(options.of_data(), **unnamed | own)
 
 
 def _only(used: Iterable[str], options: DataOptions) -> DataOptions:

@@ -78,9 +78,9 @@ def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Te
     assert isinstance(in_use, InUse)
     with plain_reads(adapted.base.values()) as reader:
         if in_use.whole:  # more than linears has two values
-            both = _logits(model, [tokens], reader)
+            adapted_logits = _logits(model, [tokens], reader)
             take_out(model)
-            return _logits(model, [tokens], reader), both
+            return _logits(model, [tokens], reader), adapted_logits
 
         # One pass over the file for two sequences, of which the first takes the way beside the adapters.
         def first_by_base(module: nn.Module, inputs: tuple[Tensor], y: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Te
         base = {in_use.modules[path]: cast(nn.Module, in_use.base[path]) for path in in_use.modules}
         for module in base:
             module.register_forward_hook(first_by_base)
-        base_logits, both = _logits(model, [tokens, tokens], reader).split(1)
-        return base_logits, both
+        base_logits, adapted_logits = _logits(model, [tokens, tokens], reader).split(1)
+        return base_logits, adapted_logits
 
 
 def written_logits(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rwkv_miss.adapters import method
-from rwkv_miss.config import PlanConfig, value_problems
+from rwkv_miss.config import PlanConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.planning.fit import changes, largest_batch, parse_bytes
 from rwkv_miss.planning.memory import Row, memory
 from rwkv_miss.planning.shapes import find_base
+from rwkv_miss.training.checks import setting_problems
 from rwkv_miss.training.objective import OBJECTIVES
 from rwkv_miss.training.prepare import with_adapters_settings
 
@@ -35,10 +35,7 @@ def plan(config: PlanConfig) -> Planned:
     Raises:
         UserError: a setting is wrong, or the base cannot be read.
     """
-    if found := value_problems(config) + value_problems(config.adapter, "adapter."):
-        raise UserError("; ".join(found))
-    found = config.problems() + config.adapter.problems()
-    found += method.problems(config.adapter, None if config.adapter_from else config)
+    found = setting_problems(config)
     if config.objective not in OBJECTIVES:
         found.append(f"objective is {config.objective!r}; there are {', '.join(OBJECTIVES)}")
     if found:

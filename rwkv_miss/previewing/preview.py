@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rwkv_miss.adapters import method
 from rwkv_miss.checkpoint import read_checkpoint
-from rwkv_miss.config import DataOptions, PreviewConfig, value_problems
+from rwkv_miss.config import PreviewConfig
 from rwkv_miss.data.binidx import binidx_prefix
+from rwkv_miss.data.collecting import collected_warnings
 from rwkv_miss.data.corpus import open_binidx
 from rwkv_miss.data.documents import all_documents
 from rwkv_miss.data.readers.reader import read_records
@@ -25,9 +23,8 @@ from rwkv_miss.previewing.found import Preview
 from rwkv_miss.previewing.gathering import ANY_ID, Gathering
 from rwkv_miss.previewing.knowing import ask, warn_of
 from rwkv_miss.previewing.warnings import warnings_of
+from rwkv_miss.training.checks import setting_problems
 from rwkv_miss.training.prepare import with_adapters_settings
-
-_log = logging.getLogger("rwkv_miss")
 
 
 def preview(config: PreviewConfig, progress: Callable[[int], None] = lambda records: None) -> Preview:
@@ -43,27 +40,23 @@ def preview(config: PreviewConfig, progress: Callable[[int], None] = lambda reco
     given = config.template
     config = with_adapters_settings(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    options = DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)})
-    sources = parse_sources(config.data, options)
+    sources = parse_sources(config.data, config.of_data())
     check_sources(sources, config)
     if config.base:
         vocabulary = infer_config(read_checkpoint(config.base), config.base).vocab_size, config.base
     else:
         vocabulary = tokenizer.vocab_size, f"tokenizer {config.tokenizer}"
     gathering = Gathering(config, tokenizer, vocabulary, _why(given, config))
-    with _collected() as of_reading:
+    with collected_warnings() as of_reading:
         is_all = _read(sources, config.limit, gathering, progress)
     found = gathering.told(is_all)
-    with _collected():  # the warnings of reading once more
+    with collected_warnings():  # the warnings of reading once more
         knowledge = ask(config, sources, tokenizer) if config.ask_base else None
     return replace(found, knowledge=knowledge, warnings=[*warnings_of(found, config), *of_reading, *warn_of(knowledge)])
 
 
 def _check(config: PreviewConfig) -> None:
-    if wrong := value_problems(config) + value_problems(config.adapter, "adapter."):
-        raise UserError("; ".join(wrong))
-    wrong = config.problems() + config.adapter.problems()
-    if wrong := wrong + method.problems(config.adapter, None if config.adapter_from else config):
+    if wrong := setting_problems(config):
         raise UserError("; ".join(wrong))
     if config.base:
         check_is_file(Path(config.base), "checkpoint")
@@ -74,23 +67,6 @@ def _why(given: str | None, config: PreviewConfig) -> str:
     if given is not None:
         return "it was given"
     return "the adapter was trained with it" if config.adapter_from else "it is taken where none is given"
-
-
-@contextmanager
-def _collected() -> Iterator[list[str]]:
-    """Collects the warnings that the package gives, in the place of showing them."""
-    found: list[str] = []
-
-    def passes(record: logging.LogRecord) -> bool:
-        if record.levelno == logging.WARNING:
-            found.append(record.getMessage())
-        return record.levelno != logging.WARNING
-
-    _log.addFilter(passes)
-    try:
-        yield found
-    finally:
-        _log.removeFilter(passes)
 
 
 def _read(sources: Sequence[Source], limit: int | None, gathering: Gathering, progress: Callable[[int], None]) -> bool:

@@ -79,6 +79,15 @@ class Resume:
     changed: str = ""
 
 
+def setting_problems(config: TrainConfig) -> list[str]:
+    """Every mistake in the settings and in the method's, told without opening a file. Raises UserError for values that
+    are missing or beyond all bounds: what is looked at besides needs values."""
+    if found := value_problems(config) + value_problems(config.adapter, "adapter."):
+        raise UserError("; ".join(found))
+    found = config.problems() + config.adapter.problems()
+    return found + method.problems(config.adapter, None if config.adapter_from else config)
+
+
 def check_run(config: TrainConfig) -> Resume | None:
     """Checks a run's settings, its files' names and its folder.
 
@@ -89,10 +98,7 @@ def check_run(config: TrainConfig) -> Resume | None:
         UserError: all mistakes in the settings in one message, or the first thing that is wrong with a file or the
             folder.
     """
-    if found := value_problems(config) + value_problems(config.adapter, "adapter."):
-        raise UserError("; ".join(found))  # what follows needs values
-    found = config.problems() + config.adapter.problems()
-    found += method.problems(config.adapter, None if config.adapter_from else config)
+    found = setting_problems(config)
     found += loggers.problems(config.loggers)
     if config.quant != "none" and importlib.util.find_spec("bitsandbytes") is None:
         found.append(f"quant is {config.quant}, but bitsandbytes is not installed: pip install 'rwkv-miss[quant]'")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from rwkv_miss.adapters.files import adapters_template, read_adapter
 from rwkv_miss.adapters.method import problems
 from rwkv_miss.adapters.plan import make_plan
 from rwkv_miss.checkpoint import read_checkpoint
-from rwkv_miss.config import DataOptions, ModelConfig, TrainConfig
+from rwkv_miss.config import ModelConfig, TrainConfig
 from rwkv_miss.data.batches import count_windows
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.filling import fill_of_batches, too_empty
@@ -138,7 +138,7 @@ def _read_parts(config: TrainConfig, sizes: ModelConfig, objective: Objective) -
         val_split=config.val_split,
         seed=config.seed,
     )
-    options = DataOptions(**{field.name: getattr(config, field.name) for field in fields(DataOptions)})
+    options = config.of_data()
     parts = read_parts(parse_sources(config.data, options), settings)
     if config.val_data:
         parts += read_parts(parse_sources(config.val_data, options, weights=False), settings)

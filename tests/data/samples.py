@@ -44,3 +44,16 @@ def conversation(prompt, answer):
     """A prompt of `prompt` tokens and an answer of `answer` tokens, with ids 1, 2, ...; the answer carries loss."""
     ids = np.arange(1, prompt + answer + 1, dtype=np.int32)
     return Document(ids, ids > prompt)
+
+
+def steps_of(streams, epoch, accumulate, names):
+    """What `names` says of the micro-batches of each optimizer step in an epoch, of all ranks' streams together."""
+    found = []
+    for stream in streams:
+        for _ in range(epoch):
+            list(stream)
+        found.append([names(batch) for batch in stream])
+    return [
+        sorted(name for rank in found for share in rank[i : i + accumulate] for name in share)
+        for i in range(0, len(found[0]), accumulate)
+    ]

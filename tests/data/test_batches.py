@@ -20,6 +20,7 @@ from rwkv_miss.data.corpus import open_binidx
 from rwkv_miss.data.documents import Document, all_documents
 from rwkv_miss.data.packing import make_rows as make_any_rows
 from rwkv_miss.errors import UserError
+from tests.data.samples import steps_of
 
 CTX_LEN = 6
 
@@ -80,16 +81,9 @@ def test_order_is_of_seed_and_epoch_alone(count, batch_size, accumulate, world_s
 
     def steps(batch_size, accumulate, world_size):
         options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size)
-        found = []
-        for rank in range(world_size):
-            stream = make_stream(count, rank=rank, **options)
-            for _ in range(epoch):
-                list(stream)
-            found.append([names(batch) for batch in stream])
-        return [
-            sorted(name for rank in found for share in rank[i : i + accumulate] for name in share)
-            for i in range(0, len(found[0]), accumulate)
-        ]
+        return steps_of(
+            [make_stream(count, rank=rank, **options) for rank in range(world_size)], epoch, accumulate, names
+        )
 
     assert steps(batch_size, accumulate, world_size) == steps(batch_size * accumulate * world_size, 1, 1)
 

@@ -15,7 +15,7 @@ from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.documents import Document
 from rwkv_miss.data.packing import make_rows
 from rwkv_miss.data.rows import epoch_rows, mix
-from tests.data.samples import everything, text_of
+from tests.data.samples import everything, steps_of, text_of
 
 
 def one_row_each(first, count):
@@ -91,16 +91,8 @@ def test_ranks_share_what_comes_in_an_epoch(mixture, batch_size, accumulate, wor
     rows, _ = mixture
 
     def steps(batch_size, accumulate, world_size):
-        found = []
-        for rank in range(world_size):
-            mine = stream(rows, batch_size=batch_size, accumulate=accumulate, rank=rank, world_size=world_size)
-            for _ in range(epoch):
-                list(mine)
-            found.append([names(batch) for batch in mine])
-        return [
-            sorted(name for rank in found for share in rank[i : i + accumulate] for name in share)
-            for i in range(0, len(found[0]), accumulate)
-        ]
+        options = dict(batch_size=batch_size, accumulate=accumulate, world_size=world_size)
+        return steps_of([stream(rows, rank=rank, **options) for rank in range(world_size)], epoch, accumulate, names)
 
     found = steps(batch_size, accumulate, world_size)
     assert found == steps(batch_size * accumulate * world_size, 1, 1)

@@ -27,6 +27,14 @@ from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.errors import UserError
 
 
+def assert_refused(path, content, said):
+    """The file of these bytes is refused with a message that begins so, after its name."""
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_records(path, DataOptions()))
+    assert str(error.value).startswith(f"{path}{said}")
+
+
 def write(path, *items):
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return path
@@ -127,10 +135,7 @@ def test_smaller_blocks_hold_the_same_records(tmp_path, monkeypatch, suffix, siz
     ],
 )
 def test_a_table_that_is_none(tmp_path, content, said):
-    (path := tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError) as error:
-        list(read_records(path, DataOptions()))
-    assert str(error.value).startswith(f"{path}{said}")
+    assert_refused(tmp_path / "a.csv", content, said)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +161,7 @@ def test_what_parts_the_columns(tmp_path, content):
     ],
 )
 def test_json_that_is_no_array_of_objects(tmp_path, content, said):
-    (path := tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(UserError) as error:
-        list(read_records(path, DataOptions()))
-    assert str(error.value).startswith(f"{path}{said}")
+    assert_refused(tmp_path / "a.json", content, said)
 
 
 def test_objects_in_json_without_an_array(tmp_path):
