@@ -20,7 +20,7 @@ from rwkv_miss.data.readers.text import PACKED, open_text
 from rwkv_miss.data.readers.txt import txt_blocks, txt_records
 from rwkv_miss.data.records import Record
 from rwkv_miss.data.rendering import holds_stop, unused
-from rwkv_miss.data.signs import Signs
+from rwkv_miss.data.signs import Found, Signs
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import check_name
@@ -75,8 +75,7 @@ class Notes:
 
     records: int = 0
     unread: Counter[str] = field(default_factory=Counter)
-    stopped: int = 0
-    first_stopped: str = ""
+    stopped: Found = field(default_factory=Found)
     stops: tuple[str, ...] = ()
     signs: Signs = field(default_factory=Signs)
 
@@ -87,16 +86,14 @@ class Notes:
         if names := (*record.unread, *unused(record, options)):
             self.unread.update(names)
         if holds_stop(record, options):
-            self.stopped += 1
-            self.first_stopped = self.first_stopped or record.where
+            self.stopped.add(record.where)
             self.stops = find_template(options.template).stops
 
     def join(self, later: Notes) -> None:
         """Adds what was noted of records that come later in the file."""
         self.records += later.records
         self.unread.update(later.unread)
-        self.stopped += later.stopped
-        self.first_stopped = self.first_stopped or later.first_stopped
+        self.stopped.join(later.stopped)
         self.stops = self.stops or later.stops
         self.signs.join(later.signs)
 
@@ -105,11 +102,11 @@ class Notes:
             named = ", ".join(f"{name!r} ({count:,})" for name, count in self.unread.most_common(_NAMED))
             more = f" and {len(self.unread) - _NAMED:,} more" if len(self.unread) > _NAMED else ""
             _log.warning("%s: fields that are not read, with the records that have them: %s%s", path, named, more)
-        if self.stopped:
+        if self.stopped.count:
             _log.warning(
                 "%s: answers hold %s in %s records, the first in %s; they are learned whole, but a runtime stops there "
                 "and cuts the rest off",
-                *(path, " or ".join(map(repr, self.stops)), f"{self.stopped:,}", self.first_stopped),
+                *(path, " or ".join(map(repr, self.stops)), f"{self.stopped.count:,}", self.stopped.first),
             )
         for warning in self.signs.warnings():
             _log.warning("%s: %s", path, warning)
