@@ -46,8 +46,7 @@ class Turn(NamedTuple):
     learned: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record: `where` it came from (`path:line`) and its turns.
 
     Plain text is a single turn of the role text. A conversation has a system turn at most as its first, and an

@@ -133,9 +133,13 @@ def unused(record: Record, options: DataOptions) -> list[str]:
 def holds_stop(record: Record, options: DataOptions) -> bool:
     """Whether a learned answer of the record, in the form that the model learns, holds a string that stops it."""
     stops = find_template(options.template).stops
-    if record.is_text or not any(stop in turn.content for turn in record.turns for stop in stops):
-        return False  # the first look is a quick one: cleaning makes no stop string
-    return any(stop in answer.said for answer in _answers(record, options) if answer.learned for stop in stops)
+    if record.is_text:
+        return False
+    for stop in stops:
+        for turn in record.turns:
+            if stop in turn.content:  # a quick look first: cleaning makes no stop string
+                return any(s in answer.said for answer in _answers(record, options) if answer.learned for s in stops)
+    return False
 
 
 def _answers(record: Record, options: DataOptions) -> list[_Answer]:

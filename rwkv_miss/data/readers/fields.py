@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from rwkv_miss.config import DataOptions
@@ -91,7 +92,8 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
         about = _optional(where, fields, "input") if shape == _WITH_INPUT else ""
         turns = _history(where, fields) + _question(where, fields, shape, about)
         turns = _after_system(where, fields, turns)
-    unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
+    if fields:
+        unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
     return Record(where, turns, tuple(unread), tools, rejected)
 
 
@@ -110,7 +112,7 @@ def kind(value: Any) -> str:
 
 
 def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
-    fitting = [shape for shape in _SHAPES if shape[0] in fields and all(name in fields for name in shape)]
+    fitting = _fitting(tuple(fields))
     if not fitting:
         raise UserError(
             f"{where}: no known field ({', '.join('/'.join(shape) for shape in _SHAPES)}); {_found(fields)}; {_ADVICE}"
@@ -123,13 +125,22 @@ def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
     return fitting[0]
 
 
+@lru_cache(maxsize=256)  # most files have a few sets of fields
+def _fitting(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The shapes that fields of these names have."""
+    return [shape for shape in _SHAPES if set(shape) <= set(names)]
+
+
 # Each of these takes the fields that it reads out of `fields`: what is left at the end was not read.
 
 
 def _question(where: str, fields: dict[str, Any], names: tuple[str, ...], about: str = "") -> Turns:
     _check_there(where, fields, names, _ADVICE)
-    prompt, answer = (_string(where, fields, name) for name in names)
-    return (Turn("user", prompt, about), Turn("assistant", answer))
+    asked, answered = names
+    return (
+        Turn("user", _string(where, fields, asked), about),
+        Turn("assistant", _string(where, fields, answered)),
+    )
 
 
 def _after_system(where: str, fields: dict[str, Any], turns: Turns) -> Turns:
@@ -142,8 +153,10 @@ def _after_system(where: str, fields: dict[str, Any], turns: Turns) -> Turns:
 
 def _history(where: str, fields: dict[str, Any]) -> Turns:
     """The questions and answers that came before, each as a list of two strings."""
+    if "history" not in fields:
+        return ()
     turns: Turns = ()
-    history = fields.pop("history", [])
+    history = fields.pop("history")
     if not isinstance(history, list):
         raise UserError(f"{where}: history is {kind(history)}, not a list of [question, answer]; {_CORRECT}")
     for i, pair in enumerate(history):
@@ -316,13 +329,16 @@ def _as_json(at: str, name: str, value: Any) -> str:
 
 
 def _check_there(at: str, fields: dict[str, Any], names: tuple[str, ...], advice: str) -> None:
-    if missing := [name for name in names if name not in fields]:
-        raise UserError(f"{at}: lacks the field {missing[0]!r}; {_found(fields)}; {advice}")
+    for name in names:
+        if name not in fields:
+            raise UserError(f"{at}: lacks the field {name!r}; {_found(fields)}; {advice}")
 
 
 def _optional(at: str, fields: dict[str, Any], name: str) -> str:
     """The field's string; empty if it is not there, or holds nothing."""
-    value = fields.get(name)
+    if name not in fields:
+        return ""
+    value = fields[name]
     if value in _EMPTY or (isinstance(value, str) and not value.strip()):
         fields.pop(name, None)
         return ""
@@ -335,13 +351,14 @@ def _string(where: str, fields: dict[str, Any], name: str, may_be_empty: bool = 
     value = fields.pop(name)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {kind(value)}, not a string; {_CORRECT}")
-    if not value.strip() and not may_be_empty:
+    if (not value or value.isspace()) and not may_be_empty:
         raise UserError(f"{where}: field {name!r} is empty; fill it or remove the record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        bad = value[error.start]
-        raise UserError(f"{where}: field {name!r} holds {bad!r}, half of a surrogate pair; remove it") from error
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            bad = value[error.start]
+            raise UserError(f"{where}: field {name!r} holds {bad!r}, half of a surrogate pair; remove it") from error
     return value
 
 
