@@ -29,7 +29,7 @@ LAYERS = [
     {"export", "generation", "doctor", "describe"},
     {"training"},
     {"planning", "previewing"},
-    {"merging", "evaluate"},
+    {"merging", "evaluating"},
     {"benchmarks"},
     {"commands"},
     {"cli"},
@@ -37,9 +37,10 @@ LAYERS = [
 ]
 # The part `data` is not in these layers: what it may import, and which parts may import it.
 DATA_MAY_IMPORT = {"errors", "config", "files", "data"}
-MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluate", "commands", "benchmarks"}
+MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluating", "commands", "benchmarks"}
 # What the command line needs before it imports torch.
 LIGHT = ["rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"]
+LIGHT += ["rwkv_miss.evaluating.scoring"]
 
 
 def imported_by(path: Path) -> set[str]:
@@ -110,7 +111,7 @@ def test_merge_is_the_function_whatever_was_imported_before():
         "pass",
         "rwkv_miss.MergeReport",
         "importlib.import_module(sys.modules[rwkv_miss.merge.__module__].__name__)",
-        "import rwkv_miss.cli, rwkv_miss.evaluate, rwkv_miss.training.run; rwkv_miss.load_model",
+        "import rwkv_miss.cli, rwkv_miss.evaluating.evaluate, rwkv_miss.training.run; rwkv_miss.load_model",
     ]
     code = f"""
 import importlib, sys, torch
