@@ -32,12 +32,12 @@ LAYERS = [
     {"merging", "evaluating"},
     {"benchmarks"},
     {"commands"},
-    {"cli"},
+    {"cli", "harness"},
     {"__main__"},
 ]
 # The part `data` is not in these layers: what it may import, and which parts may import it.
 DATA_MAY_IMPORT = {"errors", "config", "files", "data"}
-MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluating", "commands", "benchmarks"}
+MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluating", "commands", "benchmarks", "harness"}
 # What the command line needs before it imports torch.
 LIGHT = ["rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"]
 LIGHT += ["rwkv_miss.evaluating.scoring"]

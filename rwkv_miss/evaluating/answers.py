@@ -65,13 +65,16 @@ def answers(
 def write(
     model: RWKV,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Sequence[list[int]],
     samplings: Sequence[Sampling],
     batch_size: int,
     report: Report | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, which has its own sampling. Of `batch_size` prompts that are answered
-    together, one that has its answer is replaced by the next at once; `report` and errors are those of `answers`."""
+    """What the model writes after each prompt (a text, or its token ids), which has a sampling of its own.
+
+    Of `batch_size` prompts that are answered together, one that has its answer is replaced by the next at once.
+    `report` and errors are those of `answers`.
+    """
     # Prompts of about one length join together, so that they need little padding. The longest come first: what needs
     # most memory does not fail at the end, and the time that is left is not underestimated.
     waiting = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))

@@ -12,7 +12,7 @@ from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.rendering import prompt_text
 from rwkv_miss.data.tokenizers import load_tokenizer
-from rwkv_miss.errors import RunError, UserError
+from rwkv_miss.errors import RunError
 from rwkv_miss.evaluating.answers import answers
 from rwkv_miss.generation.generate import generate
 from rwkv_miss.generation.sampling import Sampling

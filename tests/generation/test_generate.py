@@ -15,7 +15,6 @@ from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.generation.generate import generate, stream, strip_pieces
 from rwkv_miss.generation.sampling import Sampling, choose
-from rwkv_miss.model.base import RWKV
 from tests.scripted import Scripted
 
 [STOP] = STOPS = TEMPLATES["world"].stops

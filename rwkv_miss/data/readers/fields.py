@@ -146,8 +146,8 @@ def _choices(where: str, fields: dict[str, Any], name: str | None, answer: str) 
         return ()
     value = fields.pop(name)
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
-    if not isinstance(texts, list) or len(texts) < 2 or len(set(map(str, texts))) < len(texts):
-        raise UserError(f"{where}: {name} is {kind(value)}; give a list of at least two texts, no two of them the same")
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise UserError(f"{where}: {name} is {kind(value)}; give a list of at least two texts")
     texts = [_string(where, {f"{name}[{i}]": text}, f"{name}[{i}]") for i, text in enumerate(texts)]
     if labels is None:
         labels = list(string.ascii_uppercase[: len(texts)])
