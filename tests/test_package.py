@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -88,6 +89,8 @@ def test_the_package_tells_its_public_names():
 def test_importing_every_module_compiles_nothing(tmp_path):
     """No compiler can be found, the cache is empty, and stays so."""
     names = [n for n in MODULES if not n.endswith("__main__")]
+    if importlib.util.find_spec("lm_eval") is None:
+        names.remove("rwkv_miss.harness.model")  # which alone cannot be without its extra
     output_of(
         f"import importlib, os\nos.environ.update(XDG_CACHE_HOME={str(tmp_path)!r}, CXX='/none', PATH='/none')\n"
         f"for name in {names}: importlib.import_module(name)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.rendering import prompt_text
 from rwkv_miss.data.tokenizers import load_tokenizer
-from rwkv_miss.errors import RunError
+from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.evaluating.answers import answers
+from rwkv_miss.evaluating.scoring import find_extractor
 from rwkv_miss.generation.generate import generate
 from rwkv_miss.generation.sampling import Sampling
 from tests.scripted import Scripted
@@ -82,3 +84,36 @@ def test_a_right_answer_may_hold_a_blank_line():
     joined = DataOptions(answer_lines="join")
     [given] = answers(Scripted(b" 4\n\n2\0"), BYTES, asked, joined, Sampling(max_tokens=9), batch_size=2)
     assert given.expected == "4\n2" and not given.is_right
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 30])
+def test_each_answer_has_random_numbers_of_its_own(model, batch_size):
+    """Neither the batch nor the other records and answers matter."""
+    records = [record("a question " * n, "x") for n in (3, 1, 3, 2)]
+    sampling = Sampling(temperature=1.5, top_p=0.9, max_tokens=8, seed=3)
+    found = answers(model, BYTES, records, OPTIONS, sampling, batch_size, samples=3)
+    assert [(a.prompt, a.sample) for a in found] == [
+        (prompt_text(r, OPTIONS), sample) for r in records for sample in range(3)
+    ]
+    assert len({a.given for a in found}) == 12
+    assert answers(model, BYTES, records[:2], OPTIONS, sampling, 2, samples=2) == [*found[:2], *found[3:5]]
+    again = answers(model, BYTES, records[:1], OPTIONS, replace(sampling, seed=4), 2, samples=3)
+    assert not {a.given for a in again} & {a.given for a in found}
+
+
+def test_what_is_found_in_an_answer_is_compared():
+    asked = [record("a", "It is 4."), record("b", "It is 5.")]
+    said = Scripted(b" So 2 + 2 = 4.0\0", b" Five!\0")
+    found = answers(said, BYTES, asked, OPTIONS, Sampling(max_tokens=20), 2, extractor=find_extractor("last_number"))
+    assert [(a.expected, a.given) for a in found] == [("It is 4.", "So 2 + 2 = 4.0"), ("It is 5.", "Five!")]
+    assert [(a.extracted, a.is_right) for a in found] == [("4", True), (None, False)]
+
+
+def test_an_answer_of_the_data_in_which_nothing_is_found():
+    asked = [record("a", "#### 4"), Record("d.jsonl:2", record("b", "four").turns)]
+    how = (BYTES, asked, OPTIONS, Sampling(max_tokens=9), 2)
+    with pytest.raises(UserError, match=r"d\.jsonl:2: extract finds nothing in the answer 'four'"):
+        answers(Scripted(), *how, extractor=find_extractor("gsm8k"))
+    said = Scripted(b" #### 4\0", b" I: four\0")
+    found = answers(said, *how, extractor=find_extractor(r"regex:[:#] *(\w+)"))
+    assert [(a.extracted, a.is_right) for a in found] == [("4", True), ("four", True)]
