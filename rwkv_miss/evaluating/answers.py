@@ -48,7 +48,7 @@ def answers(
     """
     template = find_template(options.template)
     extractor = extractor or Extractor(whole)
-    wanted = [_wanted(record, options, extractor) for record in records]
+    expected = [wanted(record, options, extractor) for record in records]
     places = [(i, sample) for i in range(len(records)) for sample in range(samples)]
     prompts = [prompt_text(record, options) for record in records]
     samplings = [replace(sampling, stop=template.stops, seed=mixed_seed(sampling.seed, *place)) for place in places]
@@ -57,8 +57,8 @@ def answers(
     for (i, sample), text in zip(places, texts, strict=True):
         given = without_thought(text, template)
         value = extractor.find(given)
-        expected, right = wanted[i]
-        found.append(Answer(records[i].where, prompts[i], expected, given, value == right, sample, value))
+        text, right = expected[i]
+        found.append(Answer(records[i].where, prompts[i], text, given, value == right, sample, value))
     return found
 
 
@@ -98,8 +98,12 @@ def write(
     return ["".join(pieces) for pieces in texts]
 
 
-def _wanted(record: Record, options: DataOptions, extractor: Extractor) -> tuple[str, str]:
-    """The data's answer, and what is compared of it."""
+def wanted(record: Record, options: DataOptions, extractor: Extractor) -> tuple[str, str]:
+    """The data's answer, and what is compared of it.
+
+    Raises:
+        UserError: the record has no question and answer, or nothing to compare is found in its answer.
+    """
     expected = answer_text(record, options)
     value = extractor.find(expected)
     if value is None and not extractor.may_be_whole:

@@ -18,7 +18,7 @@ from rwkv_miss.data.sources import Source, check_sources, data_name, parse_sourc
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
 from rwkv_miss.errors import UserError
 from rwkv_miss.evaluating.answer import Answer
-from rwkv_miss.evaluating.answers import answers
+from rwkv_miss.evaluating.answers import answers, wanted
 from rwkv_miss.evaluating.likelihood import likelihoods
 from rwkv_miss.evaluating.losses import Forgetting, documents_loss, forgetting
 from rwkv_miss.evaluating.rates import perplexity
@@ -91,7 +91,12 @@ def evaluate(
         raise UserError(f"{data_name(config.data)}: a binidx has no questions and answers; leave out {option}")
     _, text_documents = _read(text, config, tokenizer, vocab_size) if text else ([], [])
     judge = JUDGES.get(config.extract or "")
+    extractor = find_extractor(config.extract) if asks and not judge else None
+    # What is wrong with a record is told before the loss of all is computed.
     texts = [judge.texts(record, config) for record in records] if judge else []
+    if extractor:
+        for record in records:
+            wanted(record, config, extractor)
     with show("rows of the loss") as report:
         loss, tokens = documents_loss(model, documents, config.ctx_len, config.batch_size, report)
     changed = given = scores = None
@@ -104,7 +109,6 @@ def evaluate(
                 given = _judged(model, tokenizer, judge, records, texts, config, report)
             else:
                 sampling = Sampling(config.temperature, config.top_p, config.max_tokens, seed=config.seed)
-                extractor = find_extractor(config.extract)
                 how = (sampling, config.batch_size, config.samples, extractor)
                 given = answers(model, tokenizer, records, config, *how, report)
         scores = figures(given, config)

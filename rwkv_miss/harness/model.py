@@ -58,6 +58,7 @@ class Harness(TemplateLM):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size is {batch_size!r}; give a number, such as 32")
+        Sampling(seed=seed)  # raises for a seed out of its range
         self._batch_size = int(batch_size)
         self._lead = [END] if lead_token else []
         self._seed = seed
