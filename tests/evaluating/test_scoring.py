@@ -12,7 +12,9 @@ import pytest
 
 from rwkv_miss import load_model
 from rwkv_miss.cli import main
-from rwkv_miss.evaluating.likelihood import likelihoods
+from rwkv_miss.data.records import Record, Turn
+from rwkv_miss.evaluating.choice import judge_choice
+from rwkv_miss.evaluating.likelihood import Likelihood, likelihoods
 
 QUESTION = {"question": "1 + 1?", "answer": "two\n#### 2"}
 CHOICES = {"question": "q", "choices": ["x", "yes, the longer one"], "answer": "B"}
@@ -104,6 +106,13 @@ def test_a_choice(evaluate, base, tmp_path, answer, lead):
     assert out.splitlines()[-2:] == ["choice: 0 of 2 (0.0% ± 0.0%)", "choice by length: 2 of 2 (100.0% ± 0.0%)"]
 
 
+def test_the_length_of_a_choice_is_its_characters():
+    """As in lm-evaluation-harness's acc_norm: not its tokens or bytes."""
+    record = Record("here", (Turn("user", "q"), Turn("assistant", "abcdef")), choices=("öööö", "abcdef"))
+    found = judge_choice(record, [("q", "öööö"), ("q", "abcdef")], [Likelihood(-4.1, False), Likelihood(-6.0, False)])
+    assert not found.is_right and found.is_right_by_length
+
+
 def test_choices_of_another_name_with_labels(evaluate):
     record = {"ctx": "q", "ends": {"text": ["x", "yes, the longer one"], "label": ["1", "0"]}, "key": "0"}
     names = ["--prompt_field=ctx", "--answer_field=key", "--choices_field=ends", "--extract=choice", "--json"]
@@ -136,7 +145,7 @@ def test_last_words(evaluate, base, lead):
         (QUESTION, ["--extract=lambada"], "data.jsonl:1: is no plain text of several words"),
         ({"text": "word"}, ["--extract=lambada"], "data.jsonl:1: is no plain text of several words"),
         (TEXT, ["--extract=gsm8k"], "data.jsonl:1: plain text has no question and answer"),
-        ({**CHOICES, "choices": ["a", "€"]}, ["--extract=choice", "--tokenizer=world"], "is not in the model's vocab"),
+        ({**CHOICES, "choices": ["a\0", "b"]}, ["--extract=choice"], "data.jsonl:1: the text has token 0 of tokenizer"),
         (QUESTION, ["--extract=gsm8k", "--exact_match"], "exact_match and extract are both given; choose one"),
         (QUESTION, ["--samples=2"], "samples is given, but no answers are asked for; give exact_match or extract"),
         (QUESTION, ["--answers=a.jsonl"], "answers is given, but no answers are asked for"),
