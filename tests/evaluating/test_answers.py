@@ -86,11 +86,11 @@ def test_a_right_answer_may_hold_a_blank_line():
     assert given.expected == "4\n2" and not given.is_right
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 30])
+@pytest.mark.parametrize("batch_size", [4, 30])
 def test_each_answer_has_random_numbers_of_its_own(model, batch_size):
     """Neither the batch nor the other records and answers matter."""
     records = [record("a question " * n, "x") for n in (3, 1, 3, 2)]
-    sampling = Sampling(temperature=1.5, top_p=0.9, max_tokens=8, seed=3)
+    sampling = Sampling(temperature=1.5, top_p=0.9, max_tokens=5, seed=3)
     found = answers(model, BYTES, records, OPTIONS, sampling, batch_size, samples=3)
     assert [(a.prompt, a.sample) for a in found] == [
         (prompt_text(r, OPTIONS), sample) for r in records for sample in range(3)

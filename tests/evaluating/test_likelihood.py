@@ -25,7 +25,7 @@ def pairs(model) -> list[tuple[list[int], list[int]]]:
     found = []
     for n, prompt in enumerate([b"a", b"in the beginning", b"zz", b"q" * 40, b"b"]):
         ids = list(prompt)
-        for _ in range(1 + 6 * n):
+        for _ in range(1 + 3 * n):
             ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
         text = ids[len(prompt) :]
         found += [(list(prompt), text), (list(prompt), [*text[:-1], (text[-1] + 1) % 256])]

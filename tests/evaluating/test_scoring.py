@@ -3,6 +3,7 @@ with lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_miss import load_model
-from rwkv_miss.cli import main
+from rwkv_miss import cli, load_model
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.evaluating.choice import judge_choice
 from rwkv_miss.evaluating.likelihood import Likelihood, likelihoods
 
+PARSER = functools.cache(cli._parser)
 QUESTION = {"question": "1 + 1?", "answer": "two\n#### 2"}
 CHOICES = {"question": "q", "choices": ["x", "yes, the longer one"], "answer": "B"}
 TEXT = {"text": "in the beginning was the word"}
@@ -27,14 +28,18 @@ def base(make_base) -> Path:
 
 
 @pytest.fixture
-def evaluate(base, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
+def evaluate(base, tmp_path, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """`evaluate(records, *options)`: the status of `rwkv-miss eval` on them, and its output and messages."""
+
+    monkeypatch.setattr(cli, "_parser", PARSER)
 
     def run(records: list[dict], *options: str) -> tuple[int, str, str]:
         data = tmp_path / "data.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in records))
         capsys.readouterr()
-        status = main(["eval", f"--model={base}", f"--data={data}", "--tokenizer=bytes", "--max_tokens=30", *options])
+        status = cli.main(
+            ["eval", f"--model={base}", f"--data={data}", "--tokenizer=bytes", "--max_tokens=30", *options]
+        )
         return status, *capsys.readouterr()
 
     return run

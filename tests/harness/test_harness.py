@@ -51,7 +51,7 @@ TASKS = {
     "written": (
         "generate_until",
         'doc_to_text: "User: {{question}}\\n\\nAssistant:"\ndoc_to_target: "{{text}}"\n'
-        'generation_kwargs: {until: ["e", "\\n\\n"], max_gen_toks: 12, do_sample: false}\n'
+        'generation_kwargs: {until: ["m", "s"], max_gen_toks: 12, do_sample: false}\n'
         "metric_list: [{metric: exact_match}]",
     ),
 }
@@ -120,16 +120,19 @@ def measure(lm: TemplateLM, task_manager: TaskManager, *names: str) -> tuple[dic
 @pytest.mark.slow
 def test_the_harness_finds_what_it_finds_of_rwkv7_hf(base, task_manager):
     expected, answers = measure(in_transformers(base), task_manager, *TASKS)
-    figures, given = measure(Harness(str(base), "bytes", batch_size=5), task_manager, *TASKS)
+    ours = Harness(str(base), "bytes", batch_size=5)
+    figures, given = measure(ours, task_manager, *TASKS)
     assert expected["choices"].keys() == {"acc", "acc_norm"} and "byte_perplexity" in expected["texts"]
     for name in TASKS:
         assert figures[name] == pytest.approx(expected[name], rel=1e-5)
     texts = [text for [[text]] in given["written"]]
     assert given["written"] == answers["written"] and len(set(texts)) > 3
-    assert any(len(text.encode()) < 12 for text in texts)  # a string of `until` ended it
+    asked = [(f"User: which {i}?\n\nAssistant:", {"max_gen_toks": 12}) for i in range(N)]
+    whole = ours.generate_until([Instance("generate_until", {}, one, i) for i, one in enumerate(asked)])
+    assert all(map(str.startswith, whole, texts)) and whole != texts  # a string of `until` has ended some
     for name in ("choices", "last_words", "texts"):
-        ours, theirs = (torch.tensor(found[name], dtype=torch.float64).flatten() for found in (given, answers))
-        assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+        found, theirs = (torch.tensor(of[name], dtype=torch.float64).flatten().tolist() for of in (given, answers))
+        assert found == pytest.approx(theirs, rel=1e-5)
 
 
 def test_eval_finds_what_the_harness_finds(base, data, task_manager, tmp_path, capsys):
