@@ -18,7 +18,7 @@ from rwkv_miss.evaluating.likelihood import likelihoods
 from rwkv_miss.generation.sampling import Sampling, mixed_seed
 from rwkv_miss.progress import show_progress
 
-# What the settings of a task for written answers may hold; `until` and `max_gen_toks` are there always.
+# What the settings of a task for written answers may hold.
 _WRITING = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 
 
@@ -105,5 +105,7 @@ class Harness(TemplateLM):
             names = ", ".join(sorted(unknown))
             raise UserError(f"a task sets {names} for what is written; there are {', '.join(sorted(_WRITING))}")
         stop = tuple(text for text in wanted["until"] if text)
-        how = wanted["temperature"], wanted.get("top_p", 1.0), wanted["max_gen_toks"]
+        # As in its class for Hugging Face models, what is drawn without a temperature is drawn at 1.
+        temperature = wanted.get("temperature", 1.0 if wanted["do_sample"] else 0.0)
+        how = temperature, wanted.get("top_p", 1.0), wanted["max_gen_toks"]
         return Sampling(*how, stop, mixed_seed(self._seed, number))

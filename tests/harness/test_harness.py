@@ -176,6 +176,17 @@ def test_wrong_arguments(base, arguments, said):
         Harness(str(base), "bytes", **arguments)
 
 
+def test_how_answers_are_drawn(base):
+    def written(seed: int = 0, **settings: object) -> list[str]:
+        requests = [Instance("generate_until", {}, ("a", {"max_gen_toks": 8, **settings}), i) for i in range(3)]
+        return Harness(str(base), "bytes", seed=seed).generate_until(requests)
+
+    assert len(set(written())) == 1 and written() == written(do_sample=False, temperature=1.0)
+    drawn = written(do_sample=True)
+    assert len(set(drawn)) == 3 and drawn == written(do_sample=True, temperature=1.0, top_p=1.0, until="")
+    assert drawn != written(do_sample=True, seed=1)
+
+
 def test_settings_that_are_not_known(base):
     request = Instance("generate_until", {}, ("a", {"until": ["b"], "do_sample": True, "top_k": 5}), 0)
     with pytest.raises(UserError, match="a task sets top_k for what is written; there are do_sample"):
