@@ -40,8 +40,10 @@ LAYERS = [
 DATA_MAY_IMPORT = {"errors", "config", "files", "data"}
 MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluating", "commands", "benchmarks", "harness"}
 # What the command line needs before it imports torch.
-LIGHT = ["rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"]
-LIGHT += ["rwkv_miss.evaluating.scoring"]
+LIGHT = [
+    *("rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"),
+    "rwkv_miss.evaluating.scoring",
+]
 
 
 def imported_by(path: Path) -> set[str]:
