@@ -143,12 +143,13 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
     lengths = np.diff(np.array(ends, np.int64), prepend=0)
     if tokens.max(initial=END) >= vocab_size or np.count_nonzero(tokens == END) > len(places):
         for where, of_record in zip(places, np.split(tokens, ends), strict=False):
-            _check(where, of_record[:-1], tokenizer, vocab_size)
+            check_ids(where, of_record[:-1], tokenizer, vocab_size)
     return Tokens(tokens, lengths, edges_of(np.repeat(learned, np.diff(span_ends, prepend=0))))
 
 
-def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:
-    if (token := int(ids.max(initial=END))) >= vocab_size:
+def check_ids(where: str, ids: np.ndarray | Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> None:
+    """UserError if the ids of the text at `where` are not all the model's, or `END` is among them."""
+    if (token := int(max(ids, default=END))) >= vocab_size:
         raise UserError(
             f"{where}: token {token} ({tokenizer.decode([token])!r}) of tokenizer {tokenizer.name} is not in "
             f"the model's vocabulary of {vocab_size} ids; choose the tokenizer that the model was trained with"

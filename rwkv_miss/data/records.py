@@ -54,7 +54,8 @@ class Record(NamedTuple):
     conversation with the better answer, `rejected` the same conversation with the other one.
 
     `tools` are those that the assistant may call. `unread` names the fields of the record that hold something and that
-    nothing reads; a field of a message is named `messages[].NAME`.
+    nothing reads; a field of a message is named `messages[].NAME`. `choices` are empty unless they were asked for and
+    are there: the last turn's content is then one of them.
     """
 
     where: str
@@ -62,6 +63,7 @@ class Record(NamedTuple):
     unread: tuple[str, ...] = ()
     tools: tuple[Tool, ...] = ()
     rejected: tuple[Turn, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:

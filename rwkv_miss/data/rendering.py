@@ -81,6 +81,15 @@ def answer_text(record: Record, options: DataOptions) -> str:
     return _answers(_refuse_text(record), options)[-1].said.strip()
 
 
+def written_text(record: Record, options: DataOptions) -> str:
+    """What the model has to write after `prompt_text`, without a thought.
+
+    Raises:
+        UserError: as `prompt_text`.
+    """
+    return _answers(_refuse_text(record), options)[-1].written
+
+
 def without_thought(written: str, template: Template) -> str:
     """The answer in what a model wrote after a template's prompt, without white space at its ends."""
     if template.after_thought is not None:

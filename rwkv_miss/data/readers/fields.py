@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import string
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -55,7 +56,7 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     - `text`;
     - `messages` or `conversations`, a list of {role, content} or {from, value}, with `tools` and `system` beside it;
     - a pair of `KNOWN_PAIRS`, with `system` and `history` (a list of [question, answer]) beside it, and `input` beside
-      `instruction`;
+      `instruction`; also with the field that `choices_field` names, which may stand beside `prompt_field` as well;
     - `chosen` and `rejected`, both an answer to `prompt` (`question`, `instruction`) or a list as in `messages`;
     - `prefix`, `suffix` and `middle`.
 
@@ -73,8 +74,11 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     unread: dict[str, None] = {}
     tools: tuple[Tool, ...] = ()
     rejected: Turns = ()
+    choices: tuple[str, ...] = ()
     if options.prompt_field is not None and options.answer_field is not None:
-        turns = _question(where, fields, (options.prompt_field, options.answer_field))
+        names = (options.prompt_field, options.answer_field)
+        choices = _choices(where, fields, options.choices_field, names[1])
+        turns = _question(where, fields, names)
     elif options.text_field != "text":
         turns = (Turn("text", _string(where, fields, options.text_field)),)
     elif (shape := _known_shape(where, fields)) == ("text",):
@@ -90,11 +94,12 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
         turns = (*around, Turn("assistant", _string(where, fields, "middle")))
     else:
         about = _optional(where, fields, "input") if shape == _WITH_INPUT else ""
+        choices = _choices(where, fields, options.choices_field, shape[1])
         turns = _history(where, fields) + _question(where, fields, shape, about)
         turns = _after_system(where, fields, turns)
     if fields:
         unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
-    return Record(where, turns, tuple(unread), tools, rejected)
+    return Record(where, turns, tuple(unread), tools, rejected, choices)
 
 
 def kind(value: Any) -> str:
@@ -140,6 +145,40 @@ def _question(where: str, fields: dict[str, Any], names: tuple[str, ...], about:
     return (
         Turn("user", _string(where, fields, asked), about),
         Turn("assistant", _string(where, fields, answered)),
+    )
+
+
+def _choices(where: str, fields: dict[str, Any], name: str | None, answer: str) -> tuple[str, ...]:
+    """The choices in the field `name`, if it is there. The answer becomes the text of the one that it means.
+
+    The field is a list of texts, or has such a list as `text` and another, of what the answer calls them, as `label`.
+    """
+    if name is None or name not in fields:
+        return ()
+    value = fields.pop(name)
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise UserError(f"{where}: {name} is {kind(value)}; give a list of at least two texts")
+    texts = [_string(where, {f"{name}[{i}]": text}, f"{name}[{i}]") for i, text in enumerate(texts)]
+    if labels is None:
+        labels = list(string.ascii_uppercase[: len(texts)])
+    elif not isinstance(labels, list) or len(labels) != len(texts):
+        raise UserError(f"{where}: the labels in {name} are not as many as its {len(texts)} texts; {_CORRECT}")
+    _check_there(where, fields, (answer,), _ADVICE)
+    fields[answer] = texts[_chosen(where, fields[answer], texts, labels)]
+    return tuple(texts)
+
+
+def _chosen(where: str, answer: Any, texts: Sequence[str], labels: Sequence[Any]) -> int:
+    """The index of the choice that an answer means by its text, its label or its number, which may be a string."""
+    if type(answer) is int and 0 <= answer < len(texts):
+        return answer
+    for names in (texts, labels, [*map(str, range(len(texts)))]):
+        if isinstance(answer, str) and answer in names:
+            return names.index(answer)
+    raise UserError(
+        f"{where}: the answer {answer!r:.40} is none of the {len(texts)} choices; give its text, its label (such as "
+        f"{labels[0]}) or its number, from 0 on"
     )
 
 
