@@ -111,8 +111,8 @@ class Adapters:
     def find(self, name: str) -> Served:
         """UserError where there is no adapter of that name."""
         if name not in self._served:
-            there = ", ".join(self._served) or "there are none"
-            raise UserError(f"there is no adapter whose name is {name!r}; there are: {there}")
+            there = f"there are: {', '.join(self._served)}" if self._served else "there are none"
+            raise UserError(f"there is no adapter whose name is {name!r}; {there}")
         return self._served[name]
 
     def begin(self, adapter: Served | None) -> None:

@@ -23,11 +23,9 @@ def add_products(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tenso
         stack: (slots, k, n), contiguous.
         rows, slots: int64 (M); no row occurs twice. With equal slots beside each other, a matrix is read once.
     """
-    B, T, k = x.shape
-    n = y.shape[-1]
-    if _in_cpp(x) and T == 1:
-        arguments = [x.contiguous(), stack, rows, slots, y, len(rows), k, n, torch.get_num_threads()]
-        kernel.call(_SOURCE, _FUNCTIONS[x.dtype], arguments)
+    if x.shape[1] == 1 and _in_cpp(x):
+        sizes = len(rows), *stack.shape[1:], torch.get_num_threads()
+        kernel.call(_SOURCE, _FUNCTIONS[x.dtype], [x.contiguous(), stack, rows, slots, y, *sizes])
     else:
         y.index_add_(0, rows, torch.bmm(x[rows], stack[slots]))
 
