@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
-from rwkv_miss.data.tokenizers import END
+from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
 from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
+from tests.generation.alone import check, load, save, told
 from tests.generation.letters import LETTERS, ids_of, prompt_of
 
 CONFIGS = {
@@ -31,45 +28,7 @@ CONFIGS = {
 }
 
 
-def save(base: Path, folder: Path, config: AdapterConfig, seed: int) -> Path:
-    """Writes an adapter of random tensors."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = inject(load_model(base), config)
-        for p in trained_parameters(model).values():
-            p.data += 0.2 * torch.randn(p.shape)
-    save_adapter(model, folder)
-    return folder
-
-
-def load(base: Path, dtype: torch.dtype, folder: Path | None = None):
-    """The model with that adapter alone, as runs and evaluations have it; greedily it never chooses the end token."""
-    model = load_model(base, dtype)
-    model = load_adapter(model, folder) if folder else model
-    model.head.weight.data[END] = 0
-    return model.eval()
-
-
-def told(pieces: list[Piece], member: int) -> torch.Tensor:
-    """The log-probabilities (T, 64) at the places of the member's tokens, which asked for 20, as NaN where untold."""
-    found = torch.full((len(ids_of(pieces, member)), 64), torch.nan)
-    for row, place in enumerate(p for piece in pieces if piece.member == member for p in piece.logprobs):
-        for token, log_p in place.top:
-            found[row, token] = log_p
-    return found
-
-
-@torch.no_grad()
-def check(model, prompt: list[int], pieces: list[Piece], member: int, tolerance: float) -> None:
-    """Each of the member's tokens is the likeliest one after those before it, with that log-probability."""
-    ids = ids_of(pieces, member)
-    log_p = model(torch.tensor([prompt + ids[:-1]]))[0][0, len(prompt) - 1 :].float().log_softmax(-1)
-    found = told(pieces, member)
-    assert len(ids) and log_p.argmax(-1).tolist() == ids == found.nan_to_num(-torch.inf).argmax(-1).tolist()
-    assert (found.isfinite().sum(-1) == 20).all()
-    assert ((found - log_p).abs().nan_to_num(0) < tolerance).all()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "max_positions", "tolerance"), [(torch.float64, 24, 2e-6), (torch.float32, None, 2e-4)]
 )
@@ -116,6 +75,7 @@ def test_a_merged_model_in_the_rwkv_package(make_base, tmp_path, rwkv_logits, me
         assert ((found - log_p).abs().nan_to_num(0) < 2e-4).all()
 
 
+@pytest.mark.slow
 def test_32_adapters_in_one_batch(make_base, tmp_path):
     base = make_base(n_layer=2)
     folders = [save(base, tmp_path / str(i), AdapterConfig(r=4 if i % 8 else 8), i) for i in range(32)]

@@ -9,8 +9,8 @@ from rwkv_miss import AdapterConfig, load_model
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
+from tests.generation.alone import check, load, save
 from tests.generation.letters import LETTERS, ids_of, prompt_of
-from tests.generation.test_adapters import check, load, save
 
 ASK = Sampling(max_tokens=5, logprobs=20)
 PLENTY = 2**30
