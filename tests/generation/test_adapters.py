@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
+from rwkv_miss.adapters.stacks import Form
 from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
@@ -39,6 +40,9 @@ def test_each_member_gets_what_its_adapter_gives_alone(either_base, tmp_path, dt
     for name, folder in folders.items():
         engine.adapters.add(name, folder)
     assert engine.adapters.names() == list(folders)
+    forms = {name: engine.adapters.find(name).slots.keys() for name in folders}
+    assert forms["mini"] == {Form(5, sums_blocks=True)} and forms["pissa"] == {Form(4, sums_blocks=False)}
+    assert forms["miss 4 and 8"] == {Form(4, sums_blocks=True), Form(8, sums_blocks=True)}
     names = [None, *folders, "lora 4", None, "miss 4", "miss 4 and 8"]
     prompts = [prompt_of(1 + 13 * i % 40, i) for i in range(len(names))]
     pieces = []
