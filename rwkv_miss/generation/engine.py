@@ -108,9 +108,9 @@ class Engine:
     """A batch of sequences on one model. A member's text depends only on its own prompt, settings and state, except for
     the rounding of sums, which differs a little with the size of the batch.
 
-    Memory grows with the number of members only, which the caller limits: the state of each has the same size however
-    long its text is, and prompts are read in pieces. `len(engine)` is the number of members present. An error of the
-    model itself, such as a lack of memory, leaves the engine unusable.
+    Memory grows with the number of members and of adapters only, which the caller limits: the state of each member has
+    the same size however long its text is, and prompts are read in pieces. `len(engine)` is the number of members
+    present. An error of the model itself, such as a lack of memory, leaves the engine unusable.
 
     `adapters` are those that members can be run with, each with its own, in the same batch; `engine.adapters.add(name,
     folder)` and `remove(name)` may be called between any two steps.
@@ -120,8 +120,8 @@ class Engine:
         tokenizer: the one that the model was trained with.
         max_positions: most tokens, all sequences together and padding counted, that one forward reads of prompts;
             chosen from the size of the vocabulary when not given.
-        prefix_cache_bytes: keep this much of the states of prompts and of finished texts, beside the model: a prompt
-            that begins with one of them, with the same adapter, is read from there on.
+        prefix_cache_bytes: how much memory of the model's device may hold states of prompts and of finished texts: a
+            prompt that begins with one of these, with the same adapter, is read from there on.
     """
 
     def __init__(

@@ -42,4 +42,4 @@ def _add_one_by_one(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Te
 
 
 def _in_cpp(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None
+    return x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None

@@ -93,20 +93,21 @@ def test_32_adapters_in_one_batch(make_base, tmp_path):
         check(load(base, torch.float64, folders[i]), prompt_of(6, 0), pieces, i, 2e-6)
 
 
-def test_in_bf16(either_base, tmp_path):
+def test_in_bf16(make_base, tmp_path):
     """As near to fp32 as the model with one adapter is."""
+    base = make_base()
     configs = {name: CONFIGS[name] for name in ("miss 5", "lora 4")}
-    folders = {name: save(either_base, tmp_path / name, config, 3) for name, config in configs.items()}
-    engine = Engine(load(either_base, torch.bfloat16), LETTERS)
+    folders = {name: save(base, tmp_path / name, config, 3) for name, config in configs.items()}
+    engine = Engine(load(base, torch.bfloat16), LETTERS)
     for i, (name, folder) in enumerate(folders.items()):
         engine.adapters.add(name, folder)
         engine.add(prompt_of(6, i), Sampling(max_tokens=8, logprobs=20), adapter=name)
     pieces = list(engine)
     for i, (name, folder) in enumerate(folders.items()):
         errors = []
-        exact = load(either_base, torch.float64, folder)
+        exact = load(base, torch.float64, folder)
         ids = prompt_of(6, i) + ids_of(pieces, i)[:-1]
-        for model in (load(either_base, torch.bfloat16, folder), load(either_base, torch.bfloat16)):
+        for model in (load(base, torch.bfloat16, folder), load(base, torch.bfloat16)):
             with torch.no_grad():
                 log_p, expected = (m(torch.tensor([ids]))[0][0, 5:].float().log_softmax(-1) for m in (model, exact))
             asked = told(pieces, i).isfinite()
@@ -115,11 +116,13 @@ def test_in_bf16(either_base, tmp_path):
         assert (told(pieces, i) - expected)[asked].norm() < 1.5 * alone < 0.3 * without, name
 
 
-def test_adapters_come_and_go_while_members_run(either_base, tmp_path):
-    base = load(either_base, torch.float64)
-    folders = {name: save(either_base, tmp_path / name, AdapterConfig(r=4), ord(name)) for name in "abcd"}
-    alone = {name: load(either_base, torch.float64, folder) for name, folder in folders.items()} | {None: base}
-    engine = Engine(load(either_base, torch.float64), LETTERS, max_positions=8)
+def test_adapters_come_and_go_while_members_run(make_base, tmp_path):
+    base = make_base()
+    folders = {name: save(base, tmp_path / name, AdapterConfig(r=4), ord(name)) for name in "abcd"}
+    alone = {name: load(base, torch.float64, folder) for name, folder in folders.items()} | {
+        None: load(base, torch.float64)
+    }
+    engine = Engine(load(base, torch.float64), LETTERS, max_positions=8)
     sampling = Sampling(max_tokens=9, logprobs=20)
     run_with: list[tuple[str | None, list[int]]] = []
     pieces: list[Piece] = []
@@ -166,17 +169,18 @@ def test_adapters_come_and_go_while_members_run(either_base, tmp_path):
     assert slots == {0, 1, 2, 3}
 
 
-def test_a_slot_keeps_nothing_of_the_adapter_before(either_base, tmp_path):
+def test_a_slot_keeps_nothing_of_the_adapter_before(make_base, tmp_path):
     """The second adapter has nothing beside most linears."""
-    whole = save(either_base, tmp_path / "whole", CONFIGS["miss 4"], 0)
-    part = save(either_base, tmp_path / "part", CONFIGS["miss 4, one layer"], 1)
-    engine = Engine(load(either_base, torch.float64), LETTERS)
+    base = make_base()
+    whole = save(base, tmp_path / "whole", CONFIGS["miss 4"], 0)
+    part = save(base, tmp_path / "part", CONFIGS["miss 4, one layer"], 1)
+    engine = Engine(load(base, torch.float64), LETTERS)
     engine.adapters.add("a", whole)
     engine.adapters.remove("a")
     engine.adapters.add("a", part)
     assert list(engine.adapters.find("a").slots.values()) == [0]
     engine.add([1, 2, 3], Sampling(max_tokens=5, logprobs=20), adapter="a")
-    check(load(either_base, torch.float64, part), [1, 2, 3], list(engine), 0, 2e-6)
+    check(load(base, torch.float64, part), [1, 2, 3], list(engine), 0, 2e-6)
 
 
 def test_a_state_that_is_given_stands_for_the_adapters(either_base, tmp_path):
