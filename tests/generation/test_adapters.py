@@ -94,7 +94,7 @@ def test_32_adapters_in_one_batch(make_base, tmp_path):
 
 
 def test_in_bf16(make_base, tmp_path):
-    """As near to fp32 as the model with one adapter is."""
+    """As near to float64 as the model with one adapter is."""
     base = make_base()
     configs = {name: CONFIGS[name] for name in ("miss 5", "lora 4")}
     folders = {name: save(base, tmp_path / name, config, 3) for name, config in configs.items()}
@@ -119,9 +119,7 @@ def test_in_bf16(make_base, tmp_path):
 def test_adapters_come_and_go_while_members_run(make_base, tmp_path):
     base = make_base()
     folders = {name: save(base, tmp_path / name, AdapterConfig(r=4), ord(name)) for name in "abcd"}
-    alone = {name: load(base, torch.float64, folder) for name, folder in folders.items()} | {
-        None: load(base, torch.float64)
-    }
+    alone = {name: load(base, torch.float64, folders.get(name)) for name in (None, *folders)}
     engine = Engine(load(base, torch.float64), LETTERS, max_positions=8)
     sampling = Sampling(max_tokens=9, logprobs=20)
     run_with: list[tuple[str | None, list[int]]] = []

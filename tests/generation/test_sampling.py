@@ -22,7 +22,7 @@ def test_penalties_and_biases_of_each_member(either_base, temperature):
     model = load_model(either_base, torch.float64).eval()
     model.head.weight.data[0] = 0
     settings = [(0.0, 0.0, {}), (2.0, 0.0, {}), (0.0, 1.5, {}), (-2.0, 0.3, {}), (0.0, 0.0, {7: 100.0}), (1, 1, {7: 3})]
-    samplings = [Sampling(temperature, 0.9, 20, (), 5, None, *setting) for setting in settings]
+    samplings = [Sampling(temperature, 0.9, 12, (), 5, None, *setting) for setting in settings]
     engine = Engine(model, LETTERS)
     for sampling in samplings:
         engine.add(prompt_of(6, 0), sampling)
@@ -30,7 +30,7 @@ def test_penalties_and_biases_of_each_member(either_base, temperature):
     for i, (presence, frequency, bias) in enumerate(settings):
         generator = torch.Generator().manual_seed(5)
         ids: list[int] = []
-        while len(ids) < 20 and 0 not in ids:
+        while len(ids) < 12 and 0 not in ids:
             logits = model(torch.tensor([prompt_of(6, 0) + ids]))[0][0, -1].float()
             for token in range(64):
                 logits[token] -= ids.count(token) * frequency + (token in ids) * presence
