@@ -32,7 +32,7 @@ def choice_texts(record: Record, options: DataOptions) -> list[tuple[str, str]]:
             f"{record.where}: has no choices to choose from; give a question, its answer and a list of choices, and "
             "name that field with choices_field if it is not choices"
         )
-    said = [replace(record, turns=(*record.turns[:-1], Turn("assistant", choice))) for choice in record.choices]
+    said = [record._replace(turns=(*record.turns[:-1], Turn("assistant", choice))) for choice in record.choices]
     return [(prompt_text(one, options), written_text(one, options)) for one in said]
 
 
