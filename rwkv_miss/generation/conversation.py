@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ from rwkv_miss.model.state import State, state_facts
 _KEPT = 8
 # The name of a conversation among the facts of a state's file.
 _FACT = "conversation"
-# Stands for a question, where what comes before one is asked for.
-_QUESTION = Turn("user", "...")
+# Stand for turns that are yet to come.
+_QUESTION, _ANSWER = Turn("user", "..."), Turn("assistant", "...")
 
 
 class _Read(NamedTuple):
@@ -88,12 +89,14 @@ class Conversation:
             RunError: the model's logits are not finite.
         """
         asked = (*self.turns, Turn("user", question))
-        *before, prompt = map(self._tokenizer.encode, chat_spans(asked, self._options))
-        earlier = [token for ids in before for token in ids]
-        ids = earlier + prompt
+        ids = self._encoded(chat_spans(asked, self._options))
         read = self._newest(ids)
-        if len(read.ids) < len(earlier):  # where this turn begins, a state is kept for another question in its place
-            read = self._read(earlier)
+        # What later turns begin with too is read first, and its state kept: their text may go on otherwise than this
+        # answer's prompt, as where that begins a thought, and the answer's tokens need not be those of its text.
+        later = self._encoded(chat_spans((*asked, _ANSWER, _QUESTION), self._options))
+        common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids[:-1], later, strict=False))]
+        if len(read.ids) < len(common):
+            read = self._read(common)
         sampling = replace(self._sampling, seed=seed_of(self._sampling.seed, self._asked))
         self._asked += 1
         engine = Engine(self._model, self._tokenizer)
@@ -133,8 +136,7 @@ class Conversation:
             raise UserError("there is no answer yet, so that there is nothing to save")
         if os.path.lexists(path) and _FACT not in state_facts(path):
             raise UserError(f"{path}: is there and holds no conversation; give another name")
-        *before, _ = map(self._tokenizer.encode, chat_spans((*self.turns, _QUESTION), self._options))
-        read = self._read([token for ids in before for token in ids])
+        read = self._read(self._encoded(chat_spans((*self.turns, _QUESTION), self._options)[:-1]))
         assert read.state is not None
         turns = [(turn.role, turn.content) for turn in self.turns]
         facts = {"turns": turns, "ids": read.ids, **_identity(self._model)}
@@ -161,6 +163,9 @@ class Conversation:
 
     def _has_answers(self) -> bool:
         return any(turn.role == "assistant" for turn in self.turns)
+
+    def _encoded(self, spans: Sequence[str]) -> list[int]:
+        return [token for span in spans for token in self._tokenizer.encode(span)]
 
     def _newest(self, ids: Sequence[int]) -> _Read:
         """The state that has read the most of `ids`, but not all of them."""
