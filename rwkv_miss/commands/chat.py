@@ -191,4 +191,5 @@ def _obey(line: str, talk: Conversation) -> str:
         talk.save(path)
         return f"saved to {path}"
     talk.load(path)
-    return f"{sum(turn.role == 'user' for turn in talk.turns)} questions and their answers from {path}"
+    n = sum(turn.role == "user" for turn in talk.turns)
+    return f"{n} questions and their answers from {path}" if n > 1 else f"1 question and its answer from {path}"
