@@ -30,7 +30,7 @@ NASTY = [
     "é日\\`",
     "~~~",
 ]
-NASTY += ["a\nb", "\x1b[31m", "$HOME `id`", "it's", "-->"]
+NASTY += ["a\nb", "```\n````\nc", "\x1b[31m", "$HOME `id`", "it's", "-->"]
 
 
 def parsed(text: str):

@@ -139,8 +139,9 @@ def test_a_run_owns_its_adapters_folder(own_run):
     assert facts_of(card_of(Path(run.out) / "adapter_last"))["optimizer steps"] == "6 of 6"
     (folder / "README.md").write_text("mine")
     (folder / "other.md").write_text("mine")
-    quiet_train(replace(run, overwrite=True, max_steps=1))
+    quiet_train(replace(run, overwrite=True, max_steps=1, val_split=0.0, val_every=0))
     assert "1 of 1" in card_of(folder) and (folder / "other.md").read_text() == "mine"
+    assert not (Path(run.out) / "adapter_last").exists()  # nothing of the old run is left there
 
 
 @pytest.mark.parametrize(
