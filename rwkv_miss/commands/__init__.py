@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rwkv_miss.commands import (
     bench,
+    chat,
     convert,
     data_binidx,
     doctor,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert.run,
     "eval": evaluate.run,
     "generate": generate.run,
+    "chat": chat.run,
     "info": info.run,
     "doctor": doctor.run,
     "bench": bench.run,

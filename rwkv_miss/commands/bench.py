@@ -14,7 +14,7 @@ def run(what: str = "all", threads: int = 1) -> int:
             head with the loss beside computing all logits; minutes), memory (of a training step as its row grows),
             merge (against a plain copy; it writes 9 GB to the folder for temporary files), data (how fast files become
             tokens; it writes 2 GB there; minutes), methods (how far what they compute is from what HF PEFT does), quant
-            (memory of quantised bases; it writes 3 GB), serving (requests of many adapters in one batch beside requests of
+            (memory of quantised bases; it writes 3 GB), serving (requests of many adapters in one batch beside those of
             one; minutes), or all (of those that take seconds).
         threads: CPU threads that every program gets.
     """

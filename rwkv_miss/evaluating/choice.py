@@ -7,7 +7,7 @@ highest such sum divided by the characters of the choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rwkv_miss.config import DataOptions

@@ -36,7 +36,7 @@ def generate(
     Sampling(temperature, top_p, max_tokens, stop, seed)  # raises for wrong arguments without a prompt, too
     engine = Engine(model, tokenizer)
     for i, prompt in enumerate(prompts):
-        engine.add(prompt, Sampling(temperature, top_p, max_tokens, stop, _seed_of(seed, i)))
+        engine.add(prompt, Sampling(temperature, top_p, max_tokens, stop, seed_of(seed, i)))
     texts: list[list[str]] = [[] for _ in prompts]
     for piece in engine:
         texts[piece.member].append(piece.text)
@@ -66,6 +66,6 @@ def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
         held = [piece[len(text) :]]
 
 
-def _seed_of(seed: int, index: int) -> int:
-    """The seed of a batch's prompt number `index`."""
+def seed_of(seed: int, index: int) -> int:
+    """The seed of prompt number `index`, from 0 to 2^63 - 1."""
     return seed if index == 0 else mixed_seed(seed, index)
