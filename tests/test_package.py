@@ -29,7 +29,7 @@ LAYERS = [
     {"export", "generation", "doctor", "describe"},
     {"training"},
     {"planning", "previewing"},
-    {"merging", "evaluate"},
+    {"merging", "evaluate", "serving"},
     {"benchmarks"},
     {"commands"},
     {"cli"},
@@ -37,7 +37,7 @@ LAYERS = [
 ]
 # The part `data` is not in these layers: what it may import, and which parts may import it.
 DATA_MAY_IMPORT = {"errors", "config", "files", "data"}
-MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluate", "commands", "benchmarks"}
+MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluate", "commands", "benchmarks", "serving"}
 # What the command line needs before it imports torch.
 LIGHT = ["rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"]
 

@@ -19,6 +19,7 @@ from rwkv_miss.commands import (
     plan,
     preview,
     report,
+    serve,
     train,
 )
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert.run,
     "eval": evaluate.run,
     "generate": generate.run,
+    "serve": serve.run,
     "info": info.run,
     "doctor": doctor.run,
     "bench": bench.run,

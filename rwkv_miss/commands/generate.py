@@ -40,7 +40,7 @@ def run(
     """
     from rwkv_miss.adapters.files import adapters_template
     from rwkv_miss.commands.model import load
-    from rwkv_miss.data.rendering import chat_prompt
+    from rwkv_miss.data.rendering import begun_answer, chat_prompt
     from rwkv_miss.data.templates import find_template, settled
     from rwkv_miss.data.tokenizers import load_tokenizer
     from rwkv_miss.generation.generate import stream, strip_pieces
@@ -54,8 +54,7 @@ def run(
         load_initial_state(loaded, state)
     sampling = Sampling(temperature, top_p, max_tokens, form.stops, seed)
     pieces = stream(loaded, load_tokenizer(tokenizer), text, sampling)
-    begun = () if raw else (text[text.rfind(form.prompt) + len(form.prompt) :],)  # such as ` <think`
-    _print_pieces(pieces if raw else strip_pieces(chain(begun, pieces)))
+    _print_pieces(pieces if raw else strip_pieces(chain([begun_answer(text, form)], pieces)))
     return 0
 
 

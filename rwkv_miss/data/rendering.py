@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data import jinja
 from rwkv_miss.data.records import Record, Tool, Turn
-from rwkv_miss.data.templates import Template, fill, find_template
+from rwkv_miss.data.templates import Template, fill, find_template, recorded
 from rwkv_miss.errors import UserError
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
@@ -96,11 +98,28 @@ def chat_prompt(question: str, template: Template) -> str:
     Raises:
         UserError: the template has no form for a question.
     """
+    return conversation_prompt(Record("prompt", (Turn("user", question),)), template)
+
+
+def conversation_prompt(record: Record, template: Template) -> str:
+    """The prompt of the answer that follows a conversation's last turn, which is not the assistant's.
+
+    Raises:
+        UserError: the template has no form for a turn.
+    """
     if template.jinja is not None:
-        return jinja.write("prompt", template.jinja, [Turn("user", question)], (), asks=True)[1]
-    prompt = template.think_prompt or template.no_think_prompt or template.prompt
-    end = template.question_end if template.think_prompt else ""
-    return _asked("prompt", Turn("user", question), template, end) + prompt
+        pairs, rest = jinja.write(record.where, template.jinja, record.turns, record.tools, asks=True)
+        return "".join(chain(*pairs, [rest]))
+    answer = Turn("assistant", "-", thought="-" if template.think_prompt else "")
+    return prompt_text(replace(record, turns=(*record.turns, answer)), DataOptions(template=recorded(template)))
+
+
+def begun_answer(prompt: str, template: Template) -> str:
+    """The beginning of an answer that its prompt holds already, such as ` <think`."""
+    if template.jinja is not None:
+        found = re.search(r"<think>?\s*$", prompt)
+        return found[0] if found else ""
+    return prompt[prompt.rfind(template.prompt) + len(template.prompt) :]
 
 
 def unused(record: Record, options: DataOptions) -> list[str]:

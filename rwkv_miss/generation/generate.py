@@ -9,6 +9,7 @@ import numpy as np
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.generation.text_stream import Stripped
 from rwkv_miss.model.base import RWKV
 
 
@@ -38,7 +39,7 @@ def generate(
     Sampling(temperature, top_p, max_tokens, stop, seed)  # raises for wrong arguments without a prompt, too
     engine = Engine(model, tokenizer)
     for i, prompt in enumerate(prompts):
-        engine.add(prompt, Sampling(temperature, top_p, max_tokens, stop, _seed_of(seed, i)))
+        engine.add(prompt, Sampling(temperature, top_p, max_tokens, stop, seed_of(seed, i)))
     texts: list[list[str]] = [[] for _ in prompts]
     for piece in engine:
         texts[piece.member].append(piece.text)
@@ -55,19 +56,10 @@ def stream(model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -
 
 def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
     """Pieces of a text as pieces of `text.strip()`: white space is held back until more text follows it."""
-    held: list[str] = []
-    is_begun = False
-    for piece in pieces:
-        text = piece.rstrip()
-        if not text:
-            held.append(piece)
-            continue
-        whole = "".join([*held, text])
-        yield whole if is_begun else whole.lstrip()
-        is_begun = True
-        held = [piece[len(text) :]]
+    stripped = Stripped()
+    return filter(None, map(stripped.push, pieces))
 
 
-def _seed_of(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
     """The seed of a batch's prompt number `index`, from 0 to 2^63 - 1."""
     return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)

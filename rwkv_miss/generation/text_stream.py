@@ -82,3 +82,19 @@ class StopStrings:
     def finish(self) -> str:
         """What was held back, when no text follows."""
         return self._held
+
+
+class Stripped:
+    """Text without white space at its ends, while it comes: white space is held back until more text follows it."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_begun = False
+
+    def push(self, text: str) -> str:
+        """What this adds; often that is nothing."""
+        new = self._held + text if self._is_begun else text.lstrip()
+        self._is_begun = self._is_begun or bool(new)
+        kept = new.rstrip()
+        self._held = new[len(kept) :]
+        return kept
