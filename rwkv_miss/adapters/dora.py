@@ -78,6 +78,9 @@ class Dora(LowRank):
     def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
         return None
 
+    def product(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+        return None
+
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
 

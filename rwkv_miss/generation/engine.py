@@ -9,7 +9,7 @@ for piece in engine:            # until no member is left; `add` and `cancel` ma
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -17,9 +17,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_miss.adapters.serving import Adapters, Served
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.generation.sampling import Sampling, choose
+from rwkv_miss.generation.prefix_cache import PrefixCache
+from rwkv_miss.generation.sampling import Sampling, TokenLogprob, adjust, choose, log_probabilities
 from rwkv_miss.generation.text_stream import Detokenizer, StopStrings
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.state import State
@@ -43,6 +45,8 @@ class Piece(NamedTuple):
     state: in the last piece of a member with `keep_state` the state of one sequence that has read the prompt and all
         ids but the last one, so that `add([last_id, *further_ids], state=state)` goes on. None where the member was
         cancelled before its prompt had been read, or its logits are not finite.
+    logprobs: what `Sampling.logprobs` asks for, for each of `ids`.
+    cached_tokens: how many of the prompt's tokens had been read before (`Engine`'s prefix_cache_bytes).
     """
 
     member: int
@@ -50,6 +54,8 @@ class Piece(NamedTuple):
     ids: tuple[int, ...] = ()
     finish: Finish | None = None
     state: State | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -62,24 +68,30 @@ class _Member:
     stops: StopStrings
     unread: list[int]  # those of the prompt's tokens that the model has not read
     state: State | None  # of one sequence, until the prompt has been read; None is the initial one
+    adapter: Served | None
+    prompt: list[int] | None  # all of its tokens; None where they go on from a state that the caller gave
+    logits: Tensor | None = None  # (V,) after the prompt, where they are known without reading
+    cached_tokens: int = 0
     ids: list[int] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)  # how often `ids` has each token
     is_cancelled: bool = False
 
-    def write(self, token: int) -> Piece:
+    def write(self, token: int, logprobs: tuple[TokenLogprob, ...]) -> Piece:
         self.ids.append(token)
+        self.counts[token] += 1
         text, is_stopped = self.stops.push(self.detokenizer.push(token))
-        if is_stopped:
-            return Piece(self.number, text, (token,), "stop")
-        if token == END or len(self.ids) == self.sampling.max_tokens:
-            return self.end("end" if token == END else "max_tokens", text, (token,))
-        return Piece(self.number, text, (token,))
+        piece = Piece(self.number, text, (token,), "stop" if is_stopped else None, None, logprobs, self.cached_tokens)
+        if not is_stopped and (token == END or len(self.ids) == self.sampling.max_tokens):
+            return self.end("end" if token == END else "max_tokens", piece)
+        return piece
 
-    def end(self, finish: Finish, text: str = "", ids: tuple[int, ...] = ()) -> Piece:
-        """The last piece: `text` and what the detokenizer held back, which may complete a stop string."""
+    def end(self, finish: Finish, piece: Piece | None = None) -> Piece:
+        """The last piece: `piece` and what the detokenizer held back, which may complete a stop string."""
+        piece = piece or Piece(self.number, "", cached_tokens=self.cached_tokens)
         rest, is_stopped = self.stops.push(self.detokenizer.finish())
         if is_stopped:
-            return Piece(self.number, text + rest, ids, "stop")
-        return Piece(self.number, text + rest + self.stops.finish(), ids, finish)
+            return piece._replace(text=piece.text + rest, finish="stop")
+        return piece._replace(text=piece.text + rest + self.stops.finish(), finish=finish)
 
 
 class Engine:
@@ -90,15 +102,24 @@ class Engine:
     long its text is, and prompts are read in pieces. `len(engine)` is the number of members present. An error of the
     model itself, such as a lack of memory, leaves the engine unusable.
 
+    `adapters` are those that members can be run with, each with its own, in the same batch; `engine.adapters.add(name,
+    folder)` and `remove(name)` may be called between any two steps.
+
     Args:
         model: `model(tokens, state, seq_start) -> (logits, State)`, see `rwkv_miss.model.base.RWKV.forward`.
         tokenizer: the one that the model was trained with.
         max_positions: most tokens, all sequences together and padding counted, that one forward reads of prompts;
             chosen from the size of the vocabulary when not given.
+        prefix_cache_bytes: keep this much of the states of prompts and of finished texts, beside the model: a prompt
+            that begins with one of them, with the same adapter, is read from there on.
     """
 
-    def __init__(self, model: RWKV, tokenizer: Tokenizer, max_positions: int | None = None) -> None:
-        assert max_positions is None or max_positions >= 1
+    def __init__(
+        self, model: RWKV, tokenizer: Tokenizer, max_positions: int | None = None, prefix_cache_bytes: int = 0
+    ) -> None:
+        assert (max_positions is None or max_positions >= 1) and prefix_cache_bytes >= 0
+        self._cache = PrefixCache(prefix_cache_bytes)
+        self.adapters = Adapters(model, on_remove=self._cache.drop)
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
@@ -138,22 +159,26 @@ class Engine:
         *,
         state: State | None = None,
         keep_state: bool = False,
+        adapter: str | None = None,
     ) -> int:
         """A new member, which joins at the next step.
 
         Args:
             prompt: text, or its token ids.
             sampling: None is `Sampling()`.
-            state: of one sequence, which the prompt goes on with; None is the model's initial state. It is not
-                changed.
+            state: of one sequence, which the prompt goes on with; None is the initial state of the model, or of the
+                adapter. It is not changed.
             keep_state: return the member's state in its last piece.
+            adapter: the name of one of `adapters`; None is the model alone.
 
         Returns:
             The member's number: 0 for the first, 1 for the next, ...
 
         Raises:
-            UserError: the prompt is empty or has tokens that the model lacks, or the state does not fit the model.
+            UserError: the prompt is empty or has tokens that the model lacks, the state does not fit the model, or
+                there is no such adapter.
         """
+        served = None if adapter is None else self.adapters.find(adapter)
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise UserError("the prompt is empty; give it at least one character")
@@ -163,10 +188,11 @@ class Engine:
                 f"the prompt {text[:40]!r} has token {max(wrong)}, beyond the model's vocabulary of "
                 f"{self._vocab_size}; choose the tokenizer that the model was trained with"
             )
+        sampling = sampling or Sampling()
+        if wrong := [token for token in sampling.logit_bias if not 0 <= token < self._vocab_size]:
+            raise UserError(f"logit_bias has token {wrong[0]}; the model has the tokens 0 to {self._vocab_size - 1}")
         if state is not None:
             state.check(self._model.config, 1, self._model.emb.weight)
-            state = state.detach()
-        sampling = sampling or Sampling()
         member = _Member(
             number=self._added,
             sampling=sampling,
@@ -174,9 +200,15 @@ class Engine:
             keep_state=keep_state,
             detokenizer=Detokenizer(self._tokenizer),
             stops=StopStrings(sampling.stop),
-            unread=ids,
-            state=state,
+            unread=list(ids),
+            state=state.detach() if state else served.state if served else None,
+            adapter=served,
+            prompt=None if state else ids,
         )
+        if kept := self._cache.find(served, ids) if not state else None:
+            del member.unread[: kept.length]
+            member.state, member.logits, member.cached_tokens = kept.state, kept.logits, kept.length
+        self.adapters.begin(served)
         self._added += 1
         self._members[member.number] = member
         self._waiting.append(member)
@@ -199,13 +231,14 @@ class Engine:
         pieces = self._leave([member.end("cancelled") for member in cancelled])
         logits, states = [], []
         if self._running:
-            all_logits, state = self._model(self._tensor([member.ids[-1:] for member in self._running]), self._state)
+            all_logits, state = self._run(self._running, [member.ids[-1:] for member in self._running], self._state)
             logits.append(all_logits[:, -1])
             states.append(state)
-        for read in (self._read_short_prompts, self._read_long_prompts):
+        for read in (self._take_kept_prompts, self._read_short_prompts, self._read_long_prompts):
             members, last_logits, state = read()
             if members:
                 self._running += members
+                self._cache_prompts(members, last_logits, state)
                 logits.append(last_logits)
                 states.append(state)
         if not self._running:
@@ -213,6 +246,15 @@ class Engine:
         self._waiting = [member for member in self._waiting if member.unread]
         self._state = State.cat(states) if len(states) > 1 else states[0]
         return pieces + self._leave(self._write(torch.cat(logits).float()))
+
+    def _take_kept_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
+        """What `_read_short_prompts` returns, for the prompts of which nothing has to be read."""
+        members = [member for member in self._waiting if not member.unread]
+        logits = [member.logits for member in members if member.logits is not None]
+        states = [member.state for member in members if member.state is not None]
+        for member in members:
+            member.state = member.logits = None
+        return (members, torch.stack(logits), State.cat(states)) if members else ([], None, None)
 
     def _read_short_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
         """Reads the longest-waiting prompts that can be read whole in one forward: (their members, the logits (B, V)
@@ -225,7 +267,7 @@ class Engine:
         width = 0
         for member in self._waiting:
             length = len(member.unread)
-            if member.state is not None or length > self._max_positions:
+            if not length or member.state is not None or length > self._max_positions:
                 continue
             if (len(group) + 1) * max(width, length) > self._max_positions:
                 break
@@ -233,9 +275,9 @@ class Engine:
             width = max(width, length)
         if not group:
             return [], None, None
-        tokens = self._tensor([[END] * (width - len(member.unread)) + member.unread for member in group])
+        tokens = [[END] * (width - len(member.unread)) + member.unread for member in group]
         starts = self._tensor([[width - len(member.unread)] for member in group])
-        logits, state = self._model(tokens, None, torch.arange(width, device=self._device) == starts)
+        logits, state = self._run(group, tokens, None, torch.arange(width, device=self._device) == starts)
         for member in group:
             member.unread = []
         return group, logits[:, -1].clone(), state  # the clone lets go of the logits of all other positions
@@ -244,19 +286,20 @@ class Engine:
         """Reads the same number of tokens of each of the other prompts: as many as the one nearest to its end has left,
         or as fit into one forward. Returns what `_read_short_prompts` does, for the prompts that are now read to the
         end."""
-        group = [m for m in self._waiting if m.state is not None or len(m.unread) > self._max_positions]
+        unread = [member for member in self._waiting if member.unread]
+        group = [m for m in unread if m.state is not None or len(m.unread) > self._max_positions]
         group = group[: self._max_positions]
         if not group:
             return [], None, None
         n_tokens = min(min(len(member.unread) for member in group), self._max_positions // len(group))
-        tokens = self._tensor([member.unread[:n_tokens] for member in group])
+        tokens = [member.unread[:n_tokens] for member in group]
         state = seq_start = None
         if begun := next((member.state for member in group if member.state is not None), None):
             # Members without a state begin here: their rows of the state are placeholders, which are not used.
             state = State.cat([member.state or begun for member in group])
             begins = self._tensor([[member.state is None] for member in group])
             seq_start = begins & (torch.arange(n_tokens, device=self._device) == 0)
-        logits, state = self._model(tokens, state, seq_start)
+        logits, state = self._run(group, tokens, state, seq_start)
         for row, member in enumerate(group):
             del member.unread[:n_tokens]
             member.state = _rows(state, [row]) if member.unread else None
@@ -274,8 +317,11 @@ class Engine:
             lost = [member for member, is_finite in zip(self._running, finite, strict=True) if not is_finite]
             pieces = [Piece(member.number, "", finish="not_finite") for member in lost]
             logits = logits[torch.tensor(finite, device=logits.device)]
-        tokens = choose(logits, [member.sampling for member in members], [member.generator for member in members])
-        return [member.write(token) for member, token in zip(members, tokens, strict=True)] + pieces
+        samplings = [member.sampling for member in members]
+        adjusted = adjust(logits, samplings, [member.counts for member in members])
+        tokens = choose(adjusted, samplings, [member.generator for member in members])
+        logprobs = log_probabilities(logits, tokens, samplings)
+        return [member.write(*new) for member, *new in zip(members, tokens, logprobs, strict=True)] + pieces
 
     def _leave(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces, the last ones with the states that were asked for. Members whose last piece is among them are
@@ -286,17 +332,42 @@ class Engine:
         if self._state is not None:
             rows = {member.number: row for row, member in enumerate(self._running)}
             for i, piece in enumerate(pieces):
-                is_kept = piece.finish not in (None, "not_finite") and self._members[piece.member].keep_state
-                if is_kept and piece.member in rows:
-                    pieces[i] = piece._replace(state=_rows(self._state, [rows[piece.member]]))
+                if piece.finish in (None, "not_finite") or piece.member not in rows:
+                    continue
+                member = self._members[piece.member]
+                if member.keep_state or self._cache.budget:
+                    state = _rows(self._state, [rows[piece.member]])
+                    self._cache_state(member, state)
+                    if member.keep_state:
+                        pieces[i] = piece._replace(state=state)
             staying = [member for member in self._running if member.number not in ended]
             if len(staying) < len(self._running):
                 self._state = _rows(self._state, [rows[member.number] for member in staying]) if staying else None
                 self._running = staying
         for number in ended:
-            del self._members[number]
+            self.adapters.end(self._members.pop(number).adapter)
         self._waiting = [member for member in self._waiting if member.number not in ended]
         return pieces
+
+    def _cache_prompts(self, members: list[_Member], logits: Tensor, state: State) -> None:
+        """Lets the cache have the states and logits (B, V) of members whose prompts have just been read."""
+        finite = torch.isfinite(logits).all(dim=-1).tolist() if self._cache.budget else []
+        for row, is_finite in enumerate(finite):
+            if is_finite:
+                self._cache_state(members[row], _rows(state, [row]), logits[row].clone())
+
+    def _cache_state(self, member: _Member, state: State, logits: Tensor | None = None) -> None:
+        """Lets the cache have the state of a member, which has read its prompt and all ids but the last one."""
+        is_removed = member.adapter is not None and member.adapter.is_removed
+        if member.prompt is not None and not is_removed:
+            self._cache.keep(member.adapter, [*member.prompt, *member.ids[:-1]], state, logits)
+
+    def _run(
+        self, members: list[_Member], tokens: list[list[int]], state: State | None, seq_start: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """The model's logits and state for the rows of `members`."""
+        with self.adapters.acting([member.adapter for member in members]):
+            return self._model(self._tensor(tokens), state, seq_start)
 
     @property
     def _device(self) -> torch.device:

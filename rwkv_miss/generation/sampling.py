@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.errors import UserError
+
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,11 @@ class Sampling:
     max_tokens: the number of tokens after which the text ends.
     stop: strings that end the text and are not a part of it.
     seed: seed of the random sampling.
+    logprobs: how many of the likeliest tokens are told at each place, with their log-probabilities and that of the
+        chosen one (`TokenLogprob`); at most `MOST_LOGPROBS`. None: nothing is told.
+    presence_penalty, frequency_penalty: what is taken from the logit of every token that the text has already, once,
+        and for each time that it has it: from -2 to 2, as in OpenAI's API.
+    logit_bias: token id -> what is added to its logit: from -100 to 100, as there.
 
     Raises UserError where one of them is out of its range.
     """
@@ -29,6 +38,10 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     seed: int = 0
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
@@ -40,10 +53,68 @@ class Sampling:
             raise UserError(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
         if "" in self.stop:
             raise UserError("a stop string is empty; leave it out, or give it at least one character")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}; it must be from 0 to {MOST_LOGPROBS}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from -2 to 2")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise UserError(f"logit_bias of token {token} is {bias}; it must be from -100 to 100")
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """The random numbers of one sequence; None where none are needed."""
         return torch.Generator(device).manual_seed(self.seed) if self.temperature > 0 else None
+
+
+class TokenLogprob(NamedTuple):
+    """The log-probability that the model gives to a chosen token, and the likeliest tokens with theirs, by the logits
+    as they are: before temperature, top_p, penalties and biases."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def adjust(logits: Tensor, samplings: Sequence[Sampling], written: Sequence[Mapping[int, int]]) -> Tensor:
+    """The logits with each sequence's penalties and biases.
+
+    Args:
+        logits: fp32 (B, V); not changed.
+        samplings: B of them.
+        written: of each sequence, how often its text has each token.
+    """
+    found = logits
+    for row, (sampling, counts) in enumerate(zip(samplings, written, strict=True)):
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        changes = Counter(sampling.logit_bias)
+        if presence or frequency:
+            changes.subtract({token: presence + frequency * count for token, count in counts.items()})
+        if changes:
+            found = logits.clone() if found is logits else found
+            found[row, list(changes)] += found.new_tensor(list(changes.values()))
+    return found
+
+
+def log_probabilities(
+    logits: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling]
+) -> list[tuple[TokenLogprob, ...]]:
+    """Of each sequence, what its `Sampling.logprobs` asks for at one place: one `TokenLogprob` or none.
+
+    Args:
+        logits: fp32 (B, V).
+        tokens: the chosen ones.
+    """
+    asked = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+    found: list[tuple[TokenLogprob, ...]] = [()] * len(samplings)
+    if not asked:
+        return found
+    log_p = logits[asked].log_softmax(dim=-1)
+    top = log_p.topk(min(MOST_LOGPROBS, log_p.shape[-1]))
+    for row, log_ps, values, ids in zip(asked, log_p, top.values.tolist(), top.indices.tolist(), strict=True):
+        likeliest = tuple(zip(ids, values, strict=True))[: samplings[row].logprobs]
+        found[row] = (TokenLogprob(tokens[row], log_ps[tokens[row]].item(), likeliest),)
+    return found
 
 
 def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> list[int]:
