@@ -1,5 +1,5 @@
-"""What requests may hold, and how it is read: OpenAI's parameters, as far as they are supported. Those that would change
-the answer and are not supported are refused; those that change nothing are let through."""
+"""What requests may hold, and how it is read: OpenAI's parameters, as far as they are supported. Others are refused if
+they would change the answer, and let through if they change nothing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class _Function(_Named):
     CHANGES_NOTHING = frozenset({"strict"})
 
     description: str = ""
-    parameters: dict[str, Any] = {}  # noqa: RUF012
+    parameters: dict[str, Any] = {}
 
 
 class _Tool(Body):
@@ -126,7 +126,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_joined_parts)] = ""
     reasoning_content: str = ""
-    tool_calls: list[_ToolCall] = []  # noqa: RUF012
+    tool_calls: list[_ToolCall] = []
 
     def turn(self) -> Turn:
         calls = tuple(Call(call.function.name, call.function.arguments) for call in self.tool_calls)
@@ -164,13 +164,13 @@ class Generation(Body):
         list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
         BeforeValidator(_listed),
         Field(max_length=MOST_STOPS),
-    ] = []  # noqa: RUF012
+    ] = []
     seed: int | None = None
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_id), Field(max_length=MOST_BIASES)
-    ] = {}  # noqa: RUF012
+    ] = {}
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
@@ -178,7 +178,7 @@ class Generation(Body):
 
 class ChatRequest(Generation):
     messages: list[Message] = Field(min_length=1)
-    tools: list[_Tool] = []  # noqa: RUF012
+    tools: list[_Tool] = []
     tool_choice: Literal["auto", "none"] = "auto"
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -186,7 +186,9 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_CHOICES)]
+    prompt: Annotated[
+        list[str] | list[list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_CHOICES)
+    ]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
 

@@ -1,4 +1,5 @@
-"""The thread that owns the engine: what others want of it are calls, which it makes between two steps, in their order."""
+"""The thread that owns the engine. What others want of it are calls, which it makes between two steps, in their
+order."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ class Worker:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Adds jobs to the engine, all before the same step. What is wrong with one of them comes as its only item."""
-        self._calls.put(lambda: [self._begin(job) for job in jobs])
+        self._calls.put(lambda: self._begin(jobs))
 
     def cancel(self, job: Job) -> None:
         """Its last piece comes with the next step; one that has ended is left as it is."""
@@ -93,15 +94,16 @@ class Worker:
             jobs = [self._jobs.pop(p.member) if p.finish else self._jobs[p.member] for p in pieces]
             self._loop.call_soon_threadsafe(_hand_out, jobs, pieces)
 
-    def _begin(self, job: Job) -> None:
-        try:
-            if self.failure:
-                raise self.failure
-            job.member = self._engine.add(job.prompt, job.sampling, adapter=job.adapter)
-        except Exception as error:
-            self._loop.call_soon_threadsafe(job.on_item, error)
-        else:
-            self._jobs[job.member] = job
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            try:
+                if self.failure:
+                    raise self.failure
+                job.member = self._engine.add(job.prompt, job.sampling, adapter=job.adapter)
+            except Exception as error:
+                self._loop.call_soon_threadsafe(job.on_item, error)
+            else:
+                self._jobs[job.member] = job
 
     def _cancel(self, job: Job) -> None:
         if job.member in self._jobs:
