@@ -6,7 +6,7 @@ import hmac
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI
 from starlette.exceptions import HTTPException
@@ -74,11 +74,12 @@ def _api(service: Service) -> APIRouter:
     router = APIRouter()
     config = service.config
 
-    def body(kind: type[_B]) -> Callable[[Request], Coroutine[Any, Any, _B]]:
-        async def read_body(request: Request) -> _B:
-            return await read(request, kind, config.max_body_bytes, config.timeout)
+    async def body(request: Request, kind: type[_B]) -> _B:
+        return await read(request, kind, config.max_body_bytes, config.timeout)
 
-        return read_body
+    def check_changes() -> None:
+        if not config.allow_adapter_changes:
+            raise ApiError(403, "adapters cannot be changed; start the server with --allow_adapter_changes")
 
     @router.get("/models")
     async def list_models() -> dict[str, Any]:
@@ -89,22 +90,24 @@ def _api(service: Service) -> APIRouter:
         return _card(service.model(name), config.name)
 
     @router.post("/chat/completions")
-    async def chat(request: Request, asked: Annotated[ChatRequest, Depends(body(ChatRequest))]) -> Response:
-        return await answer_chat(request, service, asked)
+    async def chat(request: Request) -> Response:
+        return await answer_chat(request, service, await body(request, ChatRequest))
 
     @router.post("/completions")
-    async def complete(
-        request: Request, asked: Annotated[CompletionRequest, Depends(body(CompletionRequest))]
-    ) -> Response:
-        return await answer_completion(request, service, asked)
+    async def complete(request: Request) -> Response:
+        return await answer_completion(request, service, await body(request, CompletionRequest))
 
-    @router.post("/load_lora_adapter", dependencies=[Depends(_changes_check(config.allow_adapter_changes))])
-    async def load_adapter(asked: Annotated[LoadRequest, Depends(body(LoadRequest))]) -> PlainTextResponse:
+    @router.post("/load_lora_adapter")
+    async def load_adapter(request: Request) -> PlainTextResponse:
+        check_changes()
+        asked = await body(request, LoadRequest)
         await service.load(asked.lora_name, asked.lora_path)
         return PlainTextResponse(f"the adapter {asked.lora_name!r} is loaded")
 
-    @router.post("/unload_lora_adapter", dependencies=[Depends(_changes_check(config.allow_adapter_changes))])
-    async def unload_adapter(asked: Annotated[UnloadRequest, Depends(body(UnloadRequest))]) -> PlainTextResponse:
+    @router.post("/unload_lora_adapter")
+    async def unload_adapter(request: Request) -> PlainTextResponse:
+        check_changes()
+        asked = await body(request, UnloadRequest)
         await service.unload(asked.lora_name)
         return PlainTextResponse(f"the adapter {asked.lora_name!r} is unloaded")
 
@@ -120,14 +123,6 @@ def _key_check(api_key: str | None) -> Callable[[Request], Coroutine[Any, Any, N
         if scheme.lower() != "bearer" or not is_right:
             message = "the API key is missing or wrong; send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    return check
-
-
-def _changes_check(are_allowed: bool) -> Callable[[], Coroutine[Any, Any, None]]:
-    async def check() -> None:
-        if not are_allowed:
-            raise ApiError(403, "adapters cannot be changed; start the server with --allow_adapter_changes")
 
     return check
 
