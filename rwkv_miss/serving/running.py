@@ -32,7 +32,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(message) from None
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Ends when it gets a signal, or when the engine has failed. The requests that have a place have some seconds to
     end by themselves, and are told then that it ends."""
 
@@ -66,7 +66,7 @@ def serve(service: Service, listening: socket.socket, api_key: str | None) -> in
     Raises:
         RunError: the engine has failed.
     """
-    server = _Server(service, api_key)
+    server = Server(service, api_key)
     signals: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
