@@ -8,6 +8,10 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 
+# Characters of a long message's beginning, and of its end.
+_HALF = 500
+
+
 class ApiError(Exception):
     """A request that cannot be answered.
 
@@ -26,6 +30,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if len(message) > 2 * _HALF:  # what it quotes may be long
+            message = f"{message[:_HALF]} [...] {message[-_HALF:]}"
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -60,7 +66,7 @@ def not_finite() -> ApiError:
 
 def engine_failed(error: BaseException) -> ApiError:
     message = f"the model cannot go on ({type(error).__name__}: {error}); the server stops"
-    return ApiError(500, message[:1000], code="engine_failed", headers=_NOT_AGAIN)
+    return ApiError(500, message, code="engine_failed", headers=_NOT_AGAIN)
 
 
 def no_model(name: str, there: list[str]) -> ApiError:

@@ -28,8 +28,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        message = f"cannot listen at port {port} of {host} ({error.strerror or error}); give another --port or --host"
-        raise UserError(message) from None
+        why = str(error.strerror or error).partition(" (while")[0]
+        raise UserError(f"cannot listen at port {port} of {host} ({why}); give another --port or --host") from None
 
 
 class Server(uvicorn.Server):

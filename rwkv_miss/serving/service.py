@@ -40,7 +40,6 @@ class Answers:
         self,
         places: Places,
         worker: Worker,
-        seconds: float,
         asked: Sequence[tuple[Sequence[int], Sampling]],
         adapter: str | None,
     ) -> None:
@@ -48,7 +47,6 @@ class Answers:
         self._places, self._worker = places, worker
         self._items: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._first: tuple[int, Piece] | None = None
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, too_long(seconds))
         self._jobs = [
             Job(prompt, sampling, adapter, partial(self._take, i)) for i, (prompt, sampling) in enumerate(asked)
         ]
@@ -78,7 +76,6 @@ class Answers:
 
     def close(self) -> None:
         """Gives up what has not ended."""
-        self._timer.cancel()
         for job in self._jobs:
             self._worker.cancel(job)
 
@@ -111,7 +108,7 @@ class Service:
         """Called in the event loop when the engine has failed."""
         self._engine = engine
         self.places = Places(config.max_batch, config.max_waiting)
-        self._active: set[Answers] = set()
+        self._active: dict[Answers, asyncio.TimerHandle] = {}
         self._is_stopping = False
         self.models = {config.name: ServedModel(config.name, None, _template(config.template))}
         for name, folder in config.adapters().items():
@@ -139,14 +136,16 @@ class Service:
         """
         if self._is_stopping:
             raise shutting_down()
-        limit = time.monotonic() + self.config.timeout
+        seconds = self.config.timeout
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + seconds
         try:
-            with anyio.fail_after(self.config.timeout):
+            with anyio.fail_after(seconds):
                 await self.places.take(len(asked))
         except TimeoutError:
-            raise too_long(self.config.timeout) from None
-        answers = Answers(self.places, self._worker, limit - time.monotonic(), asked, adapter)
-        self._active.add(answers)
+            raise too_long(seconds) from None
+        answers = Answers(self.places, self._worker, asked, adapter)
+        self._active[answers] = loop.call_at(limit, answers.fail, too_long(seconds))
         try:
             await answers.wait()
         except BaseException:
@@ -155,8 +154,9 @@ class Service:
         return answers
 
     def close(self, answers: Answers) -> None:
-        self._active.discard(answers)
-        answers.close()
+        if timer := self._active.pop(answers, None):
+            timer.cancel()
+            answers.close()
 
     async def load(self, name: str, folder: str) -> None:
         """Adds an adapter between two steps. Raises UserError if it cannot be served."""

@@ -54,12 +54,12 @@ def test_who_goes_away_frees_the_places(model, stream):
 
 def test_who_goes_away_while_waiting_is_not_written_to(model):
     with serving(model, max_batch=1) as server, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.complete, **LONG | {"max_tokens": 300})
+        first = pool.submit(server.complete, **LONG | {"max_tokens": 120})
         until(lambda: counts(server) == (1, 0, 0))
         leave(server, LONG, lambda: counts(server) == (1, 0, 1))
         until(lambda: counts(server) == (1, 0, 0))
         second = pool.submit(server.complete, "a", max_tokens=3)
-        assert first.result()["choices"][0]["text"] == alone(model, "long", 300)
+        assert first.result()["choices"][0]["text"] == alone(model, "long", 120)
         assert second.result()["choices"][0]["text"] == alone(model, "a", 3)
         until(lambda: counts(server) == (0, 1, 0))
 
@@ -74,13 +74,13 @@ def test_a_stream_that_is_cut_by_its_reader_frees_the_place(model):
 
 def test_no_more_than_max_waiting_wait(model):
     with serving(model, max_batch=1, max_waiting=1) as server, ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(server.complete, **LONG | {"max_tokens": 200})]
+        running = [pool.submit(server.complete, **LONG | {"max_tokens": 90})]
         until(lambda: counts(server) == (1, 0, 0))
         running.append(pool.submit(server.complete, **LONG | {"max_tokens": 2}))
         until(lambda: counts(server) == (1, 0, 1))
         response = server.post("completions", **LONG)
         assert error_of(response, 429)["code"] == "busy" and response.headers["Retry-After"] == "1"
-        assert [found.result()["usage"]["completion_tokens"] for found in running] == [200, 2]
+        assert [found.result()["usage"]["completion_tokens"] for found in running] == [90, 2]
 
 
 def test_the_time_of_a_request_is_limited(model):
@@ -133,7 +133,7 @@ def test_an_engine_that_fails_ends_all_requests_and_the_server(model):
         def fail(*_):
             raise MemoryError("no more of it")
 
-        server.service._engine._model = fail
+        server.service._engine._model.forward = fail
         assert "MemoryError: no more of it" in error_of(running[0].result(), 500)["message"]
         last = running[1].result().text.rstrip().rpartition("\n\n")[2]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"
@@ -145,7 +145,7 @@ def test_an_engine_that_fails_ends_all_requests_and_the_server(model):
 @pytest.mark.parametrize("grace", [0.0, 30.0])
 def test_a_server_that_stops_lets_answers_end(model, monkeypatch, grace):
     monkeypatch.setattr("rwkv_miss.serving.running._LAST_SECONDS", grace)
-    body = {"model": "base", "prompt": "a", "temperature": 0, "max_tokens": 150 if grace else 4096, "stream": True}
+    body = {"model": "base", "prompt": "a", "temperature": 0, "max_tokens": 60 if grace else 4096, "stream": True}
     with serving(model, max_batch=1) as server, ThreadPoolExecutor(2) as pool:
         running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
         until(lambda: counts(server)[0] == 1)
@@ -155,7 +155,7 @@ def test_a_server_that_stops_lets_answers_end(model, monkeypatch, grace):
         assert error_of(waiting.result(), 503)["code"] == "shutting_down"
         text = running.result().text
     if grace:
-        assert "".join(event["choices"][0]["text"] for event in events(text)) == alone(model, "a", 150)
+        assert "".join(event["choices"][0]["text"] for event in events(text)) == alone(model, "a", 60)
     else:
         last = text.rstrip().rpartition("\n\n")[2]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
