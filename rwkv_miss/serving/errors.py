@@ -7,7 +7,6 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-
 # Characters of a long message's beginning, and of its end.
 _HALF = 500
 
