@@ -1,6 +1,6 @@
 """Many adapters beside one model at the same time: each sequence of a batch runs with one of them, or with none.
 
-What an adapter adds to a linear's result must be a product: y = W x + S D, where S is A x, or in MiSS the sums over x's
+What an adapter adds to a linear's result must be a product: y = W x + S D, where S is x A, or in MiSS the sums over x's
 blocks. W x and the sums over blocks are those of all sequences together, whatever their adapters. The model's own
 linears stay where they are; hooks add to their results.
 """
@@ -111,8 +111,8 @@ class Adapters:
     def find(self, name: str) -> Served:
         """UserError where there is no adapter of that name."""
         if name not in self._served:
-            there = ", ".join(self._served) or "there are none"
-            raise UserError(f"there is no adapter whose name is {name!r}; there are: {there}")
+            there = f"there are: {', '.join(self._served)}" if self._served else "there are none"
+            raise UserError(f"there is no adapter whose name is {name!r}; {there}")
         return self._served[name]
 
     def begin(self, adapter: Served | None) -> None:
@@ -169,7 +169,7 @@ def _parts(model: RWKV, file: AdapterFile, plan: Plan, folder: str | os.PathLike
         if blocks := MISS.from_factors(product, own):
             part = Part(blocks[0]["miss_block"], None)
         else:
-            part = Part(product.B.T, product.A)
+            part = Part(product.B.T, product.A.T)
         found.setdefault(Form(len(part.D), part.A is None), {})[path] = part
     return found
 

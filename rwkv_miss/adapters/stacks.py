@@ -9,29 +9,29 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.ops.blocks import block_sum
+from rwkv_miss.ops.products import add_products
 
 
 class Form(NamedTuple):
     """What the adapters in a stack have in common: their rank, and whether S is the sums over x's blocks of so many
-    columns, as in MiSS, and not A x."""
+    columns, as in MiSS, and not x A."""
 
     rank: int
     sums_blocks: bool
 
 
 class Part(NamedTuple):
-    """What one adapter adds to a linear's result: S D. D (rank, out); A (rank, in), None where S needs none."""
+    """What one adapter adds to a linear's result: S D. D (rank, out); A (in, rank), None where S needs none."""
 
     D: Tensor
     A: Tensor | None
 
 
 class Rows(NamedTuple):
-    """Which rows of a batch run with which adapters of a form: rows index[start] to index[stop - 1] with the one in
-    slot `slot`, for each (slot, start, stop) in `groups`."""
+    """Which rows of a batch have adapters of a form, int64 (M), and in which slots these lie, in ascending order."""
 
-    index: Tensor
-    groups: list[tuple[int, int, int]]
+    rows: Tensor
+    slots: Tensor
 
 
 class Stacks:
@@ -43,7 +43,7 @@ class Stacks:
         self._free: list[int] = []
         self._size = 0
         self._D: dict[str, Tensor] = {}  # (slots, rank, out) of each linear
-        self._A: dict[str, Tensor] = {}  # (slots, rank, in)
+        self._A: dict[str, Tensor] = {}  # (slots, in, rank)
 
     def put(self, parts: Mapping[str, Part], like: Tensor) -> int:
         """Copies an adapter's parts, by the paths of their linears, into a slot, whose number it returns. The stacks
@@ -73,22 +73,16 @@ class Stacks:
         found = sorted((slot, row) for row, slot in enumerate(slots) if slot is not None)
         if not found:
             return None
-        starts = [i for i, (slot, _) in enumerate(found) if i == 0 or slot != found[i - 1][0]]
-        groups = [(found[a][0], a, b) for a, b in zip(starts, [*starts[1:], len(found)], strict=True)]
-        return Rows(torch.tensor([row for _, row in found], device=device), groups)
+        return Rows(*(torch.tensor([pair[i] for pair in found], device=device) for i in (1, 0)))
 
-    def add_to(self, y: Tensor, path: str, x: Tensor, rows: Rows) -> None:
-        """Adds what the adapters of `rows` have beside the linear `path` to its result y (B, T, out), in place, for the
-        inputs x (B, T, in)."""
+    def add_to(self, y: Tensor, path: str, x: Tensor, at: Rows) -> None:
+        """Adds what the adapters have beside the linear `path` to its result y (B, T, out), in place, for the inputs x
+        (B, T, in)."""
         if path not in self._D:
             return
-        D, T = self._D[path], x.shape[1]
-        x = x[rows.index].flatten(0, 1)
-        S = block_sum(x, self._form.rank) if self._form.sums_blocks else x.new_empty(len(x), self._form.rank)
-        added = y.new_empty(len(x), y.shape[-1])
-        for slot, start, stop in rows.groups:
-            part = slice(start * T, stop * T)
-            if not self._form.sums_blocks:
-                torch.mm(x[part], self._A[path][slot].T, out=S[part])
-            torch.mm(S[part], D[slot], out=added[part])
-        y.index_add_(0, rows.index, added.view(-1, T, y.shape[-1]))
+        if self._form.sums_blocks:
+            S = block_sum(x.flatten(0, 1), self._form.rank).view(*x.shape[:2], -1)
+        else:
+            S = x.new_zeros(*x.shape[:2], self._form.rank)
+            add_products(S, x, self._A[path], at.rows, at.slots)
+        add_products(y, S, self._D[path], at.rows, at.slots)

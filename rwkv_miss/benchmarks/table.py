@@ -12,6 +12,7 @@ from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
 from rwkv_miss.benchmarks.miss import bench_miss
 from rwkv_miss.benchmarks.quant import bench_quant
+from rwkv_miss.benchmarks.serving import bench_serving
 from rwkv_miss.benchmarks.tokenizer import bench_tokenizer
 from rwkv_miss.benchmarks.wkv7 import bench_wkv7
 from rwkv_miss.errors import UserError
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "data": Benchmark(bench_data, False),
     "methods": Benchmark(bench_methods, False),
     "quant": Benchmark(bench_quant, False),
+    "serving": Benchmark(bench_serving, False),
 }
 
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
 from rwkv_miss import load_model
-from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
+from rwkv_miss.data.tokenizers import END, load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.initial_state import add_initial_state
 from rwkv_miss.model.state import State
+from tests.generation.letters import LETTERS, letters, prompt_of, text_of
 from tests.scripted import Scripted
 
 BYTES = load_tokenizer("bytes")
-# Each id is a letter, so that the text says which tokens were chosen.
-LETTERS = Tokenizer("letters", 64, lambda text: [ord(c) - 0x100 for c in text], lambda ids: letters(ids))
-
-
-def letters(ids: list[int]) -> str:
-    return "".join(chr(0x100 + i) for i in ids if i != END)
-
-
-def prompt_of(n_tokens: int, seed: int) -> list[int]:
-    return [random.Random(seed * 1000 + i).randrange(1, 64) for i in range(n_tokens)]
 
 
 @torch.no_grad()
@@ -45,10 +34,6 @@ def alone(model: RWKV, prompt: list[int], sampling: Sampling, **options) -> list
     engine = Engine(model, LETTERS)
     engine.add(prompt, sampling, **options)
     return list(engine)
-
-
-def text_of(pieces: list[Piece], member: int | None = None) -> str:
-    return "".join(piece.text for piece in pieces if member is None or piece.member == member)
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""Products of the rows of a batch, each with a matrix of its own: in PyTorch operations, or for single rows on a CPU in
+C++, where a compiler is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_miss.ops.cpu import kernel
+
+_SOURCE = Path(kernel.__file__).with_name("products.cpp")
+_FUNCTIONS = {torch.float32: "add_products_f32", torch.bfloat16: "add_products_bf16"}
+
+
+def add_products(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """y[rows[m]] += x[rows[m]] stack[slots[m]] for every m, in place.
+
+    Args:
+        y: (B, T, n), contiguous.
+        x: (B, T, k).
+        stack: (slots, k, n), contiguous.
+        rows, slots: int64 (M); no row occurs twice. With equal slots beside each other, a matrix is read once.
+    """
+    if x.shape[1] == 1 and _in_cpp(x):
+        sizes = len(rows), *stack.shape[1:], torch.get_num_threads()
+        kernel.call(_SOURCE, _FUNCTIONS[x.dtype], [x.contiguous(), stack, rows, slots, y, *sizes])
+    else:
+        y.index_add_(0, rows, torch.bmm(x[rows], stack[slots]))
+
+
+def _in_cpp(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None
