@@ -32,7 +32,7 @@ def test_an_option_that_there_is_not(capsys, arguments, said):
     ("arguments", "said"),
     [
         (["trian"], "there is no command 'trian'; did you mean train?"),
-        (["chat"], "there is no command 'chat'; there are init, data binidx, train, plan"),
+        (["talk"], "there is no command 'talk'; there are init, data binidx, train, plan"),
         (["eval", "--addapter=x"], "did you mean --adapter?"),
         (["data", "binidx", "--output=x"], "did you mean --out?"),
     ],

@@ -43,10 +43,13 @@ from rwkv_miss.model.initial_state import is_state, state_shapes
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
-CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json"
+CONFIG, WEIGHTS, OURS, CARD = "adapter_config.json", "adapter_model.safetensors", "rwkv_miss.json", "README.md"
 _PREFIX = "base_model.model."
 # What is read of the facts in `OURS`, all of which may be missing.
-_FACTS = {"method": str, "base_fingerprint": str, "step": int, "val_loss": float, "quant": str, "template": str}
+_FACTS = {
+    **{"method": str, "base_fingerprint": str, "step": int, "val_loss": float, "quant": str, "template": str},
+    **{"tokenizer": str, "card": dict, "command": str},
+}
 _OUR_TYPE = "RWKV_MISS"
 _OUR_FIELDS = ("method", "method_pattern", "options")
 """The settings that stand under their own names in a folder of our type, beside those in PEFT's format."""
@@ -95,11 +98,14 @@ class AdapterFile:
         return {key: tensor for key, tensor in self.tensors.items() if _place(key, self.config) is None}
 
 
-def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] | None = None) -> None:
+def save_adapter(
+    model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] | None = None, card: str | None = None
+) -> None:
     """Writes the model's trained tensors to a folder. Each file is written beside the old one and then renamed.
 
     Args:
         extra: further facts for `rwkv_miss.json`, such as the tokenizer.
+        card: the text of a model card, which is README.md in PEFT's folders.
 
     Raises:
         UserError: the model has no adapter, or a file cannot be written; the folder is then unchanged.
@@ -129,11 +135,12 @@ def save_adapter(model: RWKV, folder: str | os.PathLike, extra: dict[str, Any] |
     }
     tensors = {f"{_PREFIX}{key}": t.contiguous().cpu() for key, t in _to_file(model, plan).items()}
     folder = Path(folder)
-    # All three are written before the first is renamed: on a full disk the old adapter stays as it was.
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in ((OURS, ours), (CONFIG, peft))}
+    # All are written before the first is renamed: on a full disk the old adapter stays as it was.
     with ExitStack() as renames:
-        for name, content in ((OURS, ours), (CONFIG, peft)):
+        for name, text in (texts if card is None else {CARD: card, **texts}).items():
             part = renames.enter_context(atomic_write(folder / name))
-            part.write_text(json.dumps(content, indent=2) + "\n")
+            part.write_text(text, encoding="utf-8", errors="replace")
         part = renames.enter_context(atomic_write(folder / WEIGHTS))
         write_safetensors(part, tensors, {"format": "pt"})
 
@@ -300,6 +307,8 @@ def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     for name, kind in _FACTS.items():
         if not isinstance(value := facts.get(name), (kind, type(None))) or value != value:
             raise UserError(f"{path}: {name} is {value!r:.80}; the file is damaged")
+    if not all(isinstance(section, dict) for section in (facts.get("card") or {}).values()):
+        raise UserError(f"{path}: card is {facts['card']!r:.80}; the file is damaged")
     return facts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rwkv_miss.commands import (
     bench,
+    chat,
     convert,
     data_binidx,
     doctor,
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "convert": convert.run,
     "eval": evaluate.run,
     "generate": generate.run,
+    "chat": chat.run,
     "serve": serve.run,
     "info": info.run,
     "doctor": doctor.run,

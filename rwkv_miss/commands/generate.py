@@ -54,11 +54,11 @@ def run(
         load_initial_state(loaded, state)
     sampling = Sampling(temperature, top_p, max_tokens, form.stops, seed)
     pieces = stream(loaded, load_tokenizer(tokenizer), text, sampling)
-    _print_pieces(pieces if raw else strip_pieces(chain([begun_answer(text, form)], pieces)))
+    print_pieces(pieces if raw else strip_pieces(chain((begun_answer(form),), pieces)))
     return 0
 
 
-def _print_pieces(pieces: Iterable[str]) -> None:
+def print_pieces(pieces: Iterable[str]) -> None:
     """Prints each piece as it comes, and a newline at the end: after an error too, so that its message has a line of
     its own."""
     is_begun = False

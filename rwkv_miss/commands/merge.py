@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -8,9 +9,11 @@ from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
 from rwkv_miss.config import DataOptions, Rounding
+from rwkv_miss.errors import UserError
 
 if TYPE_CHECKING:
     from rwkv_miss.data.templates import Template
+    from rwkv_miss.merging.merge import MergeReport
 
 # A share of an update that is worth a warning where the cast drops more of it.
 _MUCH = 0.1
@@ -31,6 +34,7 @@ def run(
     overwrite: bool = False,
     weights: list[float] | None = None,
     rounding: Rounding = "nearest",
+    card: bool = True,
 ) -> int:
     """Write base + adapter as one .pth that any RWKV runtime reads, and check it.
 
@@ -40,10 +44,12 @@ def run(
         out: The file to write, ending in .pth.
         dtype: Dtype of every tensor written, except states (always fp32); the base's own when not given.
         state_only: Write only the learned state, as a file that runtimes load beside the base.
-        overwrite: Replace the file if it is there.
+        overwrite: Replace the file if it is there, and its card.
         weights: What each adapter counts, as [0.7,0.3], so that W + 0.7 dW_A + 0.3 dW_B is written; 1 when not given.
         rounding: Of what is merged into bf16 weights. nearest: the smallest error of each weight. stochastic: up or
             down by chance, so that updates far smaller than bf16's steps are kept in the mean instead of lost.
+        card: Write a model card too, beside the file and with its name, ending in .md: what was merged and how it was
+            trained, and how the file is run. None is written with state_only.
     """
     from rwkv_miss.adapters.files import adapter_folder, read_facts
     from rwkv_miss.merging.merge import merge
@@ -52,6 +58,12 @@ def run(
     folders = [adapter] if isinstance(adapter, str) else adapter
     facts = [read_facts(adapter_folder(folder)) for folder in folders]
     tokens, text = _check_text({known.get("tokenizer") for known in facts}, _template(facts))
+    card_path = Path(out).with_suffix(".md") if card and not state_only else None
+    if card_path and card_path.exists() and not overwrite:
+        raise UserError(
+            f"{card_path}: is there already, and a card would be written to it; give another out, --card false for no "
+            "card, or --overwrite true to replace it"
+        )
     with show_progress("tensors written and read back") as on_tensor:
         report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights, rounding, tokens)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
@@ -59,6 +71,9 @@ def run(
         losses = [layer.cast_loss for layer in layers]
         norm = sum(layer.delta_norm for layer in layers) / len(layers)
         table.add_row(kind, str(len(layers)), f"{norm:.4g}", f"{sum(losses) / len(losses):.2%}", f"{max(losses):.2%}")
+    if card_path:
+        options = {"dtype": dtype, "weights": weights, "rounding": None if rounding == "nearest" else rounding}
+        _write_card(card_path, base, folders, facts, report, options)
     console = Console(markup=False)
     console.print(table)
     lines = [
@@ -85,6 +100,56 @@ def run(
     return 0
 
 
+def _write_card(
+    path: Path,
+    base: str,
+    folders: Sequence[str],
+    facts: Sequence[Mapping[str, Any]],
+    report: MergeReport,
+    options: Mapping[str, Any],
+) -> None:
+    """The card of a merged file, from what is recorded with the adapters."""
+    import rwkv_miss
+    from rwkv_miss.card import command, merged_uses, model_card
+    from rwkv_miss.checkpoint import read_checkpoint
+    from rwkv_miss.data.templates import recorded
+    from rwkv_miss.files import atomic_write
+    from rwkv_miss.model.recognise import infer_config
+    from rwkv_miss.training.card import tags_of, use_of
+
+    version = infer_config(read_checkpoint(report.out), report.out).version
+    sections: dict[str, Mapping[str, Any]] = {}
+    for folder, known in zip(folders, facts, strict=True):
+        of_which = f" of {folder}" if len(folders) > 1 else ""
+        sections |= {f"{heading}{of_which}": section for heading, section in known.get("card", {}).items()}
+    sections["Merge"] = {
+        "base": Path(base).name,
+        "adapter": ", ".join(folders),
+        **{name: value for name, value in options.items() if value is not None},
+        "dtype of the file": report.dtype,
+        "KL(base + adapter || file)": f"{report.divergence:.1e} nats a token",
+        "KL(base + adapter || base)": f"{report.divergence_effect:.1e} nats a token",
+    }
+    adapter = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
+    given = {name: str(value).replace(" ", "") for name, value in options.items() if value is not None}
+    merge = command("merge", base=base, adapter=adapter, out=str(report.out), **given)
+    methods = "+".join(dict.fromkeys(known["method"] for known in facts if known.get("method")))
+    tokenizers = {known.get("tokenizer") for known in facts}
+    [tokenizer] = tokenizers if len(tokenizers) == 1 else [None]
+    use = use_of(version, tokenizer, recorded(_template(facts))) if tokenizer else None
+    text = model_card(
+        report.out.name,
+        f"An RWKV-{version} with {'an adapter' if len(folders) == 1 else f'{len(folders)} adapters'} merged into it.",
+        tags_of(version, methods) if methods else tags_of(version, "merge"),
+        sections,
+        [*(known["command"] for known in facts if known.get("command")), merge],
+        merged_uses(str(report.out), use) if use else {},
+        version=rwkv_miss.__version__,
+    )
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+
+
 def _template(facts: Sequence[Mapping[str, Any]]) -> Template:
     """The template that the first adapter was trained with."""
     from rwkv_miss.data.templates import find_template, settled
@@ -97,7 +162,6 @@ def _check_text(tokenizers: set[str | None], form: Template) -> tuple[list[int] 
     say which tokenizer they use."""
     from rwkv_miss.data.rendering import chat_prompt
     from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.errors import UserError
 
     [name] = tokenizers if len(tokenizers) == 1 else [None]
     if name is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -22,6 +21,8 @@ from rwkv_miss.data.templates import Template, fill, find_template, recorded
 from rwkv_miss.errors import UserError
 
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+# Stands for the answer that a prompt asks for.
+_TO_COME = "..."
 
 
 class Span(NamedTuple):
@@ -86,40 +87,60 @@ def answer_text(record: Record, options: DataOptions) -> str:
 def without_thought(written: str, template: Template) -> str:
     """The answer in what a model wrote after a template's prompt, without white space at its ends."""
     if template.after_thought is not None:
-        border = template.after_thought.partition("{content}")[0].strip()
-        end = (template.thought or "").partition("{thought}")[2].strip() + border
-        written = written.partition(end)[2] if end in written else written.strip().removeprefix(border)
+        end = _thoughts_end(template)
+        written = written.partition(end)[2] if end in written else written.strip().removeprefix(_border(template))
     return written.strip()
 
 
 def chat_prompt(question: str, template: Template) -> str:
-    """The prompt of a conversation's first question.
+    """The prompt of a conversation's first question: `chat_spans` of it alone.
 
     Raises:
         UserError: the template has no form for a question.
     """
-    return conversation_prompt(Record("prompt", (Turn("user", question),)), template)
+    return "".join(chat_spans([Turn("user", question)], DataOptions(template=recorded(template))))
 
 
-def conversation_prompt(record: Record, template: Template) -> str:
-    """The prompt of the answer that follows a conversation's last turn, which is not the assistant's.
+def chat_spans(turns: Sequence[Turn], options: DataOptions, tools: Sequence[Tool] = ()) -> list[str]:
+    """The texts of a conversation whose last turn waits for an answer: in turn a prompt and the answer to it, last the
+    prompt of the answer to come, before a thought where the template has thoughts. As in training each is encoded by
+    itself.
 
     Raises:
         UserError: the template has no form for a turn.
     """
+    template = find_template(options.template)
     if template.jinja is not None:
-        pairs, rest = jinja.write(record.where, template.jinja, record.turns, record.tools, asks=True)
-        return "".join(chain(*pairs, [rest]))
-    answer = Turn("assistant", "-", thought="-" if template.think_prompt else "")
-    return prompt_text(replace(record, turns=(*record.turns, answer)), DataOptions(template=recorded(template)))
+        pairs, prompt = jinja.write("prompt", template.jinja, turns, tools, asks=True)
+        return [*chain.from_iterable(pairs), prompt]
+    to_come = Turn("assistant", _TO_COME, thought=_TO_COME if template.think_prompt is not None else "")
+    *before, last = _answers(Record("prompt", (*turns, to_come), tools=tuple(tools)), options)
+    return [text for answer in before for text in (answer.prompt, answer.written)] + [last.prompt]
 
 
-def begun_answer(prompt: str, template: Template) -> str:
-    """The beginning of an answer that its prompt holds already, such as ` <think`."""
-    if template.jinja is not None:
-        found = re.search(r"<think>?\s*$", prompt)
-        return found[0] if found else ""
-    return prompt[prompt.rfind(template.prompt) + len(template.prompt) :]
+def begun_answer(template: Template) -> str:
+    """What the prompt of `chat_spans` ends in that belongs to the answer, such as ` <think`."""
+    prompt = template.think_prompt or template.no_think_prompt or template.prompt
+    return prompt[len(template.prompt) :] if prompt.startswith(template.prompt) else ""
+
+
+def answer_turn(written: str, options: DataOptions) -> Turn | None:
+    """What a model wrote after `chat_spans`, as the turn that a conversation goes on with: without a thought that the
+    template writes apart from the answer. None where nothing was said, or the thought has no end."""
+    template = find_template(options.template)
+    if template.think_prompt is not None and _thoughts_end(template) not in written:
+        return None
+    turn = Turn("assistant", without_thought(written, template))
+    return turn if _split("answer", turn, template)[1].strip() else None
+
+
+def _border(template: Template) -> str:
+    """What stands between a thought, or the prompt of a fake one, and the answer."""
+    return (template.after_thought or "").partition("{content}")[0].strip()
+
+
+def _thoughts_end(template: Template) -> str:
+    return (template.thought or "").partition("{thought}")[2].strip() + _border(template)
 
 
 def unused(record: Record, options: DataOptions) -> list[str]:

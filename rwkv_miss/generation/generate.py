@@ -61,5 +61,5 @@ def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of a batch's prompt number `index`, from 0 to 2^63 - 1."""
+    """The seed of prompt number `index`, from 0 to 2^63 - 1."""
     return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)

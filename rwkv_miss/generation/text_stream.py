@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rwkv_miss.data.tokenizers import END, Tokenizer
 
@@ -11,6 +11,8 @@ _BROKEN = "\ufffd"
 # How many tokens that settle the text before them are decoded again with each new token. A character has at most
 # 4 bytes, so a character that is cut at the first of these tokens cannot affect the text of the last.
 _CONTEXT = 8
+# What stands around a thought at the beginning of a text.
+_THOUGHT, _THOUGHTS_END = "<think", "</think>"
 
 
 class Detokenizer:
@@ -98,3 +100,26 @@ class Stripped:
         kept = new.rstrip()
         self._held = new[len(kept) :]
         return kept
+
+
+def thoughts_apart(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces of a text as pieces of the same, each with whether it belongs to the thought that the text begins with:
+    from `<think` to `</think>`, or to the end where that does not come."""
+    held, is_thought, last = "", None, ""
+    for piece in pieces:
+        held += piece
+        if is_thought is None and _THOUGHT.startswith(held):
+            continue
+        if is_thought is None:
+            is_thought = held.startswith(_THOUGHT)
+        if is_thought:
+            last += held
+            _, end, answer = last.partition(_THOUGHTS_END)
+            yield held[: len(held) - len(answer)], True
+            held, is_thought = answer, not end
+            last = last[-len(_THOUGHTS_END) :]
+        if held and not is_thought:
+            yield held, False
+            held = ""
+    if held:
+        yield held, False

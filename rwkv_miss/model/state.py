@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.files import atomic_write, check_is_file
 
 _TENSORS = ("att_shift", "wkv", "ffn_shift")
+_VERSION = "rwkv_version"
 
 
 @dataclass
@@ -58,22 +61,18 @@ class State:
             self.att_shift.to(device, dtype), self.wkv.to(device, wide), self.ffn_shift.to(device, dtype), self.version
         )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes a .safetensors file. Raises UserError if it cannot be written."""
+    def save(self, path: str | os.PathLike, facts: Mapping[str, str] | None = None) -> None:
+        """Writes a .safetensors file, with facts that `state_facts` reads. Raises UserError if it cannot be written."""
         tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
         with atomic_write(path) as part:
-            write_safetensors(part, tensors, {"rwkv_version": str(self.version)})
+            write_safetensors(part, tensors, {**(facts or {}), _VERSION: str(self.version)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> State:
         """Loads what `save` wrote to the CPU. Raises UserError if the file is missing, damaged or of another kind."""
-        check_is_file(Path(path), "state")
-        try:
-            with safe_open(path, "pt") as file:
-                version = (file.metadata() or {}).get("rwkv_version", "")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except SafetensorError as e:
-            raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None
+        with _opened(path) as file:
+            version = (file.metadata() or {}).get(_VERSION, "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         if set(tensors) != set(_TENSORS) or not version:
             raise UserError(
                 f"{path}: holds {', '.join(sorted(tensors)[:5]) or 'nothing'} of RWKV version {version or 'unknown'}; "
@@ -95,3 +94,19 @@ class State:
                     f"state.{name} is {tuple(x.shape)} {x.dtype} on {x.device}; the model and its tokens need {shape} "
                     f"{dtype} on {like.device} (layers, sequences, ...; state.to(...) changes dtype and device)"
                 )
+
+
+def state_facts(path: str | os.PathLike) -> dict[str, str]:
+    """What was written beside the tensors of a file of `State.save`. Raises UserError as `State.load`."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Any]:
+    check_is_file(Path(path), "state")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as e:
+        raise UserError(f"{path}: not a readable safetensors file ({e}); is it truncated?") from None

@@ -10,13 +10,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rwkv_miss.data.rendering import begun_answer
 from rwkv_miss.generation.engine import Piece
 from rwkv_miss.generation.generate import seed_of
 from rwkv_miss.generation.sampling import Sampling
@@ -48,13 +48,12 @@ class _Exchange:
 async def answer_chat(request: Request, service: Service, asked: ChatRequest) -> Response:
     """The response to a chat completion's request. Raises ApiError or UserError where that is wrong."""
     template = service.model(asked.model).template
-    text = chat_prompt(asked, template)
-    begun = begun_answer(text, template)
+    spans, begun = chat_prompt(asked, template)
     choices = [ChatChoice(i, service.tokenizer, begun, asked.logprobs) for i in range(asked.n)]
     exchange = await _exchange(
         service,
         asked,
-        prompts=[text],
+        prompts=[spans],
         choices=choices,
         stops=template.stops,
         max_tokens=asked.max_completion_tokens or asked.max_tokens or service.config.max_tokens,
@@ -70,7 +69,7 @@ async def answer_completion(request: Request, service: Service, asked: Completio
     exchange = await _exchange(
         service,
         asked,
-        prompts=asked.prompt,
+        prompts=[[prompt] if isinstance(prompt, str) else prompt for prompt in asked.prompt],
         choices=[CompletionChoice(i, service.tokenizer, has_logprobs) for i in range(asked.n * len(asked.prompt))],
         stops=(),
         max_tokens=asked.max_tokens or min(_COMPLETION_TOKENS, service.config.max_tokens),
@@ -88,7 +87,7 @@ async def _exchange(
     service: Service,
     asked: Generation,
     *,
-    prompts: Sequence[str | list[int]],
+    prompts: Sequence[Sequence[str | int]],
     choices: Sequence[Choice],
     stops: tuple[str, ...],
     max_tokens: int,
@@ -125,14 +124,19 @@ async def _exchange(
     )
 
 
-async def _tokens(service: Service, prompt: str | list[int]) -> list[int]:
-    """A prompt's token ids; text is tokenised in another thread, as it may be long."""
-    if isinstance(prompt, str):
-        prompt = await asyncio.get_running_loop().run_in_executor(None, service.tokenizer.encode, prompt)
-    if len(prompt) > (most := service.config.max_prompt_tokens):
-        message = f"the prompt has {len(prompt):,} tokens; the server's --max_prompt_tokens allows {most:,}"
+async def _tokens(service: Service, prompt: Sequence[str | int]) -> list[int]:
+    """The token ids of a prompt that is given as such, or as texts; these are encoded in another thread, as they may be
+    long."""
+
+    def encode() -> list[int]:
+        encoded = ([part] if isinstance(part, int) else service.tokenizer.encode(part) for part in prompt)
+        return list(chain.from_iterable(encoded))
+
+    ids = await asyncio.get_running_loop().run_in_executor(None, encode)
+    if len(ids) > (most := service.config.max_prompt_tokens):
+        message = f"the prompt has {len(ids):,} tokens; the server's --max_prompt_tokens allows {most:,}"
         raise ApiError(400, message, code="context_length_exceeded")
-    return prompt
+    return ids
 
 
 async def _respond(request: Request, service: Service, exchange: _Exchange, is_streamed: bool) -> Response:

@@ -33,7 +33,7 @@ OURS = (
 # The paths there of the files and folders that runs write themselves.
 _WRITTEN = re.compile(
     r"config\.yaml|metrics\.csv|samples\.jsonl|report\.html|run\.json"
-    r"|adapter(_last)?/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json)"
+    r"|adapter(_last)?/(adapter_config\.json|adapter_model\.safetensors|rwkv_miss\.json|README\.md)"
     r"|checkpoints/(step-\d+|\.step-\d+\.part)|tensorboard/events\.out\.tfevents\..*"
     r"|(adapter(_last)?/)?\.[\w.]+\.\d+\.part"
     r"|wandb/((offline-)?run-\d+_\d+-\w+|latest-run|debug(-internal)?\.log)"

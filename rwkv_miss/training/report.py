@@ -188,13 +188,18 @@ def _answer(sample: Mapping[str, Any], expected: str) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """Those that are not the defaults, and, folded away, all the others."""
-    given, defaults = _flat(settings), _flat(asdict(TrainConfig(base="", data="", tokenizer="", out="")))
-    changed = {name: value for name, value in given.items() if value != defaults.get(name)}
-    rest = {name: value for name, value in given.items() if name not in changed}
+    changed, rest = told_apart(settings)
     return (
         f"<section><h2>Settings</h2>{pairs(changed)}"
         f"<details><summary>{len(rest)} more, which have their defaults</summary>{pairs(rest)}</details></section>\n"
     )
+
+
+def told_apart(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings by the names of their options: those that are not the defaults, and the others."""
+    given, defaults = _flat(settings), _flat(asdict(TrainConfig(base="", data="", tokenizer="", out="")))
+    changed = {name: value for name, value in given.items() if value != defaults.get(name)}
+    return changed, {name: value for name, value in given.items() if name not in changed}
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

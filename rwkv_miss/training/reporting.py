@@ -51,6 +51,7 @@ class Reporter(L.Callback):
             "positions": self._positions,
             "base_val_loss": self.base_val_loss,
             "first_loss": self.first_loss,
+            "last_loss": self.last_loss,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,6 +61,7 @@ class Reporter(L.Callback):
         self._at_report = self._tokens, self._positions
         self.base_val_loss = state_dict["base_val_loss"]
         self.first_loss = state_dict.get("first_loss")
+        self.last_loss = state_dict.get("last_loss")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._start = self._report_time = time.monotonic()

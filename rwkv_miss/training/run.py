@@ -26,6 +26,7 @@ from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
 from rwkv_miss.model.quantised import QuantLinear
 from rwkv_miss.training import moving, strategies
+from rwkv_miss.training.card import card_facts
 from rwkv_miss.training.checks import OURS, Resume, as_yaml, written_by_runs
 from rwkv_miss.training.data_module import PackedData
 from rwkv_miss.training.lit_module import LitRWKV
@@ -77,7 +78,8 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
     }
     if config.quant != "none":
         extra |= {"quant": config.quant, "quant_skip": config.quant_skip}
-    saver = Saver(module, out, config, prepared, extra)
+    extra |= card_facts(config, prepared, model)
+    saver = Saver(module, out, config, prepared, extra, reporter)
     # The folder is written to as late as possible, after errors in the checkpoint or the strategy have been found.
     has_begun = False
 

@@ -17,9 +17,11 @@ from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.errors import RunError, Stopped
 from rwkv_miss.files import put_in_place, remove
+from rwkv_miss.training.card import adapter_card, results
 from rwkv_miss.training.checks import written_by_runs
 from rwkv_miss.training.lit_module import LitRWKV
 from rwkv_miss.training.prepare import Prepared
+from rwkv_miss.training.reporting import Reporter
 from rwkv_miss.training.zero import gathered
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -43,9 +45,16 @@ class Saver(L.Callback):
     """
 
     def __init__(
-        self, module: LitRWKV, out: Path, config: TrainConfig, prepared: Prepared, extra: dict[str, Any]
+        self,
+        module: LitRWKV,
+        out: Path,
+        config: TrainConfig,
+        prepared: Prepared,
+        extra: dict[str, Any],
+        reporter: Reporter,
     ) -> None:
         self.module, self.out, self.config, self.prepared, self.extra = module, out, config, prepared, extra
+        self.reporter = reporter
         self.validates = prepared.val_rows is not None
         self.best: float | None = None
         self.best_step = 0
@@ -146,8 +155,12 @@ class Saver(L.Callback):
     def _save_adapter(self, trainer: L.Trainer, name: str, facts: dict[str, float]) -> None:
         with gathered(trainer.strategy, trained_parameters(self.module.model).values()):
             if trainer.is_global_zero:
-                extra = self.extra | {"step": trainer.global_step} | facts
-                save_adapter(self.module.model, self.out / name, extra)
+                step, folder = trainer.global_step, self.out / name
+                extra = self.extra | {"step": step} | facts
+                said = results(step, self.prepared.total_steps, self.reporter, facts.get("val_loss"))
+                extra["card"] = extra["card"] | {"Results": said}
+                card = adapter_card(folder, self.config, self.module.model, extra)
+                save_adapter(self.module.model, folder, extra, card)
 
 
 def validation_is_pending(out: Path, step: int, prepared: Prepared) -> bool:

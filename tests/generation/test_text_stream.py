@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import tokenizers
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from rwkv_miss.data.tokenizers import END, Tokenizer, load_tokenizer
-from rwkv_miss.generation.text_stream import Detokenizer, StopStrings
+from rwkv_miss.generation.text_stream import Detokenizer, StopStrings, thoughts_apart
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["▁", "▁▁", "▁the", "the", "▁你", "é", "##ing", "##", ".", "'s", "do not", "end</w>", "</w>", " ", "x"]
@@ -181,3 +182,17 @@ def test_stop_strings_are_found_in_any_pieces(pieces, stops):
 def test_no_more_is_held_back_than_what_may_become_a_stop_string():
     found = StopStrings(["\n\nUser:", "END"])
     assert [found.push(t)[0] for t in ("yes\n", "\nU", "s", "ual EN", "T")] == ["yes", "", "", "\n\nUsual ", "ENT"]
+
+
+@given(
+    st.lists(st.sampled_from(["<", "think", "</", ">", "a", " ", "</think>", "\n<think"]), max_size=12),
+    st.data(),
+)
+def test_thoughts_are_told_from_answers(parts, data):
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+    found = list(thoughts_apart(pieces))
+    thought = re.match("<think.*?(</think>|$)", text, re.DOTALL)
+    assert "".join(x for x, _ in found) == text
+    assert "".join(x for x, is_thought in found if is_thought) == (thought[0] if thought else "")

@@ -180,7 +180,9 @@ def test_messages_become_the_prompt_of_the_models_template():
 
     def prompt(template, messages, **more):
         asked = ChatRequest.model_validate_json(json.dumps({"model": "base", "messages": messages, **more}))
-        return chat_prompt(asked, find_template(template))
+        spans, begun = chat_prompt(asked, find_template(template))
+        assert begun.strip() == ("<think" + ">" * ("jinja" in template) if "think" in template else "")
+        return "".join(spans)
 
     asked = "User: Hi, you\n\nAssistant:"
     written = (
