@@ -39,7 +39,7 @@ def test_who_finds_no_place_waits_in_order():
         await asyncio.gather(*waiting)
         assert order == ["a", "b", "c", "d"] and places.free == 0 and places.waiting == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 @pytest.mark.parametrize("has_come", [False, True])
@@ -59,7 +59,7 @@ def test_who_goes_away_while_waiting_keeps_no_place(has_come):
         await second
         assert places.free == 1 and places.waiting == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_those_that_wait_are_told_why_they_get_no_place():
@@ -72,7 +72,7 @@ def test_those_that_wait_are_told_why_they_get_no_place():
         assert [str(error) for error in await asyncio.gather(*waiting, return_exceptions=True)] == ["no"] * 3
         assert places.free == 0 and places.waiting == 0
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 @pytest.mark.parametrize(
