@@ -49,9 +49,8 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     app.include_router(_pages(service))
     app.include_router(_api(service), prefix="/v1", dependencies=[Depends(_key_check(api_key))])
     if api_key is None:
-        app.add_middleware(
-            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]", service.config.host]
-        )
+        names = ["localhost", "127.0.0.1", "[::1]", service.config.host]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=names)
     return app
 
 

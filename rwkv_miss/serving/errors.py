@@ -64,8 +64,9 @@ def not_finite() -> ApiError:
 
 
 def engine_failed(error: BaseException) -> ApiError:
-    message = f"the model cannot go on ({type(error).__name__}: {error}); the server stops"
-    return ApiError(500, message, code="engine_failed", headers=_NOT_AGAIN)
+    return ApiError(
+        500, f"the model has failed ({type(error).__name__}: {error})", code="engine_failed", headers=_NOT_AGAIN
+    )
 
 
 def no_model(name: str, there: list[str]) -> ApiError:

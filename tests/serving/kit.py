@@ -37,7 +37,7 @@ def make_adapter(base: Path, folder: Path, seed: int, template: str | None = Non
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.02)
     save_adapter(model, folder, {"template": template} if template else None)
     return folder
 

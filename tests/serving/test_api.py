@@ -11,7 +11,10 @@ import torch
 from rwkv_miss import load_adapter
 from rwkv_miss.data.templates import Template, find_template, recorded
 from rwkv_miss.data.tokenizers import load_tokenizer
+from rwkv_miss.generation.engine import Piece
+from rwkv_miss.generation.sampling import TokenLogprob
 from rwkv_miss.serving.bodies import ChatRequest
+from rwkv_miss.serving.choices import ChatChoice, CompletionChoice
 from rwkv_miss.serving.prompts import chat_prompt
 from tests.scripted import Scripted
 from tests.serving.kit import alone, error_of, events, load, make_adapter, serving
@@ -64,7 +67,7 @@ def test_each_model_answers_with_its_own_weights_and_template(client, base, adap
     ]
     answers = [client.chat.completions.create(model=name, **CHAT) for name in ("base", "one", "two")]
     assert [answer.choices[0].message.content for answer in answers] == [text.strip() for text in expected]
-    assert len(set(expected)) == 3
+    assert len({*expected, alone(two, PROMPT, 9)}) == 4
     assert [answer.model for answer in answers] == ["base", "one", "two"]
     assert {answer.choices[0].finish_reason for answer in answers} == {"length"}
 
@@ -115,6 +118,8 @@ def test_completions_of_several_prompts(client, model):
     texts = [alone(model, prompt, 5) for prompt in prompts for _ in range(2)]
     assert [(choice.index, choice.text) for choice in found.choices] == list(enumerate(texts))
     assert found.usage.prompt_tokens == 10 and found.usage.completion_tokens == 30
+    again = client.completions.create(model="base", prompt=prompts, n=2, temperature=0, max_tokens=5)
+    assert again.usage.prompt_tokens_details.cached_tokens == 10
     ids = client.completions.create(
         model="base", prompt=[list(p.encode()) for p in prompts], temperature=0, max_tokens=5
     )
@@ -139,6 +144,23 @@ def test_stop_strings(client, model):
         found = client.completions.create(model="base", prompt=PROMPT, temperature=0, max_tokens=9, stop=stop)
         assert found.choices[0].text == whole[: whole.index(whole[4:6])]
         assert found.choices[0].finish_reason == "stop"
+
+
+def test_the_stops_of_the_template_end_a_chats_answer():
+    with serving(Scripted(b" yes\n\nUse\n\nUser: no", b" yes\n\nUser: no"), prefix_cache=0) as server:
+        message = server.post("chat/completions", **{"model": "base", **CHAT, "max_tokens": 30}).json()["choices"][0]
+        assert message["message"]["content"] == "yes\n\nUse" and message["finish_reason"] == "stop"
+        found = server.complete("a", max_tokens=13)["choices"][0]
+        assert found["text"] == " yes\n\nUser: " and found["finish_reason"] == "length"
+
+
+def test_tokens_that_are_parts_of_characters():
+    """Their log-probabilities share a name, of which the likeliest stays; and they have no bytes of their own."""
+    piece = Piece(0, "", (200,), None, None, (TokenLogprob(200, -1.0, ((200, -1.0), (201, -2.0), (65, -3.0))),))
+    told = CompletionChoice(0, load_tokenizer("bytes"), True).add(piece)["logprobs"]
+    assert told["tokens"] == ["\ufffd"] and told["top_logprobs"] == [{"\ufffd": -1.0, "A": -3.0}]
+    [token] = ChatChoice(0, load_tokenizer("bytes"), "", True).add(piece)["logprobs"]["content"]
+    assert token["bytes"] is None and [top["bytes"] for top in token["top_logprobs"]] == [None, None, [65]]
 
 
 def test_biases_and_penalties(client):
