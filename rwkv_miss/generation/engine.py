@@ -80,8 +80,10 @@ class _Member:
         self.ids.append(token)
         self.counts[token] += 1
         text, is_stopped = self.stops.push(self.detokenizer.push(token))
-        piece = Piece(self.number, text, (token,), "stop" if is_stopped else None, None, logprobs, self.cached_tokens)
-        if not is_stopped and (token == END or len(self.ids) == self.sampling.max_tokens):
+        piece = Piece(self.number, text, (token,), logprobs=logprobs, cached_tokens=self.cached_tokens)
+        if is_stopped:
+            return piece._replace(finish="stop")
+        if token == END or len(self.ids) == self.sampling.max_tokens:
             return self.end("end" if token == END else "max_tokens", piece)
         return piece
 
@@ -94,13 +96,21 @@ class _Member:
         return piece._replace(text=piece.text + rest + self.stops.finish(), finish=finish)
 
 
+class _Read(NamedTuple):
+    """Members whose prompts have been read to their ends, the logits (B, V) after these, and the state."""
+
+    members: list[_Member]
+    logits: Tensor
+    state: State
+
+
 class Engine:
     """A batch of sequences on one model. A member's text depends only on its own prompt, settings and state, except for
     the rounding of sums, which differs a little with the size of the batch.
 
-    Memory grows with the number of members only, which the caller limits: the state of each has the same size however
-    long its text is, and prompts are read in pieces. `len(engine)` is the number of members present. An error of the
-    model itself, such as a lack of memory, leaves the engine unusable.
+    Memory grows with the number of members and of adapters only, which the caller limits: the state of each member has
+    the same size however long its text is, and prompts are read in pieces. `len(engine)` is the number of members
+    present. An error of the model itself, such as a lack of memory, leaves the engine unusable.
 
     `adapters` are those that members can be run with, each with its own, in the same batch; `engine.adapters.add(name,
     folder)` and `remove(name)` may be called between any two steps.
@@ -110,8 +120,8 @@ class Engine:
         tokenizer: the one that the model was trained with.
         max_positions: most tokens, all sequences together and padding counted, that one forward reads of prompts;
             chosen from the size of the vocabulary when not given.
-        prefix_cache_bytes: keep this much of the states of prompts and of finished texts, beside the model: a prompt
-            that begins with one of them, with the same adapter, is read from there on.
+        prefix_cache_bytes: how much memory of the model's device may hold states of prompts and of finished texts: a
+            prompt that begins with one of these, with the same adapter, is read from there on.
     """
 
     def __init__(
@@ -205,7 +215,7 @@ class Engine:
             adapter=served,
             prompt=None if state else ids,
         )
-        if kept := self._cache.find(served, ids) if not state else None:
+        if not state and (kept := self._cache.find(served, ids)):
             del member.unread[: kept.length]
             member.state, member.logits, member.cached_tokens = kept.state, kept.logits, kept.length
         self.adapters.begin(served)
@@ -235,30 +245,30 @@ class Engine:
             logits.append(all_logits[:, -1])
             states.append(state)
         for read in (self._take_kept_prompts, self._read_short_prompts, self._read_long_prompts):
-            members, last_logits, state = read()
-            if members:
-                self._running += members
-                self._cache_prompts(members, last_logits, state)
-                logits.append(last_logits)
-                states.append(state)
+            if found := read():
+                self._running += found.members
+                self._cache_prompts(found)
+                logits.append(found.logits)
+                states.append(found.state)
         if not self._running:
             return pieces
         self._waiting = [member for member in self._waiting if member.unread]
         self._state = State.cat(states) if len(states) > 1 else states[0]
         return pieces + self._leave(self._write(torch.cat(logits).float()))
 
-    def _take_kept_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
-        """What `_read_short_prompts` returns, for the prompts of which nothing has to be read."""
+    def _take_kept_prompts(self) -> _Read | None:
+        """The prompts that the cache has to their ends. None where there are none, as of the other two."""
         members = [member for member in self._waiting if not member.unread]
+        if not members:
+            return None
         logits = [member.logits for member in members if member.logits is not None]
         states = [member.state for member in members if member.state is not None]
         for member in members:
             member.state = member.logits = None
-        return (members, torch.stack(logits), State.cat(states)) if members else ([], None, None)
+        return _Read(members, torch.stack(logits), State.cat(states))
 
-    def _read_short_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
-        """Reads the longest-waiting prompts that can be read whole in one forward: (their members, the logits (B, V)
-        after their last tokens, the state). None and None where there are no members.
+    def _read_short_prompts(self) -> _Read | None:
+        """Reads the longest-waiting prompts that can be read whole in one forward.
 
         They end together: shorter ones are padded on the left, and the state starts afresh at their first token. A
         prompt that goes on from a state cannot be padded, as the padding would change the state.
@@ -274,23 +284,22 @@ class Engine:
             group.append(member)
             width = max(width, length)
         if not group:
-            return [], None, None
+            return None
         tokens = [[END] * (width - len(member.unread)) + member.unread for member in group]
         starts = self._tensor([[width - len(member.unread)] for member in group])
         logits, state = self._run(group, tokens, None, torch.arange(width, device=self._device) == starts)
         for member in group:
             member.unread = []
-        return group, logits[:, -1].clone(), state  # the clone lets go of the logits of all other positions
+        return _Read(group, logits[:, -1].clone(), state)  # the clone lets go of the logits of all other positions
 
-    def _read_long_prompts(self) -> tuple[list[_Member], Tensor | None, State | None]:
+    def _read_long_prompts(self) -> _Read | None:
         """Reads the same number of tokens of each of the other prompts: as many as the one nearest to its end has left,
-        or as fit into one forward. Returns what `_read_short_prompts` does, for the prompts that are now read to the
-        end."""
+        or as fit into one forward."""
         unread = [member for member in self._waiting if member.unread]
         group = [m for m in unread if m.state is not None or len(m.unread) > self._max_positions]
         group = group[: self._max_positions]
         if not group:
-            return [], None, None
+            return None
         n_tokens = min(min(len(member.unread) for member in group), self._max_positions // len(group))
         tokens = [member.unread[:n_tokens] for member in group]
         state = seq_start = None
@@ -305,8 +314,8 @@ class Engine:
             member.state = _rows(state, [row]) if member.unread else None
         done = [row for row, member in enumerate(group) if not member.unread]
         if not done:
-            return [], None, None
-        return [group[row] for row in done], logits[done, -1], _rows(state, done)
+            return None
+        return _Read([group[row] for row in done], logits[done, -1], _rows(state, done))
 
     def _write(self, logits: Tensor) -> list[Piece]:
         """The next token of each running member, from logits (B, V)."""
@@ -315,13 +324,13 @@ class Engine:
         pieces = []
         if len(members) < len(finite):
             lost = [member for member, is_finite in zip(self._running, finite, strict=True) if not is_finite]
-            pieces = [Piece(member.number, "", finish="not_finite") for member in lost]
+            pieces = [Piece(m.number, "", finish="not_finite", cached_tokens=m.cached_tokens) for m in lost]
             logits = logits[torch.tensor(finite, device=logits.device)]
         samplings = [member.sampling for member in members]
         adjusted = adjust(logits, samplings, [member.counts for member in members])
         tokens = choose(adjusted, samplings, [member.generator for member in members])
         logprobs = log_probabilities(logits, tokens, samplings)
-        return [member.write(*new) for member, *new in zip(members, tokens, logprobs, strict=True)] + pieces
+        return [m.write(token, told) for m, token, told in zip(members, tokens, logprobs, strict=True)] + pieces
 
     def _leave(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces, the last ones with the states that were asked for. Members whose last piece is among them are
@@ -349,12 +358,11 @@ class Engine:
         self._waiting = [member for member in self._waiting if member.number not in ended]
         return pieces
 
-    def _cache_prompts(self, members: list[_Member], logits: Tensor, state: State) -> None:
-        """Lets the cache have the states and logits (B, V) of members whose prompts have just been read."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist() if self._cache.budget else []
-        for row, is_finite in enumerate(finite):
-            if is_finite:
-                self._cache_state(members[row], _rows(state, [row]), logits[row].clone())
+    def _cache_prompts(self, found: _Read) -> None:
+        """Lets the cache have the states and the logits after prompts."""
+        if self._cache.budget:
+            for row in torch.isfinite(found.logits).all(dim=-1).nonzero().flatten().tolist():
+                self._cache_state(found.members[row], _rows(found.state, [row]), found.logits[row].clone())
 
     def _cache_state(self, member: _Member, state: State, logits: Tensor | None = None) -> None:
         """Lets the cache have the state of a member, which has read its prompt and all ids but the last one."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from rwkv_miss.errors import UserError
 
 MOST_LOGPROBS = 20
+"""As in OpenAI's API."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""Products of the rows of a batch, each with a matrix of its own: in PyTorch operations, or for single rows on a CPU in
-C++, where a compiler is found."""
+"""Products of the sequences of a batch, each with a matrix of its own."""
 
 from __future__ import annotations
 
@@ -23,12 +22,24 @@ def add_products(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tenso
         stack: (slots, k, n), contiguous.
         rows, slots: int64 (M); no row occurs twice. With equal slots beside each other, a matrix is read once.
     """
-    if x.shape[1] == 1 and _in_cpp(x):
+    if x.device.type != "cpu":
+        _add_at_once(y, x, stack, rows, slots)
+    elif x.shape[1] == 1 and _in_cpp(x):
         sizes = len(rows), *stack.shape[1:], torch.get_num_threads()
         kernel.call(_SOURCE, _FUNCTIONS[x.dtype], [x.contiguous(), stack, rows, slots, y, *sizes])
     else:
-        y.index_add_(0, rows, torch.bmm(x[rows], stack[slots]))
+        _add_one_by_one(y, x, stack, rows, slots)
+
+
+def _add_at_once(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tensor) -> None:
+    """In a few kernels whatever the number of rows; the matrices are copied, which on a CPU takes the longest."""
+    y.index_add_(0, rows, torch.bmm(x[rows], stack[slots]))
+
+
+def _add_one_by_one(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tensor) -> None:
+    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+        y[row].addmm_(x[row], stack[slot])
 
 
 def _in_cpp(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None
+    return x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None

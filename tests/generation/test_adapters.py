@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
-from rwkv_miss.data.tokenizers import END
+from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
+from rwkv_miss.adapters.stacks import Form
 from rwkv_miss.errors import UserError
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
+from tests.generation.alone import check, load, save, told
 from tests.generation.letters import LETTERS, ids_of, prompt_of
 
 CONFIGS = {
@@ -31,45 +29,7 @@ CONFIGS = {
 }
 
 
-def save(base: Path, folder: Path, config: AdapterConfig, seed: int) -> Path:
-    """Writes an adapter of random tensors."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = inject(load_model(base), config)
-        for p in trained_parameters(model).values():
-            p.data += 0.2 * torch.randn(p.shape)
-    save_adapter(model, folder)
-    return folder
-
-
-def load(base: Path, dtype: torch.dtype, folder: Path | None = None):
-    """The model with that adapter alone, as runs and evaluations have it; greedily it never chooses the end token."""
-    model = load_model(base, dtype)
-    model = load_adapter(model, folder) if folder else model
-    model.head.weight.data[END] = 0
-    return model.eval()
-
-
-def told(pieces: list[Piece], member: int) -> torch.Tensor:
-    """The log-probabilities (T, 64) at the places of the member's tokens, which asked for 20, as NaN where untold."""
-    found = torch.full((len(ids_of(pieces, member)), 64), torch.nan)
-    for row, place in enumerate(p for piece in pieces if piece.member == member for p in piece.logprobs):
-        for token, log_p in place.top:
-            found[row, token] = log_p
-    return found
-
-
-@torch.no_grad()
-def check(model, prompt: list[int], pieces: list[Piece], member: int, tolerance: float) -> None:
-    """Each of the member's tokens is the likeliest one after those before it, with that log-probability."""
-    ids = ids_of(pieces, member)
-    log_p = model(torch.tensor([prompt + ids[:-1]]))[0][0, len(prompt) - 1 :].float().log_softmax(-1)
-    found = told(pieces, member)
-    assert len(ids) and log_p.argmax(-1).tolist() == ids == found.nan_to_num(-torch.inf).argmax(-1).tolist()
-    assert (found.isfinite().sum(-1) == 20).all()
-    assert ((found - log_p).abs().nan_to_num(0) < tolerance).all()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "max_positions", "tolerance"), [(torch.float64, 24, 2e-6), (torch.float32, None, 2e-4)]
 )
@@ -80,6 +40,9 @@ def test_each_member_gets_what_its_adapter_gives_alone(either_base, tmp_path, dt
     for name, folder in folders.items():
         engine.adapters.add(name, folder)
     assert engine.adapters.names() == list(folders)
+    forms = {name: engine.adapters.find(name).slots.keys() for name in folders}
+    assert forms["mini"] == {Form(5, sums_blocks=True)} and forms["pissa"] == {Form(4, sums_blocks=False)}
+    assert forms["miss 4 and 8"] == {Form(4, sums_blocks=True), Form(8, sums_blocks=True)}
     names = [None, *folders, "lora 4", None, "miss 4", "miss 4 and 8"]
     prompts = [prompt_of(1 + 13 * i % 40, i) for i in range(len(names))]
     pieces = []
@@ -116,6 +79,7 @@ def test_a_merged_model_in_the_rwkv_package(make_base, tmp_path, rwkv_logits, me
         assert ((found - log_p).abs().nan_to_num(0) < 2e-4).all()
 
 
+@pytest.mark.slow
 def test_32_adapters_in_one_batch(make_base, tmp_path):
     base = make_base(n_layer=2)
     folders = [save(base, tmp_path / str(i), AdapterConfig(r=4 if i % 8 else 8), i) for i in range(32)]
@@ -129,20 +93,21 @@ def test_32_adapters_in_one_batch(make_base, tmp_path):
         check(load(base, torch.float64, folders[i]), prompt_of(6, 0), pieces, i, 2e-6)
 
 
-def test_in_bf16(either_base, tmp_path):
+def test_in_bf16(make_base, tmp_path):
     """As near to fp32 as the model with one adapter is."""
+    base = make_base()
     configs = {name: CONFIGS[name] for name in ("miss 5", "lora 4")}
-    folders = {name: save(either_base, tmp_path / name, config, 3) for name, config in configs.items()}
-    engine = Engine(load(either_base, torch.bfloat16), LETTERS)
+    folders = {name: save(base, tmp_path / name, config, 3) for name, config in configs.items()}
+    engine = Engine(load(base, torch.bfloat16), LETTERS)
     for i, (name, folder) in enumerate(folders.items()):
         engine.adapters.add(name, folder)
         engine.add(prompt_of(6, i), Sampling(max_tokens=8, logprobs=20), adapter=name)
     pieces = list(engine)
     for i, (name, folder) in enumerate(folders.items()):
         errors = []
-        exact = load(either_base, torch.float64, folder)
+        exact = load(base, torch.float64, folder)
         ids = prompt_of(6, i) + ids_of(pieces, i)[:-1]
-        for model in (load(either_base, torch.bfloat16, folder), load(either_base, torch.bfloat16)):
+        for model in (load(base, torch.bfloat16, folder), load(base, torch.bfloat16)):
             with torch.no_grad():
                 log_p, expected = (m(torch.tensor([ids]))[0][0, 5:].float().log_softmax(-1) for m in (model, exact))
             asked = told(pieces, i).isfinite()
@@ -151,11 +116,13 @@ def test_in_bf16(either_base, tmp_path):
         assert (told(pieces, i) - expected)[asked].norm() < 1.5 * alone < 0.3 * without, name
 
 
-def test_adapters_come_and_go_while_members_run(either_base, tmp_path):
-    base = load(either_base, torch.float64)
-    folders = {name: save(either_base, tmp_path / name, AdapterConfig(r=4), ord(name)) for name in "abcd"}
-    alone = {name: load(either_base, torch.float64, folder) for name, folder in folders.items()} | {None: base}
-    engine = Engine(load(either_base, torch.float64), LETTERS, max_positions=8)
+def test_adapters_come_and_go_while_members_run(make_base, tmp_path):
+    base = make_base()
+    folders = {name: save(base, tmp_path / name, AdapterConfig(r=4), ord(name)) for name in "abcd"}
+    alone = {name: load(base, torch.float64, folder) for name, folder in folders.items()} | {
+        None: load(base, torch.float64)
+    }
+    engine = Engine(load(base, torch.float64), LETTERS, max_positions=8)
     sampling = Sampling(max_tokens=9, logprobs=20)
     run_with: list[tuple[str | None, list[int]]] = []
     pieces: list[Piece] = []
@@ -202,17 +169,18 @@ def test_adapters_come_and_go_while_members_run(either_base, tmp_path):
     assert slots == {0, 1, 2, 3}
 
 
-def test_a_slot_keeps_nothing_of_the_adapter_before(either_base, tmp_path):
+def test_a_slot_keeps_nothing_of_the_adapter_before(make_base, tmp_path):
     """The second adapter has nothing beside most linears."""
-    whole = save(either_base, tmp_path / "whole", CONFIGS["miss 4"], 0)
-    part = save(either_base, tmp_path / "part", CONFIGS["miss 4, one layer"], 1)
-    engine = Engine(load(either_base, torch.float64), LETTERS)
+    base = make_base()
+    whole = save(base, tmp_path / "whole", CONFIGS["miss 4"], 0)
+    part = save(base, tmp_path / "part", CONFIGS["miss 4, one layer"], 1)
+    engine = Engine(load(base, torch.float64), LETTERS)
     engine.adapters.add("a", whole)
     engine.adapters.remove("a")
     engine.adapters.add("a", part)
     assert list(engine.adapters.find("a").slots.values()) == [0]
     engine.add([1, 2, 3], Sampling(max_tokens=5, logprobs=20), adapter="a")
-    check(load(either_base, torch.float64, part), [1, 2, 3], list(engine), 0, 2e-6)
+    check(load(base, torch.float64, part), [1, 2, 3], list(engine), 0, 2e-6)
 
 
 def test_a_state_that_is_given_stands_for_the_adapters(either_base, tmp_path):

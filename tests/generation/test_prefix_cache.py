@@ -9,8 +9,8 @@ from rwkv_miss import AdapterConfig, load_model
 from rwkv_miss.data.tokenizers import END
 from rwkv_miss.generation.engine import Engine, Piece
 from rwkv_miss.generation.sampling import Sampling
+from tests.generation.alone import check, load, save
 from tests.generation.letters import LETTERS, ids_of, prompt_of
-from tests.generation.test_adapters import check, load, save
 
 ASK = Sampling(max_tokens=5, logprobs=20)
 PLENTY = 2**30
@@ -47,6 +47,7 @@ def test_what_was_read_before(either_base, max_positions):
         (first + prompt_of(3, 1), 20),  # goes on
         (first, 20),  # the same one
         (first + prompt_of(3, 1) + prompt_of(30, 2), 23),  # the longest of two
+        (first + said[:-1], 20),  # no longer than a finished text, after which the logits are not known
         (first + said, 24),  # a finished text: its last token has not been read
         (first + said + prompt_of(4, 3), 25),  # the one before as a prompt
         (first[:19], 0),
@@ -102,19 +103,22 @@ def test_states_are_those_of_an_adapter(either_base, tmp_path):
 
 def test_what_was_not_used_for_longest_goes_first(make_base):
     model = load(make_base(), torch.float64)
+
+    def known(engine: Engine, *prompts: list[int]) -> list[int]:
+        return [cached(run(engine, prompt, Sampling(max_tokens=1))[1]) for prompt in prompts]
+
+    a, b, c, d = (prompt_of(10, seed) for seed in range(4))
     engine = Engine(model, LETTERS, prefix_cache_bytes=PLENTY)
-    one = Sampling(max_tokens=1)
-    run(engine, prompt_of(10, 0), one)
+    assert known(engine, a) == [0]
     size = engine._cache._bytes
-    engine = Engine(model, LETTERS, prefix_cache_bytes=3 * size)
-    for seed in (0, 1, 2, 0, 3):
-        run(engine, prompt_of(10, seed), one)
-    assert engine._cache._bytes == 3 * size
-    assert [cached(run(engine, prompt_of(10, seed), one)[1]) for seed in (0, 3, 2, 1)] == [10, 10, 10, 0]
-    assert [cached(run(engine, prompt_of(10, seed), one)[1]) for seed in (3, 2, 1, 0)] == [10, 10, 10, 0]
+    engine = Engine(model, LETTERS, prefix_cache_bytes=3 * size + 50)
+    assert known(engine, a, b, [*a, 1], c) == [0, 0, 10, 0]  # a was used after b, which had to go
+    assert known(engine, c, [*a, 2], b) == [10, 10, 0]
+    assert known(engine, d, [*a, 2], c) == [0, 11, 0]
+    assert 3 * size <= engine._cache._bytes <= 3 * size + 50
     for budget in (0, 100):
         engine = Engine(model, LETTERS, prefix_cache_bytes=budget)
-        assert [cached(run(engine, prompt_of(10, 0), one)[1]) for _ in range(2)] == [0, 0]
+        assert known(engine, a, a) == [0, 0]
         assert engine._cache._bytes == 0
 
 

@@ -1,4 +1,4 @@
-"""Products of rows with matrices of their own, with and without a compiler."""
+"""Products of rows with matrices of their own."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from rwkv_miss.ops.products import add_products
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "no compiler"])
-def compiled(request, monkeypatch) -> bool:
-    if not request.param:
+@pytest.fixture(params=["compiled", "no compiler", "as on a GPU"])
+def add(request, monkeypatch):
+    """`add_products` in each of its ways."""
+    if request.param == "no compiler":
         monkeypatch.setattr(products.kernel, "library_or_reason", lambda source: (None, "there is no compiler"))
-    return request.param
+    return products._add_at_once if request.param == "as on a GPU" else add_products
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -24,7 +25,7 @@ def compiled(request, monkeypatch) -> bool:
     ("slots", "T", "k", "n"),
     [([0], 1, 4, 70), ([3, 0, 3, 2], 1, 7, 32), ([1, 1], 1, 3, 5), ([2, 0, 1, 1, 3], 5, 6, 9), ([], 1, 4, 8)],
 )
-def test_in_float64(dtype, slots, T, k, n, threads, compiled, monkeypatch):
+def test_in_float64(dtype, slots, T, k, n, threads, add, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rng = torch.Generator().manual_seed(0)
     y, x, stack = (torch.randn(*shape, generator=rng).to(dtype) for shape in ((7, T, n), (7, T, k), (4, k, n)))
@@ -35,7 +36,7 @@ def test_in_float64(dtype, slots, T, k, n, threads, compiled, monkeypatch):
         scale[row] += x[row].double().abs() @ stack[slot].double().abs()  # of the sums' rounding
     strided = torch.cat([x, x], 1)[:, :T]
     untouched = y[[row for row in range(7) if row not in rows.tolist()]].clone()
-    add_products(y, strided, stack, rows, torch.tensor(slots, dtype=torch.int64))
+    add(y, strided, stack, rows, torch.tensor(slots, dtype=torch.int64))
     assert ((y.double() - expected).abs() <= 2 * TOLERANCE[dtype] * scale).all()
     assert torch.equal(y[[row for row in range(7) if row not in rows.tolist()]], untouched)
 
