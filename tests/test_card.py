@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 
 import pytest
+import torch
 import yaml
 from markdown_it import MarkdownIt
 
-from rwkv_miss.card import QUESTION, Use, adapter_uses, command, merged_uses, model_card
+from rwkv_miss.export.card import QUESTION, Use, adapter_uses, command, merged_uses, model_card
+from tests.processes import run_process
 
 NASTY = [
     "`",
@@ -26,7 +30,7 @@ NASTY = [
     "é日\\`",
     "~~~",
 ]
-NASTY += ["a\nb", "\x1b[31m", "$HOME `id`", "it's", "-->"]
+NASTY += ["a\nb", "```\n````\nc", "\x1b[31m", "$HOME `id`", "it's", "-->"]
 
 
 def parsed(text: str):
@@ -73,6 +77,7 @@ def test_commands():
     assert shlex.split(uses["A question"][1]) == shlex.split(f"rwkv-miss generate {ours} --prompt '{QUESTION}'")
     assert shlex.split(uses["A conversation"][1]) == shlex.split(f"rwkv-miss chat {ours}")
     assert 'V7_ON"] = "1"' in uses["The `rwkv` package"][1]
+    assert '"RWKV_V7_ON"] = "0"' in merged_uses("m.pth", Use(6, "world", "g1", "User: a"))["The `rwkv` package"][1]
     export, run = uses["llama.cpp and what is built on it"][1].split("\n")
     assert shlex.split(export) == [
         "rwkv-miss",
@@ -89,3 +94,13 @@ def test_commands():
     assert list(merged_uses("m.pth", Use(6, "bytes", "world", None))) == []
     assert list(adapter_uses("b.pth", "a", Use(6, "bytes", "world", None))) == ["As one file for other runtimes"]
     assert command("merge", base="a b") == "rwkv-miss merge --base 'a b'"
+
+
+@pytest.mark.slow
+def test_the_code_for_the_rwkv_package_runs(random_weights, tmp_path):
+    pytest.importorskip("rwkv")
+    torch.save(random_weights(vocab_size=65536, n_layer=1), tmp_path / "it's.pth")
+    uses = merged_uses(str(tmp_path / "it's.pth"), Use(7, "world", "world", "User: a\n\nAssistant:"))
+    code = uses["The `rwkv` package"][1].replace("token_count=200", "token_count=2")
+    done = run_process([sys.executable, "-c", code], 300, env=os.environ | {"RWKV_JIT_ON": "0"})  # it compiles for long
+    assert done.returncode == 0, done.stderr

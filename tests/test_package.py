@@ -21,7 +21,7 @@ MODULES = {
 # The parts of the package from the lowest to the highest: each may import those below it, and itself.
 LAYERS = [
     {"errors"},
-    {"card", "config", "files", "progress"},
+    {"config", "files", "progress"},
     {"plain_reads"},
     {"checkpoint", "fingerprints", "ops"},
     {"model"},

@@ -110,9 +110,9 @@ def _write_card(
 ) -> None:
     """The card of a merged file, from what is recorded with the adapters."""
     import rwkv_miss
-    from rwkv_miss.card import command, merged_uses, model_card
     from rwkv_miss.checkpoint import read_checkpoint
     from rwkv_miss.data.templates import recorded
+    from rwkv_miss.export.card import command, merged_uses, model_card
     from rwkv_miss.files import atomic_write
     from rwkv_miss.model.recognise import infer_config
     from rwkv_miss.training.card import tags_of, use_of

@@ -1,1 +1,1 @@
-"""File formats that a model is written to: what a target is (target), each target (pth), and their table (table)."""
+"""What a model is written as: what a target is (target), each target (pth), their table (table); its card (card)."""

@@ -12,11 +12,11 @@ from typing import Any
 import rwkv_miss
 from rwkv_miss.adapters.files import peft_method
 from rwkv_miss.adapters.method import linear_methods
-from rwkv_miss.card import QUESTION, Use, adapter_uses, model_card
 from rwkv_miss.config import TrainConfig
 from rwkv_miss.data.rendering import chat_prompt
 from rwkv_miss.data.templates import find_template
 from rwkv_miss.errors import UserError
+from rwkv_miss.export.card import QUESTION, Use, adapter_uses, model_card
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.training.checks import as_yaml
 from rwkv_miss.training.prepare import Prepared
