@@ -150,7 +150,7 @@ def test_the_stops_of_the_template_end_a_chats_answer():
     with serving(Scripted(b" yes\n\nUse\n\nUser: no", b" yes\n\nUser: no"), prefix_cache=0) as server:
         message = server.post("chat/completions", **{"model": "base", **CHAT, "max_tokens": 30}).json()["choices"][0]
         assert message["message"]["content"] == "yes\n\nUse" and message["finish_reason"] == "stop"
-        found = server.complete("a", max_tokens=13)["choices"][0]
+        found = server.complete("a", max_tokens=12)["choices"][0]
         assert found["text"] == " yes\n\nUser: " and found["finish_reason"] == "length"
 
 

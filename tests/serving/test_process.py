@@ -59,7 +59,7 @@ def test_two_hundred_at_a_time_of_whom_many_leave(base, tmp_path, start_process)
     process = start_process([*command, *(f"--{name}={value}" for name, value in options.items())])
     rng = random.Random(0)
     texts = {
-        name: answers_alone(model, ["".join(rng.choices("abcdefghij", k=9)) for _ in range(N // 2)])
+        name: answers_alone(model, ["".join(rng.choices("abcdefghij", k=9)) for _ in range(60)])
         for name, model in (("base", load_model(base)), ("one", load_adapter(load_model(base), folder)))
     }
     url = f"http://127.0.0.1:{port}"
@@ -67,7 +67,7 @@ def test_two_hundred_at_a_time_of_whom_many_leave(base, tmp_path, start_process)
     asked = [(name, prompt, text) for name, found in texts.items() for prompt, text in found.items()]
     asked = [asked[i % len(asked)] for i in range(N)]
     rng.shuffle(asked)
-    assert len({text for _, _, text in asked}) > 120
+    assert len({text for _, _, text in asked}) > 90
 
     async def ask(client: httpx.AsyncClient, i: int) -> bool:
         """Whether the answer was read to its end, and was right."""
