@@ -216,6 +216,8 @@ def _as_meant(arguments: list[str]) -> list[str]:
             found[-1] = f"{before}={argument}"
         else:
             found.append(argument)
+    if found[:1] == ["serve"]:  # one more each time
+        found = [re.sub(r"^--adapter(?=$|=)", "--adapter+", argument) for argument in found]
     return _as_lists(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -187,7 +188,7 @@ class DataOptions:
         return DataOptions(**{f.name: getattr(self, f.name) for f in fields(DataOptions)})
 
 
-def _quant_problems(config: TrainConfig | EvalConfig) -> list[str]:
+def _quant_problems(config: TrainConfig | EvalConfig | ServeConfig) -> list[str]:
     if config.quant not in QUANTS:
         return [f"quant is {config.quant!r}; it must be one of {', '.join(QUANTS)}"]
     if config.quant == "none" and config.quant_skip is not None:
@@ -564,3 +565,89 @@ class EvalConfig(DataOptions):
             if not 1 <= k <= self.samples:
                 found.append(f"pass_at has {k}; it must be from 1 to samples, which is {self.samples}")
         return found
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """Serve a model, and any number of adapters on it, by OpenAI's HTTP API, with a page to try them."""
+
+    model: str
+    """A checkpoint (.pth or .st)."""
+    tokenizer: str
+    """world, bytes, or the path of a Hugging Face tokenizer.json."""
+    name: str = "base"
+    """What requests call the model."""
+    adapter: list[str] | None = None
+    """NAME=FOLDER: an adapter, or a run whose adapter is taken, and what requests call it. Give it once for each."""
+    template: str | None = None
+    """As for train: of the model, and of adapters with which none is recorded; world when not given."""
+    host: str = "127.0.0.1"
+    """The address to listen at. Any but this machine's own needs an api_key_file."""
+    port: int = 8000
+    """The port to listen at."""
+    api_key_file: str | None = None
+    """A file that holds the key which requests have to send."""
+    allow_adapter_changes: bool = False
+    """Let requests load and unload adapters, from any folder of this machine."""
+    max_batch: int = 64
+    """The most answers that are written at once; further ones wait."""
+    max_waiting: int = 256
+    """The most answers that wait; further ones are refused (429)."""
+    max_tokens: int = 4096
+    """The most tokens of an answer."""
+    max_prompt_tokens: int = 65536
+    """The most tokens of a prompt."""
+    max_body_bytes: int = 1_048_576
+    """The most bytes of a request."""
+    timeout: float = 600
+    """The most seconds that a request may take."""
+    prefix_cache: int = 256
+    """MB of states kept of what has been read: a prompt that begins with it, such as the next question of a
+    conversation, is read from there on. 0: none."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Number format that the model runs in; that of the file when not given."""
+    quant: Quant = "none"
+    """int8 or nf4: quantise the model as train does."""
+    quant_skip: list[str] | None = None
+    """As for train."""
+
+    def problems(self) -> list[str]:
+        """Every mistake that can be told without opening a file."""
+        if found := value_problems(self):
+            return found
+        found = _quant_problems(self)
+        names = [self.name]
+        for given in self.adapter or ():
+            name, equals, folder = given.partition("=")
+            if not (name and equals and folder):
+                found.append(f"adapter is {given!r}; give it as NAME=FOLDER")
+            elif name in names:
+                found.append(f"the name {name!r} is given twice; give each model another")
+            names.append(name)
+        if not self.name:
+            found.append("name is empty; give the model one")
+        if not 0 < self.port < 65536:
+            found.append(f"port is {self.port}; it must be from 1 to 65535")
+        if self.api_key_file is None and not is_loopback(self.host):
+            found.append(f"host is {self.host!r}, which other machines may reach; give a key in a file: --api_key_file")
+        for name in ("max_batch", "max_tokens", "max_prompt_tokens", "max_body_bytes"):
+            if (value := getattr(self, name)) < 1:
+                found.append(f"{name} is {value}; it must be at least 1")
+        for name in ("max_waiting", "prefix_cache"):
+            if (value := getattr(self, name)) < 0:
+                found.append(f"{name} is {value}; it cannot be negative")
+        if not self.timeout > 0:
+            found.append(f"timeout is {self.timeout:g}; it must be above 0")
+        return found
+
+    def adapters(self) -> dict[str, str]:
+        """The folders of the adapters by their names."""
+        return {name: folder for name, _, folder in (given.partition("=") for given in self.adapter or ())}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

@@ -30,7 +30,7 @@ LAYERS = [
     {"export", "generation", "doctor", "describe"},
     {"training"},
     {"planning", "previewing"},
-    {"merging", "evaluating"},
+    {"merging", "evaluating", "serving"},
     {"benchmarks"},
     {"commands"},
     {"cli", "harness"},
@@ -38,7 +38,9 @@ LAYERS = [
 ]
 # The part `data` is not in these layers: what it may import, and which parts may import it.
 DATA_MAY_IMPORT = {"errors", "config", "files", "data"}
-MAY_IMPORT_DATA = {"data", "training", "previewing", "generation", "evaluating", "commands", "benchmarks", "harness"}
+MAY_IMPORT_DATA = {
+    *("data", "training", "previewing", "generation", "evaluating", "serving", "commands", "benchmarks", "harness")
+}
 # What the command line needs before it imports torch.
 LIGHT = [
     *("rwkv_miss.cli", "rwkv_miss.training.start", "rwkv_miss.training.checks", "rwkv_miss.adapters.method"),

@@ -20,6 +20,7 @@ from rwkv_miss.commands import (
     plan,
     preview,
     report,
+    serve,
     train,
 )
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": evaluate.run,
     "generate": generate.run,
     "chat": chat.run,
+    "serve": serve.run,
     "info": info.run,
     "doctor": doctor.run,
     "bench": bench.run,

@@ -110,7 +110,7 @@ def chat_prompt(question: str, template: Template) -> str:
     return "".join(chat_spans([Turn("user", question)], DataOptions(template=recorded(template))))
 
 
-def chat_spans(turns: Sequence[Turn], options: DataOptions) -> list[str]:
+def chat_spans(turns: Sequence[Turn], options: DataOptions, tools: Sequence[Tool] = ()) -> list[str]:
     """The texts of a conversation whose last turn waits for an answer: in turn a prompt and the answer to it, last the
     prompt of the answer to come, before a thought where the template has thoughts. As in training each is encoded by
     itself.
@@ -120,10 +120,10 @@ def chat_spans(turns: Sequence[Turn], options: DataOptions) -> list[str]:
     """
     template = find_template(options.template)
     if template.jinja is not None:
-        pairs, prompt = jinja.write("prompt", template.jinja, turns, (), asks=True)
+        pairs, prompt = jinja.write("prompt", template.jinja, turns, tools, asks=True)
         return [*chain.from_iterable(pairs), prompt]
     to_come = Turn("assistant", _TO_COME, thought=_TO_COME if template.think_prompt is not None else "")
-    *before, last = _answers(Record("prompt", (*turns, to_come)), options)
+    *before, last = _answers(Record("prompt", (*turns, to_come), tools=tuple(tools)), options)
     return [text for answer in before for text in (answer.prompt, answer.written)] + [last.prompt]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
 from rwkv_miss.generation.sampling import Sampling, mixed_seed
+from rwkv_miss.generation.text_stream import Stripped
 from rwkv_miss.model.base import RWKV
 
 
@@ -53,17 +54,8 @@ def stream(model: RWKV, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -
 
 def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
     """Pieces of a text as pieces of `text.strip()`: white space is held back until more text follows it."""
-    held: list[str] = []
-    is_begun = False
-    for piece in pieces:
-        text = piece.rstrip()
-        if not text:
-            held.append(piece)
-            continue
-        whole = "".join([*held, text])
-        yield whole if is_begun else whole.lstrip()
-        is_begun = True
-        held = [piece[len(text) :]]
+    stripped = Stripped()
+    return filter(None, map(stripped.push, pieces))
 
 
 def seed_of(seed: int, index: int) -> int:

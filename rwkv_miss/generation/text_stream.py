@@ -86,6 +86,22 @@ class StopStrings:
         return self._held
 
 
+class Stripped:
+    """Text without white space at its ends, while it comes: white space is held back until more text follows it."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_begun = False
+
+    def push(self, text: str) -> str:
+        """What this adds; often that is nothing."""
+        new = self._held + text if self._is_begun else text.lstrip()
+        self._is_begun = self._is_begun or bool(new)
+        kept = new.rstrip()
+        self._held = new[len(kept) :]
+        return kept
+
+
 def thoughts_apart(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """Pieces of a text as pieces of the same, each with whether it belongs to the thought that the text begins with:
     from `<think` to `</think>`, or to the end where that does not come."""
