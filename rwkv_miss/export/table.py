@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.export import pth
+from rwkv_miss.export import gguf_adapter, gguf_model, pth
 from rwkv_miss.export.target import AdapterTarget, Target
 from rwkv_miss.files import check_name
 
-TARGETS: dict[str, Target] = {"pth": pth.TARGET}
-ADAPTER_TARGETS: dict[str, AdapterTarget] = {}
+TARGETS: dict[str, Target] = {"pth": pth.TARGET, "gguf": gguf_model.TARGET}
+ADAPTER_TARGETS: dict[str, AdapterTarget] = {"gguf-lora": gguf_adapter.TARGET}
 
 
 def target_of(path: Path) -> Target:
