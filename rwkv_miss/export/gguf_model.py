@@ -141,10 +141,8 @@ def _add_metadata(writer: gguf.GGUFWriter, weights: Weights) -> None:
 def _add_text(writer: gguf.GGUFWriter, text: Text | None, n_vocab: int) -> None:
     """The vocabulary, as llama.cpp's tokenizer of RWKV reads it: each token is a Python literal of its bytes without
     the quotes, and token 0, the end of a document, a name."""
-    if text is None:
-        writer.add_tokenizer_model("none")
-        writer.add_vocab_size(n_vocab)
-        return
+    if text is None:  # names in their place, without which llama.cpp runs no model
+        text = Text("", [b"", b"\n", *(f"<{i}>".encode() for i in range(2, n_vocab))], None)
     if len(text.tokens) > n_vocab:
         raise UserError(f"the tokenizer has {len(text.tokens):,} tokens, but the model {n_vocab:,}; give --tokenizer")
     known = [repr(token)[2:-1] for token in text.tokens[1:]]

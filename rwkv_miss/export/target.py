@@ -103,8 +103,8 @@ class Runtime:
     """A program that runs what was exported, by its Python package.
 
     package: the distribution's name; module: what is imported of it; extra: that of rwkv-miss which brings it.
-    log_probs: (model file, adapter file or None, prompts as ids, not empty) -> for each prompt the natural logarithms of the
-        probabilities of the token that follows it, by id: of all tokens, or of the likeliest, the likeliest first.
+    log_probs: (model file, adapter file or None, prompts as ids, none empty) -> for each prompt the natural logarithms
+        of the probabilities of the token that follows it, by id: of all tokens, or of the likeliest, that first.
     """
 
     package: str

@@ -62,7 +62,7 @@ class MergedLayer:
 class MergeReport:
     """What was written.
 
-    dtype: the names of the dtypes in the file, such as "bfloat16, float32".
+    dtype: the names of the dtypes in the file, such as "bfloat16, float32", or the one of a runtime's format.
     logits_error: the root mean square of the logits' difference, merged - (base + adapter), relative to that of the
         logits of base + adapter; None where the file is quantised, which is computed by a runtime alone.
     logits_effect: the same for (base + adapter) - base: how much the adapter changes the logits.
@@ -205,7 +205,7 @@ def merge(
         figures = compare(*expected.result(), found, tolerance)
         flushed.result()
         ran = run_in(target.runtime, part, None, tokens, expected.result()[1], tolerance) if target.runtime else None
-    names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
+    names = {named or str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures, ran)
 
 
