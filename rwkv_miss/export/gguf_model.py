@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.export.gguf_layout import Entry, copies, entries, is_low_rank, is_matrix
+from rwkv_miss.export.gguf_layout import Entry, check_sizes, copies, entries, is_low_rank, is_matrix
 from rwkv_miss.export.llama_cpp import RUNTIME
 from rwkv_miss.export.target import Target, Text, Weights
 from rwkv_miss.model.initial_state import is_state
@@ -42,6 +42,7 @@ def _write(path: Path, weights: Weights) -> None:
     import gguf
 
     sizes, specs = weights.sizes, weights.specs
+    check_sizes(sizes)
     if states := [key for key in specs if is_state(key)]:
         raise UserError(
             f"{path.name}: GGUF has no place for a learned state ({states[0]}); merge it for other runtimes with "
