@@ -99,16 +99,16 @@ def _kind(key: str, weights: Weights) -> gguf.GGMLQuantizationType:
     return known[weights.specs[key].dtype]
 
 
-def _packed(rows: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def _packed(rows: Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
     """The bytes of some rows. Where they are rounded, the rows become what the bytes say."""
     import gguf
 
     rows = rows.contiguous()
     if kind != gguf.GGMLQuantizationType.Q8_0:
-        return rows.view(-1).view(torch.uint8).numpy()
+        return rows.view(-1).view(torch.uint8).numpy().data
     packed = gguf.quants.quantize(rows.numpy(), kind)
     rows.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
-    return packed.reshape(-1)
+    return packed.reshape(-1).data
 
 
 def _add_metadata(writer: gguf.GGUFWriter, weights: Weights) -> None:
