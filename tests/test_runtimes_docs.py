@@ -17,6 +17,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "runtimes.md").read_text()
 COMMANDS = re.findall(r"^rwkv-miss (.*)$", PAGE, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_as_written(command, make_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
