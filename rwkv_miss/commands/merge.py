@@ -8,21 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
-from rwkv_miss.config import DataOptions, Rounding
+from rwkv_miss.commands.recorded import check_text, dropped, quantised_base, recorded_template
+from rwkv_miss.config import Rounding
 from rwkv_miss.errors import UserError
 
 if TYPE_CHECKING:
-    from rwkv_miss.data.templates import Template
     from rwkv_miss.merging.merge import MergeReport
-
-# A share of an update that is worth a warning where the cast drops more of it.
-_MUCH = 0.1
-# What the written file is compared on: a question and the beginning of its answer, code, and text that is not English.
-_QUESTION, _ANSWER = "Why is the sky blue?", " Because air scatters"
-_TEXTS = (
-    "def mean(x):\n    return sum(x) /",
-    "今天天气很好，我们去",
-)
 
 
 def run(
@@ -57,7 +48,7 @@ def run(
 
     folders = [adapter] if isinstance(adapter, str) else adapter
     facts = [read_facts(adapter_folder(folder)) for folder in folders]
-    tokens, text = _check_text({known.get("tokenizer") for known in facts}, _template(facts))
+    tokens, text = check_text({known.get("tokenizer") for known in facts}, recorded_template(facts))
     card_path = Path(out).with_suffix(".md") if card and not state_only else None
     if card_path and card_path.exists() and not overwrite:
         raise UserError(
@@ -82,18 +73,11 @@ def run(
         f"KL(base + adapter || written file) is {report.divergence:.1e} nats a token on {text}; "
         f"KL(base + adapter || base) is {report.divergence_effect:.1e}",
     ]
-    if rounding == "nearest" and (much := report.dropped(_MUCH)):
+    if rounding == "nearest":
         ways = "--dtype fp32" + (", or --rounding stochastic to keep them in the mean" if "bf" in report.dtype else "")
-        lines.append(
-            f"warning: the cast dropped more than {_MUCH:.0%} of the update of {len(much)} layers, most of "
-            f"{much[0].name} ({much[0].cast_loss:.0%}): updates smaller than the dtype's steps; merge with {ways}"
-        )
-    lines += [
-        f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are not "
-        "quite those of the run"
-        for quant in sorted({known["quant"] for known in facts if known.get("quant")})
-    ]
-    if (form := _template(facts)).name != "world":
+        lines += dropped(report, ways)
+    lines += quantised_base(facts)
+    if (form := recorded_template(facts)).name != "world":
         lines.append(f"the adapter was trained with the template {form.name}: give --template where the file is used")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -136,7 +120,7 @@ def _write_card(
     methods = "+".join(dict.fromkeys(known["method"] for known in facts if known.get("method")))
     tokenizers = {known.get("tokenizer") for known in facts}
     [tokenizer] = tokenizers if len(tokenizers) == 1 else [None]
-    use = use_of(version, tokenizer, recorded(_template(facts))) if tokenizer else None
+    use = use_of(version, tokenizer, recorded(recorded_template(facts))) if tokenizer else None
     text = model_card(
         report.out.name,
         f"An RWKV-{version} with {'an adapter' if len(folders) == 1 else f'{len(folders)} adapters'} merged into it.",
@@ -148,28 +132,3 @@ def _write_card(
     )
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8", errors="replace")
-
-
-def _template(facts: Sequence[Mapping[str, Any]]) -> Template:
-    """The template that the first adapter was trained with."""
-    from rwkv_miss.data.templates import find_template, settled
-
-    return find_template(settled(DataOptions(), facts[0].get("template")).template)
-
-
-def _check_text(tokenizers: set[str | None], form: Template) -> tuple[list[int] | None, str]:
-    """The token ids of the question in the template and of `_TEXTS`, and what they are; None where the adapters do not
-    say which tokenizer they use."""
-    from rwkv_miss.data.rendering import chat_prompt
-    from rwkv_miss.data.tokenizers import load_tokenizer
-
-    [name] = tokenizers if len(tokenizers) == 1 else [None]
-    if name is None:
-        return None, "random tokens (no tokenizer is recorded)"
-    try:
-        tokenizer = load_tokenizer(name)
-    except UserError:
-        return None, f"random tokens (the tokenizer {name} is not there)"
-    asked = [chat_prompt(_QUESTION, form) + _ANSWER] if form.user or form.jinja else []
-    prompts = [*asked, *_TEXTS]
-    return tokenizer.encode("\n\n".join(prompts)), f"{len(prompts)} prompts"

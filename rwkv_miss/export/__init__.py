@@ -1,1 +1,1 @@
-"""What a model is written as: what a target is (target), each target (pth), their table (table); its card (card)."""
+"""What a model or an adapter is written as: what a target is (target), each target, the tables (table), cards (card)."""

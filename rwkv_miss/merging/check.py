@@ -21,7 +21,7 @@ from rwkv_miss.errors import RunError
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.block_by_block import logits_block_by_block
 from rwkv_miss.model.initial_state import load_initial_state
-from rwkv_miss.model.load import build_model
+from rwkv_miss.model.load import build_model, running_dtype
 from rwkv_miss.plain_reads import Reader, plain_reads
 
 # The largest difference allowed between the logits of the merged file and of base + adapter: its root mean square
@@ -42,9 +42,9 @@ class Adapted(NamedTuple):
 class Figures(NamedTuple):
     """The figures of `MergeReport` that the check finds."""
 
-    logits_error: float
+    logits_error: float | None
     logits_effect: float
-    divergence: float
+    divergence: float | None
     divergence_effect: float
 
 
@@ -62,11 +62,16 @@ def check_tensors(
     count: Callable[[], None],
 ) -> None:
     """Looks at every byte of the file. RunError if one is not what was written."""
+
+    def is_right(name: str) -> bool:
+        tensor = written[name]
+        is_as_specified = (tensor.shape, tensor.dtype) == (specs[name].shape, specs[name].dtype)
+        read = add_to_checksum(xxh3_64(), tensor, reader)
+        return is_as_specified and read.digest() == checksums[name].digest()
+
     with plain_reads(written.values()) as reader, ThreadPoolExecutor(2) as threads:
-        found = threads.map(lambda tensor: add_to_checksum(xxh3_64(), tensor, reader), written.values())
-        for (name, tensor), read in zip(written.items(), found, strict=True):
-            is_as_specified = (tensor.shape, tensor.dtype) == (specs[name].shape, specs[name].dtype)
-            if not is_as_specified or read.digest() != checksums[name].digest():
+        for name, right in zip(written, threads.map(is_right, written), strict=True):
+            if not right:
                 raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
             count()
 
@@ -75,8 +80,11 @@ def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Te
     """The logits of the base, and of base + adapters."""
     model = _with_adapters(_base_model(adapted), adapted)
     in_use = model.adapter
-    assert isinstance(in_use, InUse)
     with plain_reads(adapted.base.values()) as reader:
+        if in_use is None:
+            alone = _logits(model, [tokens], reader)
+            return alone, alone
+        assert isinstance(in_use, InUse)
         if in_use.whole:  # more than linears has two values
             adapted_logits = _logits(model, [tokens], reader)
             take_out(model)
@@ -98,27 +106,32 @@ def written_logits(
 ) -> tuple[Tensor, float]:
     """The logits of the written model, or of base + adapters with the state in the file in place of theirs; and how far
     they may be from those of base + adapters."""
+    dtype = None
     if state_only:
         model, tolerance = _with_adapters(_base_model(adapted), adapted), 0.0
         for time_mix in model.time_mixes():
             time_mix.time_state = None
         load_initial_state(model, file)
     else:
-        model = build_model(written, file).eval().requires_grad_(False)
+        model = build_model(written, file, as_stored=True).eval().requires_grad_(False)
+        dtype = running_dtype(written, None)
         # The coarser of the two files' dtypes says how far rounding may carry them apart.
         tolerance = max(_TOLERANCE[t.dtype] for tensors in (adapted.base, written) for t in tensors.values())
     with plain_reads([*adapted.base.values(), *written.values()]) as reader:
-        return _logits(model, [tokens], reader), tolerance
+        return _logits(model, [tokens], reader, None if dtype == torch.bfloat16 else dtype), tolerance
 
 
-def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> Figures:
-    """How far the logits are apart; RunError where that is more than rounding."""
+def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor | None, tolerance: float) -> Figures:
+    """How far the logits are apart, those of the written file if they are known; RunError where that is more than
+    rounding."""
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
-        if not torch.isfinite(logits).all():
+        if logits is not None and not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")
     scale = adapted.square().mean().sqrt()
-    error = ((merged - adapted).square().mean().sqrt() / scale).item()
     effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
+    if merged is None:
+        return Figures(None, effect, None, _divergence(adapted, base_logits))
+    error = ((merged - adapted).square().mean().sqrt() / scale).item()
     if not error <= tolerance:  # also if it is NaN, as for logits that are all zero
         raise RunError(
             f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "
@@ -138,13 +151,13 @@ def _with_adapters(model: RWKV, adapted: Adapted) -> RWKV:
     """The base with all the adapters at once."""
     for i, folder in enumerate(adapted.folders):
         load_adapter(model, folder, str(i))
-    if list(adapted.weights) == [1]:
+    if list(adapted.weights) in ([], [1]):
         return model
     return set_adapter(model, {str(i): w for i, w in enumerate(adapted.weights)})
 
 
-def _logits(model: RWKV, tokens: Sequence[Sequence[int]], reader: Reader) -> Tensor:
-    return logits_block_by_block(model, torch.tensor(tokens), reader).float()
+def _logits(model: RWKV, tokens: Sequence[Sequence[int]], reader: Reader, dtype: torch.dtype | None = None) -> Tensor:
+    return logits_block_by_block(model, torch.tensor(tokens), reader, dtype).float()
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:
