@@ -1,0 +1,61 @@
+"""An adapter as a folder of HF PEFT's for the model in a folder of `rwkv_miss.export.hf`: LoRA, whose factor
+lora_alpha / r is 1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from rwkv_miss.adapters.files import CONFIG, WEIGHTS
+from rwkv_miss.adapters.method import Factors
+from rwkv_miss.checkpoint import read_safetensors
+from rwkv_miss.export import hf
+from rwkv_miss.export.lora import write_lora
+from rwkv_miss.export.target import Adapter, AdapterTarget, torch_dtype
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+def _module(linear: str) -> str:
+    return hf.name_of(f"{linear}.weight").removesuffix(".weight")
+
+
+def _tensors(linear: str, product: Factors) -> dict[str, Tensor]:
+    return {f"{_PREFIX}{_module(linear)}{_A}": product.A, f"{_PREFIX}{_module(linear)}{_B}": product.B}
+
+
+def _write(path: Path, adapter: Adapter) -> None:
+    hf.refuse(path, adapter.sizes)
+    path.mkdir()
+    write_lora(path / WEIGHTS, adapter, torch_dtype(adapter.dtype), _tensors)
+    ranks = {_module(linear): len(product.A) for linear, product in adapter.factors()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "target_modules": list(ranks),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": (other := {path: r for path, r in ranks.items() if r != max(ranks.values())}),
+        "alpha_pattern": other,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read(path: Path) -> dict[str, Factors]:
+    config, found = json.loads((path / CONFIG).read_text()), read_safetensors(path / WEIGHTS)
+    products = {}
+    for module in config["target_modules"]:
+        A, B = (found[f"{_PREFIX}{module}{end}"].float() for end in (_A, _B))
+        scale = config["alpha_pattern"].get(module, config["lora_alpha"]) / len(A)
+        products[hf.path_of(module)] = Factors(A, scale * B)
+    return products
+
+
+TARGET = AdapterTarget("", _write, _read, dtypes=("f32", "f16", "bf16"))
