@@ -16,8 +16,7 @@ from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
-from rwkv_miss.export.target import Target, Text, Weights
-from rwkv_miss.model.initial_state import is_state
+from rwkv_miss.export.target import Target, Text, Weights, refuse_state
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
@@ -79,8 +78,7 @@ def _place(key: str, shape: torch.Size) -> Place:
 
 def _write(path: Path, weights: Weights) -> None:
     refuse(path, weights.sizes)
-    if state := next(filter(is_state, weights.specs), None):
-        raise UserError(f"{path}: a Hugging Face folder has no place for a learned state ({state})")
+    refuse_state(path, weights)
     path.mkdir()
     unused = MODELS[7].unused
     write_renamed(path / _WEIGHTS, weights, lambda key, shape: None if key in unused else _place(key, shape))
@@ -160,4 +158,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key: place.back(found[place.name], shape) for key, (place, shape) in places.items()}
 
 
-TARGET = Target("", _write, _read)
+TARGET = Target("", _write, _read, dtypes=("bf16", "f16", "f32"), takes_text=True)

@@ -13,8 +13,7 @@ from torch import Tensor
 from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
-from rwkv_miss.export.target import Target, Weights
-from rwkv_miss.model.initial_state import is_state
+from rwkv_miss.export.target import Target, Weights, refuse_state
 
 _RENAMED = {".time_faaaa": ".time_first", ".time_maa": ".time_mix"}
 _SWAPPED = re.compile(r"\.([wagv]|time_mix_w|time_decay_w)[12]$")
@@ -28,8 +27,7 @@ def place_of(key: str, shape: torch.Size) -> Place:
 
 
 def _write(path: Path, weights: Weights) -> None:
-    if state := next(filter(is_state, weights.specs), None):
-        raise UserError(f"{path}: a .st model has no place for {state}, a learned state; ...")
+    refuse_state(path, weights)
     if weights.sizes.version == 7 and weights.sizes.n_layer < 2:
         raise UserError(f"{path}: web-rwkv reads sizes from RWKV-7's second layer, and this model has one layer")
     write_renamed(path, weights, place_of)
@@ -45,4 +43,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-TARGET = Target(".st", _write, _read)
+TARGET = Target(".st", _write, _read, dtypes=("f16",))
