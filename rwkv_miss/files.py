@@ -172,8 +172,8 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file to, which takes the name `path` at the end. After any failure the
-    new file is removed, and the old one, if there was one, is as it was.
+    """Yields a path beside `path` to write a file or a folder to, which takes the name `path` at the end. After any
+    failure what is new is removed, and the old file, if there was one, is as it was.
 
     Raises:
         OSError: the disk refused.
@@ -183,8 +183,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         put_in_place(part, path)
     finally:
-        with suppress(OSError):  # it is not there after success, and perhaps its folder is not
-            part.unlink()
+        with suppress(OSError):  # perhaps its folder is not there
+            remove(part)
 
 
 @contextmanager

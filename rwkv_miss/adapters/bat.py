@@ -118,7 +118,9 @@ class Bat(Miss):
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         return delta_weight(W, start, tensors["miss_block"].float(), option(config, "layout"))
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig, exact: bool = True
+    ) -> Factors | None:
         return None
 
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

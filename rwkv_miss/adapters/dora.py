@@ -75,7 +75,9 @@ class Dora(LowRank):
     def shapes(self, in_features: int, out_features: int, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(in_features, out_features, config), _M: (out_features,)}
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig, exact: bool = True
+    ) -> Factors | None:
         return None
 
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

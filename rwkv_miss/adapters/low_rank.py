@@ -98,8 +98,11 @@ class LowRank(LinearMethod):
     def delta(self, W: Tensor, start: int, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         return (self.scale(config) * tensors[B_NAME][start : start + len(W)].float()) @ tensors[A_NAME].float()
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
-        B = exact_multiple(tensors[B_NAME], self.scale(config))
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig, exact: bool = True
+    ) -> Factors | None:
+        scale = self.scale(config)
+        B = exact_multiple(tensors[B_NAME], scale) if exact else (scale * tensors[B_NAME].double()).float()
         return None if B is None else Factors(tensors[A_NAME].float(), B)
 
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

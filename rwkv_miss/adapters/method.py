@@ -113,8 +113,11 @@ class LinearMethod(Method, ABC):
         """What `to_file` was given, from what it has returned."""
         return dict(tensors)
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
-        """dW as a product, for a weight of that shape (out, in); None if it is none, or not exactly in fp32."""
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig, exact: bool = True
+    ) -> Factors | None:
+        """dW as a product, for a weight of that shape (out, in); None if it is none, or not exactly in fp32. With
+        `exact` false, a scale is multiplied into B and rounded."""
         return None
 
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

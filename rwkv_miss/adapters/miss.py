@@ -157,7 +157,9 @@ class Miss(LinearMethod):
             columns = D[:, torch.arange(start, stop, device=D.device) % D.shape[1]]
         return delta_weight(columns, W.shape[1])
 
-    def factors(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
+    def factors(
+        self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig, exact: bool = True
+    ) -> Factors | None:
         D = tensors["miss_block"].float()
         return Factors(_ones(len(D), shape[1]), D.repeat(1, shape[0] // D.shape[1]).T.contiguous())
 

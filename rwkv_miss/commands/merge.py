@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
 from rich.console import Console
 from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
-from rwkv_miss.config import DataOptions, Rounding
-
-if TYPE_CHECKING:
-    from rwkv_miss.data.templates import Template
+from rwkv_miss.commands.recorded import check_text, recorded_template
+from rwkv_miss.config import Rounding
 
 # A share of an update that is worth a warning where the cast drops more of it.
 _MUCH = 0.1
-# What the written file is compared on: a question and the beginning of its answer, code, and text that is not English.
-_QUESTION, _ANSWER = "Why is the sky blue?", " Because air scatters"
-_TEXTS = (
-    "def mean(x):\n    return sum(x) /",
-    "今天天气很好，我们去",
-)
 
 
 def run(
@@ -51,7 +40,7 @@ def run(
 
     folders = [adapter] if isinstance(adapter, str) else adapter
     facts = [read_facts(adapter_folder(folder)) for folder in folders]
-    tokens, text = _check_text({known.get("tokenizer") for known in facts}, _template(facts))
+    tokens, text = check_text({known.get("tokenizer") for known in facts}, recorded_template(facts))
     with show_progress("tensors written and read back") as on_tensor:
         report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights, rounding, tokens)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
@@ -78,34 +67,8 @@ def run(
         "quite those of the run"
         for quant in sorted({known["quant"] for known in facts if known.get("quant")})
     ]
-    if (form := _template(facts)).name != "world":
+    if (form := recorded_template(facts)).name != "world":
         lines.append(f"the adapter was trained with the template {form.name}: give --template where the file is used")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     return 0
-
-
-def _template(facts: Sequence[Mapping[str, Any]]) -> Template:
-    """The template that the first adapter was trained with."""
-    from rwkv_miss.data.templates import find_template, settled
-
-    return find_template(settled(DataOptions(), facts[0].get("template")).template)
-
-
-def _check_text(tokenizers: set[str | None], form: Template) -> tuple[list[int] | None, str]:
-    """The token ids of the question in the template and of `_TEXTS`, and what they are; None where the adapters do not
-    say which tokenizer they use."""
-    from rwkv_miss.data.rendering import chat_prompt
-    from rwkv_miss.data.tokenizers import load_tokenizer
-    from rwkv_miss.errors import UserError
-
-    [name] = tokenizers if len(tokenizers) == 1 else [None]
-    if name is None:
-        return None, "random tokens (no tokenizer is recorded)"
-    try:
-        tokenizer = load_tokenizer(name)
-    except UserError:
-        return None, f"random tokens (the tokenizer {name} is not there)"
-    asked = [chat_prompt(_QUESTION, form) + _ANSWER] if form.user or form.jinja else []
-    prompts = [*asked, *_TEXTS]
-    return tokenizer.encode("\n\n".join(prompts)), f"{len(prompts)} prompts"

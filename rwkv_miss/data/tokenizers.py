@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ class Tokenizer:
 
     `settles(id)`: whether no token after this one can change the text up to it, except for a last U+FFFD, which may
     be a character that is not yet complete. It is false for tokens without text as well.
+    `pieces()`: the bytes of each id, from 0 on; None for a tokenizer whose tokens are not bytes that are joined.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Tokenizer:
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     settles: Callable[[int], bool] = lambda _: True
+    pieces: Callable[[], Sequence[bytes]] | None = None
 
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]:
         return load_tokenizer, (self.name,)
@@ -52,7 +54,13 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _world()
     if name == "bytes":
         pieces = [b"", *(bytes([i]) for i in range(1, 256))]
-        return Tokenizer(name, 256, lambda text: list(text.encode("utf-8")), lambda ids: _join(pieces, ids))
+        return Tokenizer(
+            name,
+            256,
+            lambda text: list(text.encode("utf-8")),
+            lambda ids: _join(pieces, ids),
+            pieces=lambda: pieces,
+        )
     return _hugging_face(name)
 
 
@@ -65,6 +73,7 @@ def _world() -> Tokenizer:
         world.vocab_size(),
         world.tokenizer.encode,
         lambda ids: _join(_world_pieces(world.vocab_filepath), ids),
+        pieces=lambda: _world_pieces(world.vocab_filepath),
     )
 
 

@@ -1,1 +1,1 @@
-"""File formats that a model is written to: what a target is (target), each target (pth), and their table (table)."""
+"""File formats that a model is written to: what a target is (target), each target, and their tables (table)."""

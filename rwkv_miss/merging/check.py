@@ -75,8 +75,11 @@ def expected_logits(adapted: Adapted, tokens: Sequence[int]) -> tuple[Tensor, Te
     """The logits of the base, and of base + adapters."""
     model = _with_adapters(_base_model(adapted), adapted)
     in_use = model.adapter
-    assert isinstance(in_use, InUse)
     with plain_reads(adapted.base.values()) as reader:
+        if in_use is None:
+            alone = _logits(model, [tokens], reader)
+            return alone, alone
+        assert isinstance(in_use, InUse)
         if in_use.whole:  # more than linears has two values
             adapted_logits = _logits(model, [tokens], reader)
             take_out(model)
@@ -138,7 +141,7 @@ def _with_adapters(model: RWKV, adapted: Adapted) -> RWKV:
     """The base with all the adapters at once."""
     for i, folder in enumerate(adapted.folders):
         load_adapter(model, folder, str(i))
-    if list(adapted.weights) == [1]:
+    if list(adapted.weights) in ([], [1]):
         return model
     return set_adapter(model, {str(i): w for i, w in enumerate(adapted.weights)})
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +23,12 @@ from rwkv_miss.checkpoint import DTYPES, TensorSpec, parse_dtype, read_checkpoin
 from rwkv_miss.config import ModelConfig, Rounding
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.table import target_of
-from rwkv_miss.export.target import Target, Weights
-from rwkv_miss.files import atomic_write, flush
+from rwkv_miss.export.target import Target, Text, Weights
+from rwkv_miss.files import atomic_write, check_name, flush
 from rwkv_miss.fingerprints import fingerprint
 from rwkv_miss.merging.ahead import computed_ahead
 from rwkv_miss.merging.check import Adapted, add_to_checksum, check_tensors, compare, expected_logits, written_logits
+from rwkv_miss.merging.runtime import Ran, run_in
 from rwkv_miss.merging.sums import Part, Sums, is_finite, rng_of
 from rwkv_miss.model.initial_state import is_state, state_shapes
 from rwkv_miss.model.recognise import infer_config
@@ -67,6 +68,7 @@ class MergeReport:
     logits_effect: the same for (base + adapter) - base: how much the adapter changes the logits.
     divergence: KL(base + adapter || merged), the mean over the tokens of the check, in nats.
     divergence_effect: KL(base + adapter || base), the same.
+    ran: what a runtime computed of the file; None where none is installed.
     """
 
     out: Path
@@ -76,6 +78,7 @@ class MergeReport:
     logits_effect: float
     divergence: float
     divergence_effect: float
+    ran: Ran | None = None
 
     def dropped(self, share: float) -> list[MergedLayer]:
         """The layers of which the cast dropped more than this share of the update, the worst first."""
@@ -109,6 +112,8 @@ def merge(
     weights: Sequence[float] | None = None,
     rounding: Rounding = "nearest",
     tokens: Sequence[int] | None = None,
+    target: Target | None = None,
+    text: Text | None = None,
 ) -> MergeReport:
     """Writes W + dW for every adapted linear, the tensors that were trained directly, and the rest as it is, with
     the base's keys, shapes and order. Of several adapters, or one with a weight, it writes W + sum of w_i dW_i, where a
@@ -130,6 +135,10 @@ def merge(
         rounding: of what is merged into bf16 weights: see `rwkv_miss.rounding`.
         tokens: the text on which the check compares logits, without ids beyond the vocabulary; random tokens when not
             given.
+        target: the format of the file; that which its name says, when not given. One of a runtime has a `dtype` of its
+            own names; None takes the base's, or the format's first if it does not have that. The base alone may be
+            written so, with no adapters.
+        text: what the format says of text.
 
     Raises:
         UserError: the adapter was made for another base, does not fit, or a file cannot be read or written; or the base
@@ -137,21 +146,21 @@ def merge(
         RunError: the written file does not compute what base + adapter computes.
     """
     base_path, out_path = Path(base_path), Path(out_path)
-    target = target_of(out_path)
-    _check_out(out_path, base_path, overwrite)
-    cast_to = None if dtype is None else parse_dtype(dtype)
+    is_export = target is not None
+    target = target or target_of(out_path)
+    check_out(out_path, base_path, overwrite, is_folder=not target.suffix)
     base = read_checkpoint(base_path)
     sizes = infer_config(base, base_path)
     kind = MODELS[sizes.version]
     folders = [adapter_folder] if isinstance(adapter_folder, str | os.PathLike) else list(adapter_folder)
     mark = fingerprint(base, base_path)
-    parts = _read_parts(folders, weights, sizes, base, mark)
+    parts = _read_parts(folders, weights, sizes, base, mark) if folders or not is_export else []
     states = {key: shape for key, shape in state_shapes(sizes).items() if any(key in p.plan.whole for p in parts)}
     if state_only and not states:
         raise UserError(f"{', '.join(map(str, folders))}: the adapter has no learned state; leave state_only out")
     if state_only and dtype is not None:
         raise UserError(f"dtype is {dtype}, but a state is written in fp32; leave dtype out")
-    if states and not state_only and not kind.runtimes_find_state:
+    if states and not state_only and not kind.runtimes_find_state and not is_export:
         _log.warning(
             "RWKV-%s runtimes do not look for a state in the model's file: write it to a file of its own too, with "
             "--state_only, and load that as their state",
@@ -159,17 +168,19 @@ def merge(
         )
 
     shapes = states if state_only else {key: t.shape for key, t in base.items()} | states
-    specs = {
-        name: TensorSpec(shape, torch.float32 if is_state(name) else cast_to or base[name].dtype)
-        for name, shape in shapes.items()
-    }
+    if target.dtypes:
+        dtype = _name_of_dtype(target, dtype, base["emb.weight"].dtype)
+        dtypes = {name: target.stored(name, shape, dtype) for name, shape in shapes.items()}
+    else:
+        cast_to = None if dtype is None else parse_dtype(dtype)
+        dtypes = {name: torch.float32 if is_state(name) else cast_to or base[name].dtype for name in shapes}
+    specs = {name: TensorSpec(shape, dtypes[name]) for name, shape in shapes.items()}
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
     changed = {key for p in parts for key in (*p.plan.whole, *(f"{path}.weight" for path in p.plan.linears))}
     if rounding != "nearest" and not any(specs[key].dtype == torch.bfloat16 for key in changed & specs.keys()):
         raise UserError(f"rounding is {rounding}, which is for bf16, but nothing is merged into bf16 weights")
-    tokens = [i for i in tokens or () if i < sizes.vocab_size]
-    tokens = tokens or torch.randint(sizes.vocab_size, (_VERIFY_TOKENS,), generator=rng_of("")).tolist()
+    tokens = check_tokens(tokens, sizes)
     done = 0
 
     def count() -> None:
@@ -182,15 +193,24 @@ def merge(
     with _one_thread_each(), atomic_write(out_path) as part, ThreadPoolExecutor(2) as threads:
         # Beside the summing and the writing, two threads with time to spare, what the file is to compute is found.
         expected = threads.submit(expected_logits, adapted, tokens)
-        layers, checksums = _write(part, target, sizes, specs, base, base_path, parts, rounding, count)
-        flushed = threads.submit(flush, part)
+        blank = Weights(sizes, specs, lambda _: (), dtype or "", text)
+        layers, checksums = _write(part, target, blank, base, base_path, parts, rounding, count)
+        flushed = threads.submit(_flush, part)
         written = target.read(part)
         check_tensors(written, specs, checksums, count)
         found, tolerance = written_logits(adapted, part, written, state_only, tokens)
+        tolerance = max(tolerance, target.tolerance.get(dtype or "", 0.0))
         figures = compare(*expected.result(), found, tolerance)
         flushed.result()
+        ran = run_in(target.runtime, part, None, tokens, expected.result()[1], tolerance) if target.runtime else None
     names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
-    return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures)
+    return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures, ran)
+
+
+def check_tokens(tokens: Sequence[int] | None, sizes: ModelConfig) -> list[int]:
+    """The ids of the check's text that are in the vocabulary; random ones if there are none."""
+    known = [i for i in tokens or () if i < sizes.vocab_size]
+    return known or torch.randint(sizes.vocab_size, (_VERIFY_TOKENS,), generator=rng_of("")).tolist()
 
 
 def _read_parts(
@@ -212,15 +232,19 @@ def _read_parts(
 def _write(
     part: Path,
     target: Target,
-    sizes: ModelConfig,
-    specs: Mapping[str, TensorSpec],
+    blank: Weights,
     base: Mapping[str, Tensor],
     base_path: Path,
     parts: Sequence[Part],
     rounding: Rounding,
     count: Callable[[], None],
 ) -> tuple[list[MergedLayer], dict[str, xxh3_64]]:
-    """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum."""
+    """Writes the merged tensors to `part`. Returns what merging did, and each tensor's checksum.
+
+    Args:
+        blank: what is written, with `pieces` that give nothing.
+    """
+    specs = blank.specs
     checksums: dict[str, xxh3_64] = {}
 
     def compute(chunk: _Chunk, memory: Tensor) -> Tensor:
@@ -230,7 +254,7 @@ def _write(
             if name in base and not is_finite(base[name]):
                 raise UserError(f"{base_path}: {name} has values that are not finite; give a base that is sound")
             [short] = [short for short, known in DTYPES.items() if known == dtype]
-            wider = "bf16" if short == "fp16" else "fp32"
+            wider = "bf16" if short == "fp16" else "f32" if target.dtypes else "fp32"
             largest = torch.finfo(dtype).max
             raise UserError(f"{name}: not finite in {short}, whose largest value is {largest:,g}; give --dtype {wider}")
         return out
@@ -239,15 +263,15 @@ def _write(
         checksums[name] = xxh3_64()
         for chunk in chunks[name]:
             rows = computed(chunk)
-            add_to_checksum(checksums[name], rows, reader)  # here, since this thread has more time
             yield rows
+            add_to_checksum(checksums[name], rows, reader)  # here, since this thread has more time
         count()
 
     chunks = {name: _chunks(name, spec) for name, spec in specs.items()}
     nbytes = {chunk: size for parts_of in chunks.values() for chunk, size in parts_of.items()}
     with plain_reads(base.values()) as reader, computed_ahead(nbytes, compute, _AHEAD) as computed:
-        sums = Sums(base, specs, parts, MODELS[sizes.version], rounding, reader)
-        target.write(part, Weights(sizes, specs, pieces))
+        sums = Sums(base, specs, parts, MODELS[blank.sizes.version], rounding, reader)
+        target.write(part, replace(blank, pieces=pieces))
     layers = []
     for name, squares in sums.squares.items():
         loss = math.sqrt(squares.lost / squares.delta) if squares.delta else 0.0
@@ -276,8 +300,34 @@ def _chunks(name: str, spec: TensorSpec) -> dict[_Chunk, int]:
     return {chunk: (chunk.stop - chunk.start) * width for chunk in chunks}
 
 
-def _check_out(out: Path, base: Path, overwrite: bool) -> None:
+def _flush(part: Path) -> None:
+    """The bytes of a large file begin their way to the disk; those of a folder follow when it gets its name."""
+    if part.is_file():
+        flush(part)
+
+
+def _name_of_dtype(target: Target, given: str | torch.dtype | None, base: torch.dtype) -> str:
+    """Which of a format's dtypes is written."""
+    [short] = [short for short, known in DTYPES.items() if known == base]
+    if given is None:
+        own = {"fp16": "f16", "fp32": "f32"}.get(short, short)
+        return own if own in target.dtypes else target.dtypes[0]
+    check_dtype(given, target.dtypes)
+    return str(given)
+
+
+def check_dtype(given: str | torch.dtype, dtypes: Sequence[str]) -> None:
+    """UserError where a format does not have the dtype."""
+    if given not in dtypes:
+        raise UserError(f"dtype is {given}, which the format does not have; it has {', '.join(dtypes)}")
+
+
+def check_out(out: Path, base: Path, overwrite: bool, is_folder: bool = False) -> None:
     """UserError where `out` may not be written."""
+    if is_folder:
+        check_name(out, "a folder")
+        if out.exists():
+            raise UserError(f"{out}: exists already; give the name of a folder that does not")
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of the file to write")
     if not out.exists():
