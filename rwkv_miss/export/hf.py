@@ -1,11 +1,12 @@
-"""A Hugging Face folder of an RWKV-7 with the names of flash-linear-attention (utils/convert_from_rwkv7.py there), which
-rwkv7-hf and the ports of RWKV-7 to vLLM and SGLang load too. transformers itself (5.24) has no RWKV-7 yet."""
+"""A Hugging Face folder of an RWKV-7, with the names of flash-linear-attention (its utils/convert_from_rwkv7.py), which
+rwkv7-hf and the ports of RWKV-7 to vLLM and SGLang load too. transformers itself (5.24) has no RWKV-7."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
-from rwkv_miss.export.target import Target, Text, Weights, refuse_state
+from rwkv_miss.export.target import Runtime, Target, Text, Weights, refuse_state
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
@@ -56,16 +57,16 @@ def path_of(name: str) -> str:
     return f"blocks.{layer}.{path}"
 
 
-def refuse(path: Path, sizes: ModelConfig) -> None:
+def refuse(sizes: ModelConfig) -> None:
     """UserError where no program would load such a folder, or would compute something else."""
     if sizes.version != 7:
         raise UserError(
-            f"{path}: an RWKV-{sizes.version} has no Hugging Face folder that an installable program loads; export it "
+            f"an RWKV-{sizes.version} has no Hugging Face folder that an installable program loads; export it "
             "with --to gguf or --to st"
         )
     if sizes.head_size != _HEAD_SIZE:
         raise UserError(
-            f"{path}: the model has heads of {sizes.head_size}; what loads such folders computes another group norm "
+            f"the model has heads of {sizes.head_size}; what loads such folders computes another group norm "
             f"then, which is RWKV's for heads of {_HEAD_SIZE} alone; export it with --to gguf or --to st"
         )
 
@@ -77,14 +78,20 @@ def _place(key: str, shape: torch.Size) -> Place:
 
 
 def _write(path: Path, weights: Weights) -> None:
-    refuse(path, weights.sizes)
-    refuse_state(path, weights)
+    sizes, text = weights.sizes, weights.text
+    refuse(sizes)
+    refuse_state(weights)
+    if text is not None and len(text.tokens) > sizes.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(text.tokens):,} tokens and the model {sizes.vocab_size:,}; give the --tokenizer "
+            "that the model was trained with"
+        )
     path.mkdir()
     unused = MODELS[7].unused
     write_renamed(path / _WEIGHTS, weights, lambda key, shape: None if key in unused else _place(key, shape))
     (path / _CONFIG).write_text(json.dumps(_config(weights), indent=2) + "\n")
-    if weights.text is not None:
-        _write_text(path, weights.text)
+    if text is not None:
+        _write_text(path, text)
 
 
 def _config(weights: Weights) -> dict[str, Any]:
@@ -158,4 +165,30 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key: place.back(found[place.name], shape) for key, (place, shape) in places.items()}
 
 
-TARGET = Target("", _write, _read, dtypes=("bf16", "f16", "f32"), takes_text=True)
+@torch.no_grad()
+def log_probs(path: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> Sequence[Mapping[int, float]]:
+    """As `Runtime.log_probs`: rwkv7-hf's, in fp32, with the adapter as HF PEFT loads it."""
+    from rwkv7_hf import RWKV7ForCausalLM
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = RWKV7ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
+        found = []
+        for prompt in prompts:
+            values, ids = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).sort(descending=True)
+            found.append(dict(zip(ids.tolist(), values.tolist(), strict=True)))
+        return found
+    finally:
+        logging.set_verbosity(before)
+        logging.enable_progress_bar()
+
+
+_RUNTIME = Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs)
+TARGET = Target("", _write, _read, ("bf16", "f16", "f32"), takes_text=True, runtime=_RUNTIME)

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_miss.adapters.method import Factors
 from rwkv_miss.checkpoint import TensorSpec, write_safetensors_in_pieces
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.target import Adapter
 
 
 def write_lora(
-    path: Path, adapter: Adapter, dtype: torch.dtype, tensors: Callable[[str, Factors], Mapping[str, Tensor]]
+    path: Path, adapter: Adapter, dtype: torch.dtype, tensors: Callable[[str, tuple[Tensor, ...]], Mapping[str, Tensor]]
 ) -> None:
-    """Writes an adapter, one linear at a time.
+    """Writes an adapter, one linear at a time, and then what was trained directly.
 
     Args:
-        tensors: (a linear's path, its product) -> what the file holds of it, by name.
+        tensors: (a linear's path and its product, or a key and its tensor) -> what the file holds of it, by name.
 
     Raises:
         UserError: the adapter has no such products, or the dtype cannot hold their numbers.
     """
 
     def every() -> Iterator[tuple[str, Tensor]]:
-        for linear, product in adapter.factors():
-            yield from tensors(linear, product).items()
+        for path, trained in chain(adapter.factors(), adapter.whole()):
+            yield from tensors(path, trained).items()
 
     def pieces(name: str) -> list[Tensor]:
         found, tensor = next(again)

@@ -13,7 +13,7 @@ from rwkv_miss.adapters.method import Factors
 from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.export import hf
 from rwkv_miss.export.lora import write_lora
-from rwkv_miss.export.target import Adapter, AdapterTarget, torch_dtype
+from rwkv_miss.export.target import Adapter, AdapterTarget, Runtime, named_dtype
 
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -23,14 +23,15 @@ def _module(linear: str) -> str:
     return hf.name_of(f"{linear}.weight").removesuffix(".weight")
 
 
-def _tensors(linear: str, product: Factors) -> dict[str, Tensor]:
-    return {f"{_PREFIX}{_module(linear)}{_A}": product.A, f"{_PREFIX}{_module(linear)}{_B}": product.B}
+def _tensors(linear: str, product: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    A, B = product
+    return {f"{_PREFIX}{_module(linear)}{_A}": A, f"{_PREFIX}{_module(linear)}{_B}": B}
 
 
 def _write(path: Path, adapter: Adapter) -> None:
-    hf.refuse(path, adapter.sizes)
+    hf.refuse(adapter.sizes)
     path.mkdir()
-    write_lora(path / WEIGHTS, adapter, torch_dtype(adapter.dtype), _tensors)
+    write_lora(path / WEIGHTS, adapter, named_dtype(adapter.dtype), _tensors)
     ranks = {_module(linear): len(product.A) for linear, product in adapter.factors()}
     config = {
         "peft_type": "LORA",
@@ -58,4 +59,5 @@ def _read(path: Path) -> dict[str, Factors]:
     return products
 
 
-TARGET = AdapterTarget("", _write, _read, dtypes=("f32", "f16", "bf16"))
+_RUNTIME = Runtime("peft", "peft", "hf", hf.log_probs, needs=("rwkv7_hf",))
+TARGET = AdapterTarget("", _write, _read, ("f32", "f16", "bf16"), _RUNTIME, base="hf")

@@ -28,7 +28,7 @@ def _stored(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
 
 
 def _write(path: Path, weights: Weights) -> None:
-    refuse_state(path, weights)
+    refuse_state(weights)
     sizes, dtype = weights.sizes, weights.specs["emb.weight"].dtype
     by_head = torch.Size((sizes.n_head, sizes.head_size, 1))
     shifts: dict[str, dict[str, Tensor]] = {}
@@ -59,9 +59,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     found: dict[str, Tensor] = {}
     while at < len(content):
-        n_dims, n_name, code = struct.unpack_from("<3i", content, at)
+        n_dims, n_name, code = struct.unpack_from("<3i", content.data, at)
         at += 3 * 4
-        *shape, name = struct.unpack_from(f"<{n_dims}i{n_name}s", content, at)
+        *shape, name = struct.unpack_from(f"<{n_dims}i{n_name}s", content.data, at)
         at += 4 * n_dims + n_name
         key, spec = name.decode(), TensorSpec(torch.Size(reversed(shape)), dtypes[code])
         tensor = torch.from_numpy(content[at : at + spec.nbytes]).view(spec.dtype).view(spec.shape)

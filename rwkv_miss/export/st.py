@@ -19,28 +19,35 @@ _RENAMED = {".time_faaaa": ".time_first", ".time_maa": ".time_mix"}
 _SWAPPED = re.compile(r"\.([wagv]|time_mix_w|time_decay_w)[12]$")
 
 
-def place_of(key: str, shape: torch.Size) -> Place:
-    """Where the tensor of that key is in a file."""
-    for old, new in _RENAMED.items():
-        key = key.replace(old, new)
-    return Place(key, swapped(shape), True) if _SWAPPED.search(key) else Place(key, shape)
+def name_of(key: str) -> str:
+    """web-rwkv's name of the tensor with one of BlinkDL's keys."""
+    for ours, theirs in _RENAMED.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+def key_of(name: str) -> str:
+    """The key whose `name_of` is that name."""
+    for ours, theirs in _RENAMED.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _place(key: str, shape: torch.Size) -> Place:
+    name = name_of(key)
+    return Place(name, swapped(shape), True) if _SWAPPED.search(name) else Place(name, shape)
 
 
 def _write(path: Path, weights: Weights) -> None:
-    refuse_state(path, weights)
+    refuse_state(weights)
     if weights.sizes.version == 7 and weights.sizes.n_layer < 2:
-        raise UserError(f"{path}: web-rwkv reads sizes from RWKV-7's second layer, and this model has one layer")
-    write_renamed(path, weights, place_of)
+        raise UserError("web-rwkv finds sizes in the second layer of an RWKV-7, and this one has one; use the .pth")
+    write_renamed(path, weights, _place)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    found = {}
-    for name, stored in read_safetensors(path).items():
-        key = name
-        for old, new in _RENAMED.items():
-            key = key.replace(new, old)
-        found[key] = stored.mT if _SWAPPED.search(name) else stored
-    return found
+    found = read_safetensors(path)
+    return {key_of(name): tensor.mT if _SWAPPED.search(name) else tensor for name, tensor in found.items()}
 
 
 TARGET = Target(".st", _write, _read, dtypes=("f16",))

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.export import pth
+from rwkv_miss.export import hf, peft_lora, pth, rwkv_cpp, st, st_lora
 from rwkv_miss.export.target import AdapterTarget, Target
 from rwkv_miss.files import check_name
 
-TARGETS: dict[str, Target] = {"pth": pth.TARGET}
-ADAPTER_TARGETS: dict[str, AdapterTarget] = {}
+TARGETS: dict[str, Target] = {
+    "pth": pth.TARGET,
+    "st": st.TARGET,
+    "hf": hf.TARGET,
+    "rwkv.cpp": rwkv_cpp.TARGET,
+}
+ADAPTER_TARGETS: dict[str, AdapterTarget] = {
+    "st-lora": st_lora.TARGET,
+    "peft-lora": peft_lora.TARGET,
+}
 
 
 def target_of(path: Path) -> Target:

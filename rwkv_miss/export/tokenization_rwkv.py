@@ -24,7 +24,7 @@ class RwkvTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file, eos_token="<|endoftext|>", **options):
         self.vocab_file = vocab_file
-        self._ids = {}
+        self._ids = dict[str, int]()
         for line in Path(vocab_file).read_text(encoding="utf-8").removesuffix("\n").split("\n"):
             number, rest = line.split(" ", 1)
             token = ast.literal_eval(rest.rsplit(" ", 1)[0])
@@ -32,7 +32,7 @@ class RwkvTokenizer(PreTrainedTokenizer):
             self._ids[name] = int(number)
         self._vocab = {str(eos_token): 0, **self._ids}
         self._names = {number: name for name, number in self._vocab.items()}
-        self._longest = {}  # the length of the longest token that begins with two bytes
+        self._longest = dict[str, int]()  # two bytes -> the length of the longest token that begins with them
         for name in self._ids:
             self._longest[name[:2]] = max(len(name), self._longest.get(name[:2], 1))
         options.setdefault("clean_up_tokenization_spaces", False)

@@ -67,7 +67,10 @@ def test_what_its_converter_would_write(either_base, tmp_path, dtype):
 
 def test_what_cannot_be_held(either_base, tmp_path):
     save_adapter(inject(load_model(either_base), AdapterConfig("state")), tmp_path / "state")
-    for message, adapters, dtype in (("no place for a learned state", [tmp_path / "state"], "f32"), ("bf16", [], "bf16")):
+    for message, adapters, dtype in (
+        ("no place for a learned state", [tmp_path / "state"], "f32"),
+        ("bf16", [], "bf16"),
+    ):
         with pytest.raises(UserError, match=message):
             merge(either_base, adapters, tmp_path / "out.bin", dtype, target=TARGETS["rwkv.cpp"])
     assert not list(tmp_path.glob("*out.bin*"))
