@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,6 +57,11 @@ def run(
         raise UserError(
             f"there is no format {to!r} to export to; there are {', '.join([*models, *ADAPTER_TARGETS])}{hint}"
         )
+    needs = (models | ADAPTER_TARGETS)[to].needs
+    if needs and importlib.util.find_spec(needs[0]) is None:
+        raise UserError(
+            f"{to} needs the package {needs[0]}, which is not installed: pip install 'rwkv-miss[{needs[1]}]'"
+        )
     folder = adapter_folder(adapter) if adapter else None
     facts = [read_facts(folder)] if folder else []
     recorded = facts[0].get("tokenizer") if facts else None
@@ -85,12 +91,13 @@ def run(
                 model, folders, out, dtype, False, overwrite, on_tensor, tokens=tokens, target=target, text=text
             )
         effect = f"; the adapter changes them by {report.logits_effect:.1e}" if folder else ""
-        lines[:0] = [
-            f"{out}: {dtype or report.dtype}, {_size(out)}; read back as it was written",
-            f"logits of what was read differ from {'base + adapter' if folder else 'the model'} by "
-            f"{report.logits_error:.1e} of their size on {what}{effect}",
-            _ran(report.ran, target.runtime),
-        ]
+        lines.insert(0, f"{out}: {report.dtype}, {_size(out)}; read back as it was written")
+        if report.logits_error is not None:
+            lines.append(
+                f"logits of what was read differ from {'base + adapter' if folder else 'the model'} by "
+                f"{report.logits_error:.1e} of their size on {what}{effect}"
+            )
+        lines.append(_ran(report.ran, target.runtime))
     console = Console(markup=False)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

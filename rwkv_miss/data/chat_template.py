@@ -17,7 +17,7 @@ def as_jinja(template: Template) -> str | None:
     answers are written without their thoughts, and stripped: what a runtime gives back begins with the space that the
     model writes. None for a template without a form for a question.
 
-    It uses only what runtimes' own interpreters of Jinja have: no macro, no filter with an argument but `join`.
+    It uses only what runtimes' own interpreters of Jinja have too: no macro, no filter's default arguments.
     """
     if template.jinja is not None:
         return _TAGS.sub("", template.jinja)
@@ -25,7 +25,7 @@ def as_jinja(template: Template) -> str | None:
         return None
     asked = "message.content"
     if template.cleans:  # without empty lines, which is what is left when runs of line breaks are joined
-        asked = r"(message.content | trim).replace('\r\n', '\n').split('\n') | select | join('\n')"
+        asked = r"(message.content | trim).replace('\r\n', '\n').split('\n') | reject('equalto', '') | join('\n')"
     ends = template.question_end if template.think_prompt else ""
     lines = []
     if ends:

@@ -60,4 +60,4 @@ def _read(path: Path) -> dict[str, Factors]:
 
 
 _RUNTIME = Runtime("peft", "peft", "hf", hf.log_probs, needs=("rwkv7_hf",))
-TARGET = AdapterTarget("", _write, _read, ("f32", "f16", "bf16"), _RUNTIME, base="hf")
+TARGET = AdapterTarget("", _write, _read, ("f32", "f16", "bf16"), runtime=_RUNTIME, base="hf")

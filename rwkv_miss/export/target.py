@@ -108,8 +108,8 @@ class Runtime:
     """A program that runs what was exported, by its Python package.
 
     package: the distribution's name; module: what is imported of it; extra: that of rwkv-miss which brings it.
-    log_probs: (model file, adapter file or None, prompts as ids) -> for each prompt the natural logarithms of the
-        probabilities of the token that follows it, by id: of all tokens, or of the likeliest, the likeliest first.
+    log_probs: (model file, adapter file or None, prompts as ids, none empty) -> for each prompt the natural logarithms
+        of the probabilities of the token that follows it, by id: of all tokens, or of the likeliest, that first.
     needs: what else is imported.
     """
 
@@ -155,8 +155,10 @@ class Target:
         them a file has any dtypes, those of the base or one for all, as `rwkv-miss merge` writes it.
     stored: (key, shape, one of `dtypes`) -> the dtype of that tensor in `Weights.specs`.
     tolerance: how far the rounding of one of `dtypes` that torch does not have may move the logits: the root mean
-        square of the difference, relative to that of the logits.
+        square of the difference, relative to that of the logits. `read` then makes each tensor when it is asked for,
+        and the model is not computed here, for which all would be in memory.
     takes_text: whether `Weights.text` is asked for.
+    needs: (the package that writes the format, rwkv-miss's extra which brings it), if it is none of the dependencies.
     runtime: what a written file is run with, if it is installed.
     """
 
@@ -167,6 +169,7 @@ class Target:
     stored: Callable[[str, torch.Size, str], torch.dtype] = _as_named
     tolerance: Mapping[str, float] = field(default_factory=dict)
     takes_text: bool = False
+    needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
 
 
@@ -174,7 +177,7 @@ class Target:
 class AdapterTarget:
     """A format that an adapter can be written to without its base.
 
-    suffix, dtypes: as in `Target`; the first dtype is written where none is given.
+    suffix, dtypes, needs: as in `Target`; the first dtype is written where none is given.
     write: (path, adapter): writes the file. Raises OSError if it cannot be written, UserError if the format cannot hold
         the adapter.
     read: path -> the product beside each linear, by the linear's path, and what was trained directly, by its key, equal
@@ -187,6 +190,7 @@ class AdapterTarget:
     write: Callable[[Path, Adapter], None]
     read: Callable[[Path], Mapping[str, tuple[Tensor, ...]]]
     dtypes: Sequence[str]
+    needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
     base: str = ""
     holds: Callable[[str, torch.Size], bool] = lambda key, shape: False

@@ -42,9 +42,9 @@ class Adapted(NamedTuple):
 class Figures(NamedTuple):
     """The figures of `MergeReport` that the check finds."""
 
-    logits_error: float
+    logits_error: float | None
     logits_effect: float
-    divergence: float
+    divergence: float | None
     divergence_effect: float
 
 
@@ -62,11 +62,16 @@ def check_tensors(
     count: Callable[[], None],
 ) -> None:
     """Looks at every byte of the file. RunError if one is not what was written."""
+
+    def is_right(name: str) -> bool:
+        tensor = written[name]
+        is_as_specified = (tensor.shape, tensor.dtype) == (specs[name].shape, specs[name].dtype)
+        read = add_to_checksum(xxh3_64(), tensor, reader)
+        return is_as_specified and read.digest() == checksums[name].digest()
+
     with plain_reads(written.values()) as reader, ThreadPoolExecutor(2) as threads:
-        found = threads.map(lambda tensor: add_to_checksum(xxh3_64(), tensor, reader), written.values())
-        for (name, tensor), read in zip(written.items(), found, strict=True):
-            is_as_specified = (tensor.shape, tensor.dtype) == (specs[name].shape, specs[name].dtype)
-            if not is_as_specified or read.digest() != checksums[name].digest():
+        for name, right in zip(written, threads.map(is_right, written), strict=True):
+            if not right:
                 raise RunError(f"{name} was read back changed (a faulty disk?); nothing was written")
             count()
 
@@ -114,14 +119,17 @@ def written_logits(
         return _logits(model, [tokens], reader), tolerance
 
 
-def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor, tolerance: float) -> Figures:
-    """How far the logits are apart; RunError where that is more than rounding."""
+def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor | None, tolerance: float) -> Figures:
+    """How far the logits are apart, those of the written file if they are known; RunError where that is more than
+    rounding."""
     for logits, what in ((base_logits, "the base"), (adapted, "base + adapter"), (merged, "the written file")):
-        if not torch.isfinite(logits).all():
+        if logits is not None and not torch.isfinite(logits).all():
             raise RunError(f"the logits of {what} are not finite; its weights are damaged; nothing was written")
     scale = adapted.square().mean().sqrt()
-    error = ((merged - adapted).square().mean().sqrt() / scale).item()
     effect = ((adapted - base_logits).square().mean().sqrt() / scale).item()
+    if merged is None:
+        return Figures(None, effect, None, _divergence(adapted, base_logits))
+    error = ((merged - adapted).square().mean().sqrt() / scale).item()
     if not error <= tolerance:  # also if it is NaN, as for logits that are all zero
         raise RunError(
             f"the written file's logits differ from base + adapter by {error:.1e} of their size, more than rounding "

@@ -62,11 +62,11 @@ class MergedLayer:
 class MergeReport:
     """What was written.
 
-    dtype: the names of the dtypes in the file, such as "bfloat16, float32".
+    dtype: the names of the dtypes in the file, such as "bfloat16, float32", or the one of a runtime's format.
     logits_error: the root mean square of the logits' difference, merged - (base + adapter), relative to that of the
-        logits of base + adapter.
+        logits of base + adapter; None where the file is quantised, which is computed by a runtime alone.
     logits_effect: the same for (base + adapter) - base: how much the adapter changes the logits.
-    divergence: KL(base + adapter || merged), the mean over the tokens of the check, in nats.
+    divergence: KL(base + adapter || merged), the mean over the tokens of the check, in nats; None likewise.
     divergence_effect: KL(base + adapter || base), the same.
     ran: what a runtime computed of the file; None where none is installed.
     """
@@ -74,9 +74,9 @@ class MergeReport:
     out: Path
     dtype: str
     layers: list[MergedLayer]
-    logits_error: float
+    logits_error: float | None
     logits_effect: float
-    divergence: float
+    divergence: float | None
     divergence_effect: float
     ran: Ran | None = None
 
@@ -168,9 +168,10 @@ def merge(
         )
 
     shapes = states if state_only else {key: t.shape for key, t in base.items()} | states
+    named = ""
     if target.dtypes:
-        dtype = _name_of_dtype(target, dtype, base["emb.weight"].dtype)
-        dtypes = {name: target.stored(name, shape, dtype) for name, shape in shapes.items()}
+        named = _name_of_dtype(target, dtype, base["emb.weight"].dtype)
+        dtypes = {name: target.stored(name, shape, named) for name, shape in shapes.items()}
     else:
         cast_to = None if dtype is None else parse_dtype(dtype)
         dtypes = {name: torch.float32 if is_state(name) else cast_to or base[name].dtype for name in shapes}
@@ -193,17 +194,18 @@ def merge(
     with _one_thread_each(), atomic_write(out_path) as part, ThreadPoolExecutor(2) as threads:
         # Beside the summing and the writing, two threads with time to spare, what the file is to compute is found.
         expected = threads.submit(expected_logits, adapted, tokens)
-        blank = Weights(sizes, specs, lambda _: (), dtype or "", text)
+        blank = Weights(sizes, specs, lambda _: (), named, text)
         layers, checksums = _write(part, target, blank, base, base_path, parts, rounding, count)
         flushed = threads.submit(_flush, part)
         written = target.read(part)
         check_tensors(written, specs, checksums, count)
-        found, tolerance = written_logits(adapted, part, written, state_only, tokens)
-        tolerance = max(tolerance, target.tolerance.get(dtype or "", 0.0))
+        found, tolerance = None, target.tolerance.get(named, 0.0)
+        if not tolerance:
+            found, tolerance = written_logits(adapted, part, written, state_only, tokens)
         figures = compare(*expected.result(), found, tolerance)
         flushed.result()
         ran = run_in(target.runtime, part, None, tokens, expected.result()[1], tolerance) if target.runtime else None
-    names = {str(s.dtype).removeprefix("torch.") for s in specs.values()}
+    names = {named or str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures, ran)
 
 
