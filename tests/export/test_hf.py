@@ -171,6 +171,16 @@ def test_what_cannot_be_held(base, make_base, random_weights6, tmp_path, no_runt
     assert not list(tmp_path.glob(".*out*")) and not list((tmp_path / "out").iterdir())
 
 
+def test_a_full_disk(base, tmp_path, no_runtime, full_disk):
+    folder = trained(base, tmp_path / "adapter", AdapterConfig(r=64))
+    with full_disk(50_000):
+        with pytest.raises(UserError, match=r"out: cannot be written"):
+            merge(base, [], tmp_path / "out", target=TARGETS["hf"])
+        with pytest.raises(UserError, match=r"out: cannot be written"):
+            write_alone(base, folder, tmp_path / "out", ADAPTER_TARGETS["peft-lora"])
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
