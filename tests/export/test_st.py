@@ -110,6 +110,7 @@ def test_vectors_beside_a_lora_take_the_place_of_the_bases(either_base, tmp_path
     merged, found = read_checkpoint(tmp_path / "merged.pth"), stored(tmp_path / "lora.st")[0]
     vectors = {name: tensor for name, tensor in found.items() if ".lora." not in name}
     assert len(vectors) == 2 * (2 + 3 * 3) + 3
+    assert not any("time_maa" in name for name in vectors)
     for name, tensor in vectors.items():
         assert torch.equal(tensor, merged[name.replace("time_mix", "time_maa")].half()), name
 
