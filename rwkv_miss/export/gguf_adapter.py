@@ -11,7 +11,7 @@ import torch
 
 from rwkv_miss.adapters.method import Factors
 from rwkv_miss.errors import UserError
-from rwkv_miss.export.gguf_layout import linear_of, name_of
+from rwkv_miss.export.gguf_layout import check_sizes, linear_of, name_of
 from rwkv_miss.export.llama_cpp import RUNTIME
 from rwkv_miss.export.target import Adapter, AdapterTarget
 
@@ -21,10 +21,8 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16}
 def _write(path: Path, adapter: Adapter) -> None:
     import gguf
 
-    version = adapter.sizes.version
-    if version not in (6, 7):
-        raise UserError(f"RWKV-{version}: llama.cpp has RWKV-6 and RWKV-7 alone")
-    writer = gguf.GGUFWriter(None, f"rwkv{version}")
+    check_sizes(adapter.sizes)
+    writer = gguf.GGUFWriter(None, f"rwkv{adapter.sizes.version}")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     ranks = set()

@@ -87,16 +87,21 @@ class Entry(NamedTuple):
         return found
 
 
-def entries(sizes: ModelConfig) -> list[Entry]:
-    """All tensors of a model's file but the copies of `copies`.
+def check_sizes(sizes: ModelConfig) -> None:
+    """UserError for a model that llama.cpp does not compute."""
+    if sizes.version not in (6, 7):
+        raise UserError(f"RWKV-{sizes.version}: llama.cpp has RWKV-6 and RWKV-7 alone; use --to with another format")
+    if sizes.version == 7 and sizes.head_size % 32:  # ggml-cpu/ops.cpp, ggml_compute_forward_rwkv_wkv7_f32
+        raise UserError(
+            f"the model has heads of {sizes.head_size}, but llama.cpp computes RWKV-7 rightly with multiples of 32 "
+            "alone; use --to with another format"
+        )
 
-    Raises:
-        UserError: the format has no such version.
-    """
-    version = sizes.version
-    if version not in (6, 7):
-        raise UserError(f"RWKV-{version}: llama.cpp has RWKV-6 and RWKV-7 alone")
-    found, fused = [], [f"att.{part.removeprefix('att.')}" for part in _FUSED[version]]
+
+def entries(sizes: ModelConfig) -> list[Entry]:
+    """All tensors of a model's file but those of `copies`."""
+    version = int(sizes.version)
+    found, fused = [], _FUSED[version]
     for key, shape in parameter_shapes(sizes).items():
         _, _, rest = key.partition(".")
         layer, _, part = rest.partition(".")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.export.gguf_layout import Entry, copies, entries, is_low_rank, is_matrix
+from rwkv_miss.export.gguf_layout import Entry, check_sizes, copies, entries, is_low_rank, is_matrix
 from rwkv_miss.export.llama_cpp import RUNTIME
 from rwkv_miss.export.target import Target, Text, Weights
 from rwkv_miss.model.initial_state import is_state
@@ -42,6 +42,7 @@ def _write(path: Path, weights: Weights) -> None:
     import gguf
 
     sizes, specs = weights.sizes, weights.specs
+    check_sizes(sizes)
     if states := [key for key in specs if is_state(key)]:
         raise UserError(
             f"{path.name}: GGUF has no place for a learned state ({states[0]}); merge it for other runtimes with "
@@ -98,16 +99,16 @@ def _kind(key: str, weights: Weights) -> gguf.GGMLQuantizationType:
     return known[weights.specs[key].dtype]
 
 
-def _packed(rows: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def _packed(rows: Tensor, kind: gguf.GGMLQuantizationType) -> memoryview:
     """The bytes of some rows. Where they are rounded, the rows become what the bytes say."""
     import gguf
 
     rows = rows.contiguous()
     if kind != gguf.GGMLQuantizationType.Q8_0:
-        return rows.view(-1).view(torch.uint8).numpy()
+        return rows.view(-1).view(torch.uint8).numpy().data
     packed = gguf.quants.quantize(rows.numpy(), kind)
     rows.copy_(torch.from_numpy(gguf.quants.dequantize(packed, kind)))
-    return packed.reshape(-1)
+    return packed.reshape(-1).data
 
 
 def _add_metadata(writer: gguf.GGUFWriter, weights: Weights) -> None:

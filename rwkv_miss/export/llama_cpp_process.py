@@ -8,10 +8,14 @@ first.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
 import xllamacpp
+
+# Bytes of a model below which a second thread costs more than it gains: the threads wait for each other busily.
+_SMALL = 2**27
 
 
 def start(model: str, adapter: str | None, longest: int) -> xllamacpp.Server:
@@ -23,6 +27,8 @@ def start(model: str, adapter: str | None, longest: int) -> xllamacpp.Server:
     params.n_ctx = longest
     params.n_gpu_layers = 0
     params.n_parallel = 1
+    if os.path.getsize(model) < _SMALL:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.fit_params = False
     params.warmup = False
     params.verbosity = -1
