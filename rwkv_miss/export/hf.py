@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.export.hf_runtime import log_probs
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
 from rwkv_miss.export.target import Runtime, Target, Text, Weights, refuse_state
 from rwkv_miss.model.recognise import parameter_shapes
@@ -31,8 +31,9 @@ _MODULES = {
 _RANKS = {"w": "decay", "a": "a", "v": "v", "g": "gate"}
 _LOW_RANK = {"0": "2.bias", "1": "0.weight", "2": "2.weight"}
 _FLAT = re.compile(r"\.(att\.([wav]0|k_k|k_a)|ffn\.x_k)$")
-_EPSILON = 1e-5
-_HEAD_SIZE = 64
+"""Vectors of one dimension there, of three in BlinkDL's files."""
+# The group norm's epsilon is there the norms' times the head size, and RWKV's is 64e-5 whatever the head size.
+_EPSILON, _HEAD_SIZE = 1e-5, 64
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _END = "<|endoftext|>"
 _TOKENIZER = Path(__file__).parent / "tokenization_rwkv.py"
@@ -73,7 +74,7 @@ def refuse(sizes: ModelConfig) -> None:
 
 def _place(key: str, shape: torch.Size) -> Place:
     if re.search(r"\.att\.[wavg][12]$", key):
-        return Place(name_of(key), swapped(shape), True)
+        return swapped(name_of(key), shape)
     return Place(name_of(key), torch.Size([shape.numel()]) if _FLAT.search(key) else shape)
 
 
@@ -87,8 +88,8 @@ def _write(path: Path, weights: Weights) -> None:
             "that the model was trained with"
         )
     path.mkdir()
-    unused = MODELS[7].unused
-    write_renamed(path / _WEIGHTS, weights, lambda key, shape: None if key in unused else _place(key, shape))
+    places = {key: _place(key, spec.shape) for key, spec in weights.specs.items() if key not in MODELS[7].unused}
+    write_renamed(path / _WEIGHTS, weights, places)
     (path / _CONFIG).write_text(json.dumps(_config(weights), indent=2) + "\n")
     if text is not None:
         _write_text(path, text)
@@ -161,34 +162,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         low_rank={name: config[f"{long}_low_rank_dim"] for name, long in _RANKS.items()},
     )
     found = read_safetensors(path / _WEIGHTS)
-    places = {key: (_place(key, shape), shape) for key, shape in parameter_shapes(sizes).items()}
-    return {key: place.back(found[place.name], shape) for key, (place, shape) in places.items()}
+    tensors = {}
+    for key, shape in parameter_shapes(sizes).items():
+        place = _place(key, shape)
+        tensors[key] = found[place.name].mT if place.is_swapped else found[place.name].view(shape)
+    return tensors
 
 
-@torch.no_grad()
-def log_probs(path: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]) -> Sequence[Mapping[int, float]]:
-    """As `Runtime.log_probs`: rwkv7-hf's, in fp32, with the adapter as HF PEFT loads it."""
-    from rwkv7_hf import RWKV7ForCausalLM
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = RWKV7ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, adapter)
-        found = []
-        for prompt in prompts:
-            values, ids = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).sort(descending=True)
-            found.append(dict(zip(ids.tolist(), values.tolist(), strict=True)))
-        return found
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()
-
-
-_RUNTIME = Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs)
-TARGET = Target("", _write, _read, ("bf16", "f16", "f32"), takes_text=True, runtime=_RUNTIME)
+TARGET = Target(
+    "", _write, _read, ("bf16", "f16", "f32"), takes_text=True, runtime=Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs)
+)

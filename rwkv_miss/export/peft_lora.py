@@ -12,6 +12,7 @@ from rwkv_miss.adapters.files import CONFIG, WEIGHTS
 from rwkv_miss.adapters.method import Factors
 from rwkv_miss.checkpoint import read_safetensors
 from rwkv_miss.export import hf
+from rwkv_miss.export.hf_runtime import log_probs
 from rwkv_miss.export.lora import write_lora
 from rwkv_miss.export.target import Adapter, AdapterTarget, Runtime, named_dtype
 
@@ -33,15 +34,17 @@ def _write(path: Path, adapter: Adapter) -> None:
     path.mkdir()
     write_lora(path / WEIGHTS, adapter, named_dtype(adapter.dtype), _tensors)
     ranks = {_module(linear): len(product.A) for linear, product in adapter.factors()}
+    r = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != r}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "target_modules": list(ranks),
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": (other := {path: r for path, r in ranks.items() if r != max(ranks.values())}),
-        "alpha_pattern": other,
+        "r": r,
+        "lora_alpha": r,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -59,5 +62,5 @@ def _read(path: Path) -> dict[str, Factors]:
     return products
 
 
-_RUNTIME = Runtime("peft", "peft", "hf", hf.log_probs, needs=("rwkv7_hf",))
+_RUNTIME = Runtime("peft", "peft", "hf", log_probs, needs=("rwkv7_hf",))
 TARGET = AdapterTarget("", _write, _read, ("f32", "f16", "bf16"), runtime=_RUNTIME, base="hf")

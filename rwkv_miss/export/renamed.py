@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,34 +17,28 @@ from rwkv_miss.export.target import Weights
 class Place(NamedTuple):
     """Where a file has a tensor.
 
-    shape: there, of the same numbers in the same order, or with the last two dimensions swapped.
+    shape: there, with the same numbers in the same order, unless the last two dimensions are swapped.
     """
 
     name: str
     shape: torch.Size
     is_swapped: bool = False
 
-    def back(self, stored: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor of that shape, from what is stored at the place."""
-        return stored.mT if self.is_swapped else stored.view(shape)
+
+def swapped(name: str, shape: torch.Size) -> Place:
+    return Place(name, torch.Size((*shape[:-2], shape[-1], shape[-2])), True)
 
 
-def swapped(shape: torch.Size) -> torch.Size:
-    return torch.Size((*shape[:-2], shape[-1], shape[-2]))
-
-
-def write_renamed(path: Path, weights: Weights, place: Callable[[str, torch.Size], Place | None]) -> None:
-    """Writes the model, one tensor at a time, each where `place`, given its key and shape, puts it, if anywhere."""
-    places = {key: place(key, spec.shape) for key, spec in weights.specs.items()}
-    specs = {at.name: TensorSpec(at.shape, weights.specs[key].dtype) for key, at in places.items() if at}
-    keys = iter(places.items())
+def write_renamed(path: Path, weights: Weights, places: Mapping[str, Place]) -> None:
+    """Writes the tensors of the model that have a place, by their keys, one at a time."""
+    keys = {place.name: key for key, place in places.items()}
+    order = iter(weights.specs)
 
     def pieces(name: str) -> Iterable[Tensor]:
-        for key, at in keys:
-            if at is not None:
-                break
-            weights.compute(key)  # every tensor is asked for in turn
-        assert at is not None and at.name == name
-        return [weights.compute(key).mT] if at.is_swapped else weights.pieces(key)
+        key = keys[name]
+        for without_place in takewhile(lambda found: found != key, order):
+            weights.compute(without_place)  # each is asked for in its turn
+        return [weights.compute(key).mT] if places[key].is_swapped else weights.pieces(key)
 
+    specs = {place.name: TensorSpec(place.shape, weights.specs[key].dtype) for key, place in places.items()}
     write_safetensors_in_pieces(path, specs, pieces, {"format": "pt"})

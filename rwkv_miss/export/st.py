@@ -35,14 +35,14 @@ def key_of(name: str) -> str:
 
 def _place(key: str, shape: torch.Size) -> Place:
     name = name_of(key)
-    return Place(name, swapped(shape), True) if _SWAPPED.search(name) else Place(name, shape)
+    return swapped(name, shape) if _SWAPPED.search(name) else Place(name, shape)
 
 
 def _write(path: Path, weights: Weights) -> None:
     refuse_state(weights)
     if weights.sizes.version == 7 and weights.sizes.n_layer < 2:
         raise UserError("web-rwkv finds sizes in the second layer of an RWKV-7, and this one has one; use the .pth")
-    write_renamed(path, weights, _place)
+    write_renamed(path, weights, {key: _place(key, spec.shape) for key, spec in weights.specs.items()})
 
 
 def _read(path: Path) -> dict[str, Tensor]:

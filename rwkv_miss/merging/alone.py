@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,7 +80,7 @@ def write_alone(
             _, logits = expected_logits(Adapted(base, base_path, mark, [folder], [1.0]), tokens)
             with TemporaryDirectory(prefix=f".{out_path.name}.", dir=out_path.parent) as beside:
                 model = Path(beside) / f"base{TARGETS[target.base].suffix}"
-                merge(base_path, [], model, tokens=tokens, target=TARGETS[target.base])
+                merge(base_path, [], model, tokens=tokens, target=replace(TARGETS[target.base], runtime=None))
                 tolerance = max(_TOLERANCE[t.dtype] for t in base.values())
                 ran = run_in(target.runtime, model, part, tokens, logits, tolerance)
     return AdapterReport(out_path, len(adapter.plan.linears), dtype, ran)
