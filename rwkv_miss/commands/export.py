@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from rwkv_miss.commands.recorded import check_text, recorded_template
+from rwkv_miss.commands.recorded import check_text, dropped, quantised_base, recorded_template
 
 if TYPE_CHECKING:
     from rwkv_miss.data.templates import Template
@@ -97,7 +97,7 @@ def run(
                 f"logits of what was read differ from {'base + adapter' if folder else 'the model'} by "
                 f"{report.logits_error:.1e} of their size on {what}{effect}"
             )
-        lines.append(_ran(report.ran, target.runtime))
+        lines += [_ran(report.ran, target.runtime), *dropped(report, "--dtype f32"), *quantised_base(facts)]
     console = Console(markup=False)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

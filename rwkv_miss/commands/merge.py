@@ -4,11 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_miss.commands.model import Dtype
-from rwkv_miss.commands.recorded import check_text, recorded_template
+from rwkv_miss.commands.recorded import check_text, dropped, quantised_base, recorded_template
 from rwkv_miss.config import Rounding
-
-# A share of an update that is worth a warning where the cast drops more of it.
-_MUCH = 0.1
 
 
 def run(
@@ -56,17 +53,10 @@ def run(
         f"KL(base + adapter || written file) is {report.divergence:.1e} nats a token on {text}; "
         f"KL(base + adapter || base) is {report.divergence_effect:.1e}",
     ]
-    if rounding == "nearest" and (much := report.dropped(_MUCH)):
+    if rounding == "nearest":
         ways = "--dtype fp32" + (", or --rounding stochastic to keep them in the mean" if "bf" in report.dtype else "")
-        lines.append(
-            f"warning: the cast dropped more than {_MUCH:.0%} of the update of {len(much)} layers, most of "
-            f"{much[0].name} ({much[0].cast_loss:.0%}): updates smaller than the dtype's steps; merge with {ways}"
-        )
-    lines += [
-        f"an adapter was trained on the base in {quant}; the file has the base's own weights, so its losses are not "
-        "quite those of the run"
-        for quant in sorted({known["quant"] for known in facts if known.get("quant")})
-    ]
+        lines += dropped(report, ways)
+    lines += quantised_base(facts)
     if (form := recorded_template(facts)).name != "world":
         lines.append(f"the adapter was trained with the template {form.name}: give --template where the file is used")
     for line in lines:

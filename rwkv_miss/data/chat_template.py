@@ -8,6 +8,7 @@ import re
 from rwkv_miss.data.templates import Template
 
 _TAGS = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+_NO_THOUGHT = "enable_thinking is defined and enable_thinking == false"
 
 
 def as_jinja(template: Template) -> str | None:
@@ -44,7 +45,7 @@ def as_jinja(template: Template) -> str | None:
         lines += [f"{{%- {word} message.role == '{role}' -%}}", f"{{{{- {before} -}}}}{{{{- {asked} -}}}}"]
         if role == "user" and ends:
             lines.append(
-                "{%- if loop.index0 == last.user and add_generation_prompt -%}"
+                f"{{%- if loop.index0 == last.user and add_generation_prompt and not ({_NO_THOUGHT}) -%}}"
                 f"{{{{- {json.dumps(ends)} -}}}}{{%- endif -%}}"
             )
         lines.append(f"{{{{- {after} -}}}}")
@@ -65,7 +66,7 @@ def as_jinja(template: Template) -> str | None:
     if template.think_prompt:
         thinks = json.dumps(template.think_prompt, ensure_ascii=False)
         lines += [
-            "{%- if enable_thinking is defined and enable_thinking == false -%}",
+            f"{{%- if {_NO_THOUGHT} -%}}",
             f"{{{{- {plain} -}}}}",
             f"{{%- else -%}}{{{{- {thinks} -}}}}{{%- endif -%}}",
         ]
