@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -121,7 +121,7 @@ class Runtime:
 
     @property
     def is_installed(self) -> bool:
-        return all(find_spec(module) for module in (self.module, *self.needs))
+        return all(importlib.util.find_spec(module) for module in (self.module, *self.needs))
 
 
 def named_dtype(name: str) -> torch.dtype:

@@ -18,6 +18,7 @@ from rwkv_miss.data.templates import TEMPLATES
 from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
+from rwkv_miss.export.target import Runtime
 from rwkv_miss.merging.alone import write_alone
 
 TOKENS = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ def base(make_base):
 @pytest.fixture
 def no_runtime(monkeypatch):
     """Nothing is opened: without this, exports import rwkv7-hf."""
-    monkeypatch.setattr("rwkv_miss.export.target.find_spec", lambda _: None)
+    monkeypatch.setattr(Runtime, "is_installed", False)
 
 
 def trained(base, folder, config):
