@@ -46,7 +46,9 @@ def main() -> None:
     server = start(asked["model"], asked["adapter"], max(map(len, asked["prompts"])) + 8)
     found = []
     for prompt in asked["prompts"]:
-        answer = complete(server, prompt, n_predict=1, n_probs=asked["likeliest"])
+        # Whatever the model says, token 1 is taken, one byte of ASCII in every vocabulary: with a part of a character
+        # the server waits for the rest of it, and gives no probabilities.
+        answer = complete(server, prompt, n_predict=1, n_probs=asked["likeliest"], logit_bias=[[1, 1e6]])
         [first, *_] = answer["choices"][0]["logprobs"]["content"]
         found.append([[token["id"], token["logprob"]] for token in first["top_logprobs"]])
     print(json.dumps(found))

@@ -1,0 +1,39 @@
+"""docs/runtimes.md is true: its commands run, and its tests are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_miss import AdapterConfig, cli, inject, load_model, save_adapter
+from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
+
+PAGE = (Path(__file__).parents[1] / "docs" / "runtimes.md").read_text()
+COMMANDS = re.findall(r"^rwkv-miss (.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_runs_as_written(command, make_base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = inject(load_model(make_base(n_embd=64, head_size=32, vocab_size=256)), AdapterConfig(r=4))
+    for p in trained_parameters(model).values():
+        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, "out/mine/adapter", {"tokenizer": "bytes"})
+    arguments = shlex.split(command)
+    assert cli.main(arguments) == 0
+    assert Path(arguments[arguments.index("--out") + 1]).exists()
+
+
+def test_every_target_is_there():
+    written = {name for name, target in TARGETS.items() if target.dtypes} | ADAPTER_TARGETS.keys()
+    assert {to for command in COMMANDS for to in re.findall(r"--to (\S+)", command)} == written
+
+
+def test_the_tests_are_there():
+    files = set(re.findall(r"`([\w/]+\.py)`", PAGE))
+    assert files and all((Path(__file__).parent / file).is_file() for file in files)
