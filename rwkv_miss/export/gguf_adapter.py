@@ -21,7 +21,6 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16}
 def _write(path: Path, adapter: Adapter) -> None:
     import gguf
 
-    check_sizes(adapter.sizes)
     writer = gguf.GGUFWriter(None, f"rwkv{adapter.sizes.version}")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -60,5 +59,12 @@ def _read(path: Path) -> dict[str, Factors]:
 
 
 TARGET = AdapterTarget(
-    ".gguf", _write, _read, dtypes=("f32", "f16"), needs=("gguf", "gguf"), runtime=RUNTIME, base="gguf"
+    ".gguf",
+    _write,
+    _read,
+    dtypes=("f32", "f16"),
+    needs=("gguf", "gguf"),
+    runtime=RUNTIME,
+    base="gguf",
+    check_sizes=check_sizes,
 )

@@ -17,7 +17,7 @@ from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.hf_runtime import log_probs
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
-from rwkv_miss.export.target import Runtime, Target, Text, Weights, refuse_state
+from rwkv_miss.export.target import Runtime, Target, Text, Weights
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
 
@@ -58,7 +58,7 @@ def path_of(name: str) -> str:
     return f"blocks.{layer}.{path}"
 
 
-def refuse(sizes: ModelConfig) -> None:
+def check_sizes(sizes: ModelConfig) -> None:
     """UserError where no program would load such a folder, or would compute something else."""
     if sizes.version != 7:
         raise UserError(
@@ -79,20 +79,12 @@ def _place(key: str, shape: torch.Size) -> Place:
 
 
 def _write(path: Path, weights: Weights) -> None:
-    sizes, text = weights.sizes, weights.text
-    refuse(sizes)
-    refuse_state(weights)
-    if text is not None and len(text.tokens) > sizes.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(text.tokens):,} tokens and the model {sizes.vocab_size:,}; give the --tokenizer "
-            "that the model was trained with"
-        )
     path.mkdir()
     places = {key: _place(key, spec.shape) for key, spec in weights.specs.items() if key not in MODELS[7].unused}
     write_renamed(path / _WEIGHTS, weights, places)
     (path / _CONFIG).write_text(json.dumps(_config(weights), indent=2) + "\n")
-    if text is not None:
-        _write_text(path, text)
+    if weights.text is not None:
+        _write_text(path, weights.text)
 
 
 def _config(weights: Weights) -> dict[str, Any]:
@@ -170,5 +162,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 TARGET = Target(
-    "", _write, _read, ("bf16", "f16", "f32"), takes_text=True, runtime=Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs)
+    "",
+    _write,
+    _read,
+    dtypes=("bf16", "f16", "f32"),
+    takes_text=True,
+    check_sizes=check_sizes,
+    runtime=Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs),
 )

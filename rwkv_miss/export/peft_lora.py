@@ -30,7 +30,6 @@ def _tensors(linear: str, product: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, adapter: Adapter) -> None:
-    hf.refuse(adapter.sizes)
     path.mkdir()
     write_lora(path / WEIGHTS, adapter, named_dtype(adapter.dtype), _tensors)
     ranks = {_module(linear): len(product.A) for linear, product in adapter.factors()}
@@ -62,5 +61,12 @@ def _read(path: Path) -> dict[str, Factors]:
     return products
 
 
-_RUNTIME = Runtime("peft", "peft", "hf", log_probs, needs=("rwkv7_hf",))
-TARGET = AdapterTarget("", _write, _read, ("f32", "f16", "bf16"), runtime=_RUNTIME, base="hf")
+TARGET = AdapterTarget(
+    "",
+    _write,
+    _read,
+    dtypes=("f32", "f16", "bf16"),
+    runtime=Runtime("peft", "peft", "hf", log_probs, needs=("rwkv7_hf",)),
+    base="hf",
+    check_sizes=hf.check_sizes,
+)

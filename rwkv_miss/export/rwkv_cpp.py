@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.checkpoint import TensorSpec, content_of, write_plain
-from rwkv_miss.export.target import Target, Weights, refuse_state
+from rwkv_miss.export.target import Target, Weights
 
 _MAGIC, _VERSION = 0x67676D66, 101
 _CODES = {torch.float32: 0, torch.float16: 1}
@@ -28,7 +28,6 @@ def _stored(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
 
 
 def _write(path: Path, weights: Weights) -> None:
-    refuse_state(weights)
     sizes, dtype = weights.sizes, weights.specs["emb.weight"].dtype
     by_head = torch.Size((sizes.n_head, sizes.head_size, 1))
     shifts: dict[str, dict[str, Tensor]] = {}

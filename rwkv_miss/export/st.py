@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.checkpoint import read_safetensors
+from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.renamed import Place, swapped, write_renamed
-from rwkv_miss.export.target import Target, Weights, refuse_state
+from rwkv_miss.export.target import Target, Weights
 
 _RENAMED = {".time_faaaa": ".time_first", ".time_maa": ".time_mix"}
 _SWAPPED = re.compile(r"\.([wagv]|time_mix_w|time_decay_w)[12]$")
@@ -38,10 +39,12 @@ def _place(key: str, shape: torch.Size) -> Place:
     return swapped(name, shape) if _SWAPPED.search(name) else Place(name, shape)
 
 
-def _write(path: Path, weights: Weights) -> None:
-    refuse_state(weights)
-    if weights.sizes.version == 7 and weights.sizes.n_layer < 2:
+def _check_sizes(sizes: ModelConfig) -> None:
+    if sizes.version == 7 and sizes.n_layer < 2:
         raise UserError("web-rwkv finds sizes in the second layer of an RWKV-7, and this one has one; use the .pth")
+
+
+def _write(path: Path, weights: Weights) -> None:
     write_renamed(path, weights, {key: _place(key, spec.shape) for key, spec in weights.specs.items()})
 
 
@@ -50,4 +53,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key_of(name): tensor.mT if _SWAPPED.search(name) else tensor for name, tensor in found.items()}
 
 
-TARGET = Target(".st", _write, _read, dtypes=("f16",))
+TARGET = Target(".st", _write, _read, dtypes=("f16",), check_sizes=_check_sizes)

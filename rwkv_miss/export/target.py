@@ -133,15 +133,6 @@ def _as_named(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
     return named_dtype(dtype)
 
 
-def refuse_state(weights: Weights) -> None:
-    """UserError where a model with a learned state is written to a format that has no place for it."""
-    if state := next(filter(is_state, weights.specs), None):
-        raise UserError(
-            f"the format has no place for a learned state ({state}); use the .pth that rwkv-miss merge writes, or "
-            "export the model without it"
-        )
-
-
 @dataclass(frozen=True)
 class Target:
     """A format that a model can be written to.
@@ -158,6 +149,7 @@ class Target:
         square of the difference, relative to that of the logits. `read` then makes each tensor when it is asked for,
         and the model is not computed here, for which all would be in memory.
     takes_text: whether `Weights.text` is asked for.
+    check_sizes: raises UserError for a model that the format or its runtimes cannot hold, before anything is computed.
     needs: (the package that writes the format, rwkv-miss's extra which brings it), if it is none of the dependencies.
     runtime: what a written file is run with, if it is installed.
     """
@@ -169,6 +161,7 @@ class Target:
     stored: Callable[[str, torch.Size, str], torch.dtype] = _as_named
     tolerance: Mapping[str, float] = field(default_factory=dict)
     takes_text: bool = False
+    check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
     needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
 
@@ -177,7 +170,7 @@ class Target:
 class AdapterTarget:
     """A format that an adapter can be written to without its base.
 
-    suffix, dtypes, needs: as in `Target`; the first dtype is written where none is given.
+    suffix, dtypes, needs, check_sizes: as in `Target`; the first dtype is written where none is given.
     write: (path, adapter): writes the file. Raises OSError if it cannot be written, UserError if the format cannot hold
         the adapter.
     read: path -> the product beside each linear, by the linear's path, and what was trained directly, by its key, equal
@@ -193,4 +186,5 @@ class AdapterTarget:
     needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
     base: str = ""
+    check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
     holds: Callable[[str, torch.Size], bool] = lambda key, shape: False

@@ -68,6 +68,7 @@ def write_alone(
     check_dtype(dtype, target.dtypes)
     base = read_checkpoint(base_path)
     sizes, mark = infer_config(base, base_path), fingerprint(base, base_path)
+    target.check_sizes(sizes)
     shapes = {key: t.shape for key, t in base.items()}
     file = read_adapter(folder)
     adapter = Adapter(folder, sizes, shapes, file, check_fits(file, sizes, shapes, mark, folder), dtype, target.holds)

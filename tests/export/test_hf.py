@@ -158,7 +158,7 @@ def test_what_cannot_be_held(base, make_base, random_weights6, tmp_path, no_runt
         "an RWKV-6 has no Hugging Face folder": (tmp_path / "six.pth", "hf", []),
         "the model has heads of 16": (small, "hf", []),
         "no place for a learned state (blocks.0.att.time_state)": (base, "hf", [f"--adapter={state}"]),
-        "the tokenizer has 65,530 tokens and the model 64; give the --tokenizer": (base, "hf", []),
+        "the tokenizer has 65,530 tokens, but the model 64; give --tokenizer": (base, "hf", []),
         "the model has heads of 16; ": (small, "peft-lora", [f"--adapter={lora}"]),
         "dtype is q8_0, which the format does not have": (base, "hf", ["--dtype=q8_0"]),
         "peft-lora is an adapter alone; give --adapter": (base, "peft-lora", []),
