@@ -3,6 +3,7 @@ model's own numbers are stored in."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,18 @@ from rwkv_miss.export.gguf_layout import check_sizes, linear_of, name_of
 from rwkv_miss.export.llama_cpp import RUNTIME
 from rwkv_miss.export.target import Adapter, AdapterTarget
 
+_log = logging.getLogger("rwkv_miss")
 _DTYPES = {"f32": torch.float32, "f16": torch.float16}
 
 
 def _write(path: Path, adapter: Adapter) -> None:
     import gguf
 
+    if adapter.sizes.version == 6:
+        _log.warning(
+            "llama.cpp's own converter rescales RWKV-6 (rwkv6.rescale_every_n_layers), for which this file would be wrong: "
+            "use it on a base that rwkv-miss export has written"
+        )
     writer = gguf.GGUFWriter(None, f"rwkv{adapter.sizes.version}")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -21,7 +21,7 @@ from rwkv_miss.errors import RunError
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.block_by_block import logits_block_by_block
 from rwkv_miss.model.initial_state import load_initial_state
-from rwkv_miss.model.load import build_model
+from rwkv_miss.model.load import build_model, running_dtype
 from rwkv_miss.plain_reads import Reader, plain_reads
 
 # The largest difference allowed between the logits of the merged file and of base + adapter: its root mean square
@@ -106,17 +106,19 @@ def written_logits(
 ) -> tuple[Tensor, float]:
     """The logits of the written model, or of base + adapters with the state in the file in place of theirs; and how far
     they may be from those of base + adapters."""
+    dtype = None
     if state_only:
         model, tolerance = _with_adapters(_base_model(adapted), adapted), 0.0
         for time_mix in model.time_mixes():
             time_mix.time_state = None
         load_initial_state(model, file)
     else:
-        model = build_model(written, file).eval().requires_grad_(False)
+        model = build_model(written, file, as_stored=True).eval().requires_grad_(False)
+        dtype = running_dtype(written, None)
         # The coarser of the two files' dtypes says how far rounding may carry them apart.
         tolerance = max(_TOLERANCE[t.dtype] for tensors in (adapted.base, written) for t in tensors.values())
     with plain_reads([*adapted.base.values(), *written.values()]) as reader:
-        return _logits(model, [tokens], reader), tolerance
+        return _logits(model, [tokens], reader, None if dtype == torch.bfloat16 else dtype), tolerance
 
 
 def compare(base_logits: Tensor, adapted: Tensor, merged: Tensor | None, tolerance: float) -> Figures:
@@ -154,8 +156,8 @@ def _with_adapters(model: RWKV, adapted: Adapted) -> RWKV:
     return set_adapter(model, {str(i): w for i, w in enumerate(adapted.weights)})
 
 
-def _logits(model: RWKV, tokens: Sequence[Sequence[int]], reader: Reader) -> Tensor:
-    return logits_block_by_block(model, torch.tensor(tokens), reader).float()
+def _logits(model: RWKV, tokens: Sequence[Sequence[int]], reader: Reader, dtype: torch.dtype | None = None) -> Tensor:
+    return logits_block_by_block(model, torch.tensor(tokens), reader, dtype).float()
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:

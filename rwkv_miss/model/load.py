@@ -58,9 +58,11 @@ def build_model(
     wkv_backend: str = "auto",
     quant: str = "none",
     quant_skip: Collection[str] | None = None,
+    as_stored: bool = False,
 ) -> RWKV:
     """As `load_model`, of a checkpoint that has been read already: `tensors`, from the file `path` (for messages). The
-    model's `fingerprint` is left to the caller."""
+    model's `fingerprint` is left to the caller. With `as_stored` the weights keep their own dtypes, for
+    `logits_block_by_block`, which converts them."""
     config = infer_config(tensors, path)
     kind = MODELS[config.version]
     with torch.device("meta"):
@@ -74,7 +76,11 @@ def build_model(
         for path in quantised:
             model.set_submodule(path, quantise(tensors[f"{path}.weight"], quant, dtype, reader.read))
         weights = {
-            key: file_layout(t, kind).to(wide) if is_state(key) else t if t.dtype == dtype else reader.read(t).to(dtype)
+            key: file_layout(t, kind).to(wide)
+            if is_state(key)
+            else t
+            if as_stored or t.dtype == dtype
+            else reader.read(t).to(dtype)
             for key, t in tensors.items()
             if key not in kind.unused and key.removesuffix(".weight") not in quantised
         }

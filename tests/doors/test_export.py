@@ -8,15 +8,17 @@ import torch
 
 from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
 from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss.cli import main
 from rwkv_miss.errors import RunError, UserError
-from rwkv_miss.export.table import TARGETS
+from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
 from rwkv_miss.export.target import Target
-from tests.doors.toy_export import TARGET
+from tests.doors.toy_export import ADAPTER, TARGET
 
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
     monkeypatch.setitem(TARGETS, "npz", TARGET)
+    monkeypatch.setitem(ADAPTER_TARGETS, "npz-lora", ADAPTER)
 
 
 @pytest.fixture
@@ -54,3 +56,16 @@ def test_what_is_read_back_wrong_gets_no_name(either_base, adapter, tmp_path, mo
     with pytest.raises(RunError, match="was read back changed"):
         merge(either_base, adapter, tmp_path / "merged.npz")
     assert not list(tmp_path.glob("*merged*"))
+
+
+def test_an_adapter_alone_is_what_merging_adds(either_base, adapter, tmp_path, capsys):
+    out = tmp_path / "adapter.npz"
+    arguments = ["--model", str(either_base), "--adapter", str(adapter), "--out", str(out)]
+    assert main(["export", "--to", "npz-lora", *arguments]) == 0
+    assert "read back as it was written" in capsys.readouterr().out
+    merge(either_base, adapter, tmp_path / "merged.pth")
+    base, merged = torch.load(either_base), torch.load(tmp_path / "merged.pth")
+    with np.load(out) as file:
+        for path in {name.split(" ")[0] for name in file.files}:
+            added = torch.from_numpy(file[f"{path} B"] @ file[f"{path} A"])
+            assert torch.equal(base[f"{path}.weight"] + added, merged[f"{path}.weight"])

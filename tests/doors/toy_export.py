@@ -1,4 +1,4 @@
-"""An export target, added as CONTRIBUTING.md describes: NumPy's .npz, every tensor in fp32."""
+"""Export targets, added as CONTRIBUTING.md describes: NumPy's .npz, of a model and of an adapter alone, all in fp32."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkv_miss.adapters.method import Factors
 from rwkv_miss.errors import UserError
-from rwkv_miss.export.target import Target, Weights
+from rwkv_miss.export.target import Adapter, AdapterTarget, Target, Weights
 
 
 def _write(path: Path, weights: Weights) -> None:
@@ -24,4 +25,16 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
+def _write_adapter(path: Path, adapter: Adapter) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **{f"{key} {x}": t.numpy() for key, f in adapter.factors() for x, t in f._asdict().items()})
+
+
+def _read_adapter(path: Path) -> dict[str, Factors]:
+    tensors = _read(path)
+    paths = dict.fromkeys(key.split(" ")[0] for key in tensors)
+    return {path: Factors(tensors[f"{path} A"], tensors[f"{path} B"]) for path in paths}
+
+
 TARGET = Target(".npz", _write, _read)
+ADAPTER = AdapterTarget(".npz", _write_adapter, _read_adapter, dtypes=("f32",))

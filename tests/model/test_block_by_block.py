@@ -32,3 +32,17 @@ def test_the_logits_are_the_models(either_base, trained):
         for _ in range(2):
             assert torch.equal(logits_block_by_block(model, tokens, reader), expected)
             assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_weights_that_keep_their_dtype_are_converted_as_they_are_read(either_base, tmp_path):
+    """As in a file of fp16 matrices and fp32 vectors; one tensor is in memory, not mapped from the file."""
+    tensors = {key: t.half() if t.ndim == 2 else t for key, t in torch.load(either_base).items()}
+    torch.save(tensors, tmp_path / "mixed.pth")
+    tensors = read_checkpoint(tmp_path / "mixed.pth")
+    tensors["blocks.1.att.key.weight"] = tensors["blocks.1.att.key.weight"].clone()
+    tokens = torch.tensor([[1, 5, 1, 9]])
+    expected, _ = build_model(tensors, either_base)(tokens)
+    model = build_model(tensors, either_base, as_stored=True).requires_grad_(False)
+    with plain_reads(tensors.values()) as reader:
+        assert torch.equal(logits_block_by_block(model, tokens, reader, torch.float32), expected)
+    assert model.head.weight.dtype == torch.float16
