@@ -183,15 +183,14 @@ def test_a_full_disk(base, tmp_path, no_runtime, full_disk):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("to", "config", "message"),
     [
-        (AdapterConfig("dora", r=4), r"what dora adds is no product B A; export the merged model instead"),
-        (AdapterConfig("bat", r=8), r"what bat adds is no product B A"),
-        (AdapterConfig(r=4, modules_to_save=["w1"]), r"it trained blocks\.0\.att\.w1, a part of the base"),
-        (AdapterConfig("miss+state", r=4), r"it trained blocks\.0\.att\.time_state, a learned state"),
+        ("peft-lora", AdapterConfig("dora", r=4), r"what dora adds is no product B A; export the merged model instead"),
+        ("st-lora", AdapterConfig("bat", r=8), r"what bat adds is no product B A"),
+        ("peft-lora", AdapterConfig(r=4, modules_to_save=["w1"]), r"it trained blocks\.0\.att\.w1, a part of the base"),
+        ("st-lora", AdapterConfig("miss+state", r=4), r"it trained blocks\.0\.att\.time_state, a learned state"),
     ],
 )
-@pytest.mark.parametrize("to", ["peft-lora", "st-lora"])
 def test_what_is_no_lora(base, tmp_path, to, config, message, no_runtime):
     folder = trained(base, tmp_path / "adapter", config)
     with pytest.raises(UserError, match=message):

@@ -45,7 +45,10 @@ def table(sizes):
     return found
 
 
-@pytest.fixture(params=["random-6", "random-7", "tiny-rwkv6-3m", "tiny-rwkv7-834K"])
+TINY = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-rwkv6-3m", "tiny-rwkv7-834K")]
+
+
+@pytest.fixture(params=["random-6", "random-7", *TINY])
 def base(request, tmp_path, random_weights, random_weights6):
     if request.param.startswith("tiny"):
         return request.getfixturevalue("reference") / "models" / f"{request.param}.pth"
@@ -81,7 +84,7 @@ def test_names_shapes_and_numbers(base, tmp_path, monkeypatch):
         assert torch.equal(tensor, half if half.shape == tensor.shape else half.transpose(-1, -2)), name
 
 
-@pytest.mark.parametrize("method", ["miss", "mini", "lora"])
+@pytest.mark.parametrize(("either_base", "method"), [(6, "miss"), (7, "mini"), (7, "lora")], indirect=["either_base"])
 def test_a_lora_is_the_adapter_whatever_its_ranks(either_base, tmp_path, method):
     options = {"mini": {"mini_r": 8}, "lora": {"alpha": 4.0}}.get(method, {})
     config = AdapterConfig(method, r=6, rank_pattern={"ffn.value": 3}, options=options)
