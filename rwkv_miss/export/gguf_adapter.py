@@ -25,8 +25,8 @@ def _write(path: Path, adapter: Adapter) -> None:
 
     if adapter.sizes.version == 6:
         _log.warning(
-            "llama.cpp's own converter rescales RWKV-6 (rwkv6.rescale_every_n_layers), for which this file would be wrong: "
-            "use it on a base that rwkv-miss export has written"
+            "llama.cpp's own converter rescales RWKV-6 (rwkv6.rescale_every_n_layers), and this file would be wrong "
+            "beside such a base: use it on one that rwkv-miss export has written"
         )
     writer = gguf.GGUFWriter(None, f"rwkv{adapter.sizes.version}")
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -6,6 +6,7 @@ The keys are those of llama.cpp's src/llama-arch.cpp, the vocabulary that of its
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +41,10 @@ def _stored(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
 def _write(path: Path, weights: Weights) -> None:
     import gguf
 
-    sizes, specs = weights.sizes, weights.specs
-    writer = gguf.GGUFWriter(None, f"rwkv{sizes.version}")
-    at = {key: i for i, key in enumerate(specs)}
-    found = sorted([*entries(sizes), *copies(sizes)], key=lambda entry: max(at[key] for key in entry.keys))
-    by_last: dict[str, list[Entry]] = {}
-    for entry in found:
-        by_last.setdefault(max(entry.keys, key=at.__getitem__), []).append(entry)
+    writer = gguf.GGUFWriter(None, f"rwkv{weights.sizes.version}")
     _add_metadata(writer, weights)
-    for entry in found:
+    by_last = _by_last_key(weights)
+    for entry in chain.from_iterable(by_last.values()):
         kind = _kind(entry.keys[0], weights)
         block, nbytes = gguf.GGML_QUANT_SIZES[kind]
         if entry.shape[-1] % block:
@@ -63,8 +59,7 @@ def _write(path: Path, weights: Weights) -> None:
         [file] = writer.fout
         writer.write_padding(file, file.tell())
         waiting: dict[str, Tensor] = {}
-        for key in specs:
-            made = by_last.get(key, [])
+        for key, made in by_last.items():
             if len(made) == 1 and made[0].keys == (key,) and not made[0].swapped:
                 for rows in weights.pieces(key):
                     file.write(_packed(rows, _kind(key, weights)))
@@ -79,6 +74,15 @@ def _write(path: Path, weights: Weights) -> None:
                     waiting.pop(used, None)
     finally:
         writer.close()
+
+
+def _by_last_key(weights: Weights) -> dict[str, list[Entry]]:
+    """For each key, in the order in which they are computed, the file's tensors that are complete with it."""
+    order = {key: i for i, key in enumerate(weights.specs)}
+    found: dict[str, list[Entry]] = {key: [] for key in order}
+    for entry in [*entries(weights.sizes), *copies(weights.sizes)]:
+        found[max(entry.keys, key=order.__getitem__)].append(entry)
+    return found
 
 
 def _kind(key: str, weights: Weights) -> gguf.GGMLQuantizationType:

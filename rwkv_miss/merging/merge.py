@@ -216,8 +216,8 @@ def _check_holds(target: Target, sizes: ModelConfig, keys: Iterable[str], text: 
     target.check_sizes(sizes)
     if state := next(filter(is_state, keys), None):
         raise UserError(
-            f"the format has no place for a learned state ({state}); merge it for other runtimes with rwkv-miss merge, "
-            "or export a model without one"
+            f"the format has no place for a learned state ({state}); write the model for other runtimes with rwkv-miss "
+            "merge, or train without a state"
         )
     if text is not None and len(text.tokens) > sizes.vocab_size:
         raise UserError(

@@ -162,7 +162,7 @@ def test_what_is_not_beside_linears_is_refused_as_an_adapter(base, tmp_path, set
 
 def test_a_learned_state_is_refused(base, tmp_path):
     adapter = adapter_of(base, tmp_path / "adapter", method="state")
-    with pytest.raises(UserError, match=r"no place for a learned state .*; merge it"):
+    with pytest.raises(UserError, match=r"no place for a learned state .*; write the model for other"):
         merge(base, adapter, tmp_path / "model.gguf", target=MODEL)
     assert not list(tmp_path.glob("*gguf*"))
 
