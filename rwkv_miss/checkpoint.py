@@ -4,6 +4,7 @@ a time."""
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +31,9 @@ _STORAGES = {
     torch.bfloat16: torch.BFloat16Storage,
     torch.float16: torch.HalfStorage,
 }
+# What safetensors calls them, in the order in which it puts them into a file: each number then begins at a multiple of
+# its size.
+_SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Bytes that are written at a time.
 _PIECE = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -172,6 +176,50 @@ class TensorSpec:
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def write_safetensors_in_pieces(
+    path: Path, specs: Mapping[str, TensorSpec], pieces: Callable[[str], Iterable[Tensor]], metadata: dict[str, str]
+) -> None:
+    """Writes, byte for byte, what `write_safetensors` would write of all tensors, with some rows of a tensor after the
+    others from `pieces`, of which one is held at a time. The package has no way to do so: its functions take the
+    numbers of all tensors at once. (The format: https://github.com/huggingface/safetensors#format.)
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk.
+    """
+    order = list(_SAFETENSORS)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    starts, at = {}, 0
+    for name in sorted(specs, key=lambda name: (order.index(specs[name].dtype), name)):
+        spec, starts[name] = specs[name], at
+        at += spec.nbytes
+        offsets = [starts[name], at]
+        header[name] = {"dtype": _SAFETENSORS[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, spec in specs.items():
+            start = file.seek(8 + len(text) + starts[name])
+            for piece in pieces(name):
+                write_plain(file, content_of(piece))
+            assert file.tell() == start + spec.nbytes, name
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's numbers in their order."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def write_plain(file: IO[bytes], content: bytes | memoryview) -> None:
+    """Writes in pieces, which is quicker: 3.2 s for 1.3 GB in one call, 0.5 s so (Linux 6)."""
+    for start in range(0, len(content), _PIECE):
+        file.write(memoryview(content)[start : start + _PIECE])
+
 
 @dataclass(frozen=True)
 class _Storage:
@@ -227,8 +275,7 @@ def write_pth_in_pieces(path: Path, specs: Mapping[str, TensorSpec], pieces: Cal
         _write_record(z, "data.pkl", len(pickled.getvalue()), [pickled.getvalue()])
         _write_record(z, "byteorder", len(sys.byteorder), [sys.byteorder.encode()])
         for i, (name, spec) in enumerate(specs.items()):
-            parts = (piece.contiguous().view(-1).view(torch.uint8).numpy().data for piece in pieces(name))
-            _write_record(z, f"data/{i}", spec.shape.numel() * spec.dtype.itemsize, parts)
+            _write_record(z, f"data/{i}", spec.nbytes, map(content_of, pieces(name)))
         _write_record(z, "version", 2, [b"3\n"])
 
 
@@ -244,8 +291,7 @@ def _write_record(z: zipfile.ZipFile, name: str, size: int, parts: Iterable[byte
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     with z.open(info, "w", force_zip64=zip64) as file:
         for content in parts:
-            for start in range(0, len(content), _PIECE):  # 3.2 s for 1.3 GB in one call, 0.5 s in pieces (Linux 6)
-                file.write(content[start : start + _PIECE])
+            write_plain(file, content)
     assert info.file_size == size, name
 
 
@@ -273,8 +319,7 @@ class _Sink:
     def write(self, data: bytes) -> int:
         if self.error is None:
             try:
-                for start in range(0, len(data), _PIECE):  # as in `_write_record`
-                    self.file.write(memoryview(data)[start : start + _PIECE])
+                write_plain(self.file, data)
             except BaseException as e:  # also a Ctrl-C that comes here
                 self.error = e
         return len(data)

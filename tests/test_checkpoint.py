@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rwkv_miss import load_model
 from rwkv_miss.checkpoint import (
@@ -15,6 +16,7 @@ from rwkv_miss.checkpoint import (
     parse_dtype,
     read_checkpoint,
     write_pth,
+    write_safetensors_in_pieces,
 )
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
@@ -254,6 +256,18 @@ def test_write_pth_writes_what_torch_save_writes(tmp_path):
             n.split("/", 1)[1] for n in z_other.namelist() if n.split("/", 1)[1].startswith("data")
         }
     assert path.stat().st_size < other.stat().st_size + 2000
+
+
+def test_safetensors_in_pieces_are_what_safetensors_writes(tmp_path):
+    tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in tensors_to_write().items()}
+    tensors["Schlüssel ключ"] = torch.randn(2**19 + 3, 1)
+    specs, asked = {k: TensorSpec(t.shape, t.dtype) for k, t in tensors.items()}, []
+    write_safetensors_in_pieces(
+        tmp_path / "ours.st", specs, lambda k: asked.append(k) or tensors[k].view(-1).split(1000), {"format": "pt"}
+    )
+    save_file(tensors, tmp_path / "theirs.st", {"format": "pt"})
+    assert asked == list(tensors)
+    assert (tmp_path / "ours.st").read_bytes() == (tmp_path / "theirs.st").read_bytes()
 
 
 def test_write_pth_raises_what_compute_raises(tmp_path):

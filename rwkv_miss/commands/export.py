@@ -30,8 +30,10 @@ def run(
 
     Args:
         model: A checkpoint (.pth or .st). With an adapter, the base that it was trained on.
-        to: The format. A whole model: gguf (llama.cpp, LM Studio, Ollama, KoboldCpp). An adapter alone: gguf-lora (for
-            --lora of llama.cpp, on a base in any of its quantisations).
+        to: The format. A whole model: gguf (llama.cpp, LM Studio, Ollama, KoboldCpp), st (web-rwkv, Ai00), hf (a folder
+            of Hugging Face's for fla, rwkv7-hf and the ports to vLLM and SGLang), rwkv.cpp. An adapter alone: gguf-lora
+            (for --lora of llama.cpp, on a base in any of its quantisations), st-lora (web-rwkv, Ai00), peft-lora (a
+            folder of HF PEFT's for the model in an hf folder).
         out: The file or folder to write.
         adapter: The folder of an adapter, or of a run. A whole model is written with it merged in.
         dtype: Of the matrices; vectors and what is small stay in f32 where the format allows it. When not given, that

@@ -1,1 +1,1 @@
-"""What a model or an adapter is written as: what a target is (target), each target, the tables (table), cards (card)."""
+"""What models and adapters are written as: what a target is (target), each target, their tables (table); cards (card)."""

@@ -23,7 +23,6 @@ _DTYPES = {"f32": torch.float32, "f16": torch.float16}
 def _write(path: Path, adapter: Adapter) -> None:
     import gguf
 
-    check_sizes(adapter.sizes)
     if adapter.sizes.version == 6:
         _log.warning(
             "llama.cpp's own converter rescales RWKV-6 (rwkv6.rescale_every_n_layers), and this file would be wrong "
@@ -67,5 +66,12 @@ def _read(path: Path) -> dict[str, Factors]:
 
 
 TARGET = AdapterTarget(
-    ".gguf", _write, _read, dtypes=("f32", "f16"), needs=("gguf", "gguf"), runtime=RUNTIME, base="gguf"
+    ".gguf",
+    _write,
+    _read,
+    dtypes=("f32", "f16"),
+    needs=("gguf", "gguf"),
+    runtime=RUNTIME,
+    base="gguf",
+    check_sizes=check_sizes,
 )

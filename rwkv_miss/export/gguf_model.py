@@ -19,7 +19,6 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.export.gguf_layout import Entry, check_sizes, copies, entries, is_low_rank, is_matrix
 from rwkv_miss.export.llama_cpp import RUNTIME
 from rwkv_miss.export.target import Target, Text, Weights
-from rwkv_miss.model.initial_state import is_state
 from rwkv_miss.model.recognise import parameter_shapes
 
 if TYPE_CHECKING:
@@ -42,14 +41,7 @@ def _stored(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
 def _write(path: Path, weights: Weights) -> None:
     import gguf
 
-    sizes, specs = weights.sizes, weights.specs
-    check_sizes(sizes)
-    if states := [key for key in specs if is_state(key)]:
-        raise UserError(
-            f"GGUF has no place for a learned state ({states[0]}); write the model for other runtimes with rwkv-miss "
-            "merge, or train without a state"
-        )
-    writer = gguf.GGUFWriter(None, f"rwkv{sizes.version}")
+    writer = gguf.GGUFWriter(None, f"rwkv{weights.sizes.version}")
     _add_metadata(writer, weights)
     by_last = _by_last_key(weights)
     for entry in chain.from_iterable(by_last.values()):
@@ -149,8 +141,6 @@ def _add_text(writer: gguf.GGUFWriter, text: Text | None, n_vocab: int) -> None:
     the quotes, and token 0, the end of a document, a name."""
     if text is None:  # names in their place, without which llama.cpp runs no model
         text = Text("", [b"", b"\n", *(f"<{i}>".encode() for i in range(2, n_vocab))], None)
-    if len(text.tokens) > n_vocab:
-        raise UserError(f"the tokenizer has {len(text.tokens):,} tokens, but the model {n_vocab:,}; give --tokenizer")
     known = [repr(token)[2:-1] for token in text.tokens[1:]]
     padding = [f"[PAD{i}]" for i in range(len(text.tokens), n_vocab)]
     writer.add_name(text.name)
@@ -229,6 +219,7 @@ TARGET = Target(
     stored=_stored,
     tolerance={"q8_0": 0.1},
     takes_text=True,
+    check_sizes=check_sizes,
     needs=("gguf", "gguf"),
     runtime=RUNTIME,
 )

@@ -5,12 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from rwkv_miss.errors import UserError
-from rwkv_miss.export import gguf_adapter, gguf_model, pth
+from rwkv_miss.export import gguf_adapter, gguf_model, hf, peft_lora, pth, rwkv_cpp, st, st_lora
 from rwkv_miss.export.target import AdapterTarget, Target
 from rwkv_miss.files import check_name
 
-TARGETS: dict[str, Target] = {"pth": pth.TARGET, "gguf": gguf_model.TARGET}
-ADAPTER_TARGETS: dict[str, AdapterTarget] = {"gguf-lora": gguf_adapter.TARGET}
+TARGETS: dict[str, Target] = {
+    "pth": pth.TARGET,
+    "gguf": gguf_model.TARGET,
+    "st": st.TARGET,
+    "hf": hf.TARGET,
+    "rwkv.cpp": rwkv_cpp.TARGET,
+}
+ADAPTER_TARGETS: dict[str, AdapterTarget] = {
+    "gguf-lora": gguf_adapter.TARGET,
+    "st-lora": st_lora.TARGET,
+    "peft-lora": peft_lora.TARGET,
+}
 
 
 def target_of(path: Path) -> Target:

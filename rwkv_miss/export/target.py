@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,7 @@ class Adapter:
     folder: where it was read, for messages.
     sizes, shapes: those of the base, and of its tensors by their keys.
     file, plan: what was read, and what it trained of the base.
-    dtype: which of `AdapterTarget.dtypes` is written.
+    dtype: which of `AdapterTarget.dtypes` is written. holds: as in `AdapterTarget`.
     """
 
     folder: Path
@@ -78,16 +79,16 @@ class Adapter:
     file: AdapterFile
     plan: Plan
     dtype: str
+    holds: Callable[[str, torch.Size], bool]
 
     def factors(self) -> Iterator[tuple[str, Factors]]:
         """(the path of a linear, its dW = B A), one linear after the other; the scale is in B.
 
         Raises:
-            UserError: what was trained is no product of two thin matrices beside each linear.
+            UserError: what was trained is no product of two thin matrices beside each linear, nor held otherwise.
         """
         instead = "export the merged model instead: --model BASE --adapter DIR with a --to that writes a whole model"
-        if self.plan.whole:
-            key = next(iter(self.plan.whole))
+        if key := next((key for key, (tensor,) in self.whole() if not self.holds(key, tensor.shape)), None):
             what = "a learned state" if is_state(key) else "a part of the base"
             raise UserError(f"{self.folder}: it trained {key}, {what}, which is not beside a linear; {instead}")
         linears = self.file.linears
@@ -97,6 +98,10 @@ class Adapter:
                 raise UserError(f"{self.folder}: {path}: what {own.method} adds is no product B A; {instead}")
             yield path, product
 
+    def whole(self) -> Iterator[tuple[str, tuple[Tensor]]]:
+        """The key of each tensor of the base that was trained directly, and its values."""
+        return ((key, (self.file.tensors[key],)) for key in self.plan.whole)
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -105,16 +110,27 @@ class Runtime:
     package: the distribution's name; module: what is imported of it; extra: that of rwkv-miss which brings it.
     log_probs: (model file, adapter file or None, prompts as ids, none empty) -> for each prompt the natural logarithms
         of the probabilities of the token that follows it, by id: of all tokens, or of the likeliest, that first.
+    needs: what else is imported.
     """
 
     package: str
     module: str
     extra: str
     log_probs: Callable[[Path, Path | None, Sequence[Sequence[int]]], Sequence[Mapping[int, float]]]
+    needs: Sequence[str] = ()
+
+    @property
+    def is_installed(self) -> bool:
+        return all(importlib.util.find_spec(module) for module in (self.module, *self.needs))
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype that a `--dtype` of exports names."""
+    return DTYPES[{"f16": "fp16", "f32": "fp32"}.get(name, name)]
 
 
 def _as_named(key: str, shape: torch.Size, dtype: str) -> torch.dtype:
-    return DTYPES[{"f16": "fp16", "f32": "fp32"}.get(dtype, dtype)]
+    return named_dtype(dtype)
 
 
 @dataclass(frozen=True)
@@ -133,6 +149,7 @@ class Target:
         square of the difference, relative to that of the logits. `read` then makes each tensor when it is asked for,
         and the model is not computed here, for which all would be in memory.
     takes_text: whether `Weights.text` is asked for.
+    check_sizes: raises UserError for a model that the format or its runtimes cannot hold, before anything is computed.
     needs: (the package that writes the format, rwkv-miss's extra which brings it), if it is none of the dependencies.
     runtime: what a written file is run with, if it is installed.
     """
@@ -144,6 +161,7 @@ class Target:
     stored: Callable[[str, torch.Size, str], torch.dtype] = _as_named
     tolerance: Mapping[str, float] = field(default_factory=dict)
     takes_text: bool = False
+    check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
     needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
 
@@ -152,18 +170,21 @@ class Target:
 class AdapterTarget:
     """A format that an adapter can be written to without its base.
 
-    suffix, dtypes, needs: as in `Target`; the first dtype is written where none is given.
+    suffix, dtypes, needs, check_sizes: as in `Target`; the first dtype is written where none is given.
     write: (path, adapter): writes the file. Raises OSError if it cannot be written, UserError if the format cannot hold
         the adapter.
-    read: path -> the product beside each linear, by the linear's path, equal to `Adapter.factors` but for the rounding
-        to the dtype.
+    read: path -> the product beside each linear, by the linear's path, and what was trained directly, by its key, equal
+        to `Adapter.factors` and `Adapter.whole` but for the rounding to the dtype.
     runtime, base: what a written file is run with, on a base written as this target of `TARGETS`.
+    holds: (key, shape) -> whether the format can hold such a tensor of the base, if it was trained directly.
     """
 
     suffix: str
     write: Callable[[Path, Adapter], None]
-    read: Callable[[Path], Mapping[str, Factors]]
+    read: Callable[[Path], Mapping[str, tuple[Tensor, ...]]]
     dtypes: Sequence[str]
     needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
     base: str = ""
+    check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
+    holds: Callable[[str, torch.Size], bool] = lambda key, shape: False

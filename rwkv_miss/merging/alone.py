@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,19 +68,20 @@ def write_alone(
     check_dtype(dtype, target.dtypes)
     base = read_checkpoint(base_path)
     sizes, mark = infer_config(base, base_path), fingerprint(base, base_path)
+    target.check_sizes(sizes)
     shapes = {key: t.shape for key, t in base.items()}
     file = read_adapter(folder)
-    adapter = Adapter(folder, sizes, shapes, file, check_fits(file, sizes, shapes, mark, folder), dtype)
+    adapter = Adapter(folder, sizes, shapes, file, check_fits(file, sizes, shapes, mark, folder), dtype, target.holds)
     tokens = check_tokens(tokens, sizes)
     ran = None
     with atomic_write(out_path) as part:
         target.write(part, adapter)
         _check(part, target, adapter)
-        if target.runtime and importlib.util.find_spec(target.runtime.module):
+        if target.runtime and target.runtime.is_installed:
             _, logits = expected_logits(Adapted(base, base_path, mark, [folder], [1.0]), tokens)
             with TemporaryDirectory(prefix=f".{out_path.name}.", dir=out_path.parent) as beside:
                 model = Path(beside) / f"base{TARGETS[target.base].suffix}"
-                merge(base_path, [], model, tokens=tokens, target=TARGETS[target.base])
+                merge(base_path, [], model, tokens=tokens, target=replace(TARGETS[target.base], runtime=None))
                 tolerance = max(_TOLERANCE[t.dtype] for t in base.values())
                 ran = run_in(target.runtime, model, part, tokens, logits, tolerance)
     return AdapterReport(out_path, len(adapter.plan.linears), dtype, ran)
@@ -89,7 +90,7 @@ def write_alone(
 def _check(part: Path, target: AdapterTarget, adapter: Adapter) -> None:
     """RunError unless the file holds the adapter."""
     written = dict(target.read(part))
-    for path, expected in adapter.factors():
+    for path, expected in chain(adapter.factors(), adapter.whole()):
         found = written.pop(path, None)
         if found is None or not all(_is_near(x, y, adapter.dtype) for x, y in zip(found, expected, strict=True)):
             raise RunError(f"{path} was read back changed (a faulty disk?); nothing was written")

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,6 +175,8 @@ def merge(
     else:
         cast_to = None if dtype is None else parse_dtype(dtype)
         dtypes = {name: torch.float32 if is_state(name) else cast_to or base[name].dtype for name in shapes}
+    if is_export:
+        _check_holds(target, sizes, shapes, text)
     specs = {name: TensorSpec(shape, dtypes[name]) for name, shape in shapes.items()}
     if odd := {str(s.dtype) for s in specs.values() if s.dtype not in DTYPES.values()}:
         raise UserError(f"dtype is {odd.pop()}; a merged model has one of {', '.join(DTYPES)}")
@@ -207,6 +209,20 @@ def merge(
         ran = run_in(target.runtime, part, None, tokens, expected.result()[1], tolerance) if target.runtime else None
     names = {named or str(s.dtype).removeprefix("torch.") for s in specs.values()}
     return MergeReport(out_path, ", ".join(sorted(names)), layers, *figures, ran)
+
+
+def _check_holds(target: Target, sizes: ModelConfig, keys: Iterable[str], text: Text | None) -> None:
+    """UserError where a runtime's format cannot hold the model, or the text that goes with it."""
+    target.check_sizes(sizes)
+    if state := next(filter(is_state, keys), None):
+        raise UserError(
+            f"the format has no place for a learned state ({state}); write the model for other runtimes with rwkv-miss "
+            "merge, or train without a state"
+        )
+    if text is not None and len(text.tokens) > sizes.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(text.tokens):,} tokens, but the model {sizes.vocab_size:,}; give --tokenizer"
+        )
 
 
 def check_tokens(tokens: Sequence[int] | None, sizes: ModelConfig) -> list[int]:

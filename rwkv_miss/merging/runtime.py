@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ def run_in(
     Raises:
         RunError: it computes something else.
     """
-    if importlib.util.find_spec(runtime.module) is None:
+    if not runtime.is_installed:
         return None
     name = f"{runtime.package} {importlib.metadata.version(runtime.package)}"
     lengths = sorted({1 + i * (len(tokens) - 1) // (_PROMPTS - 1) for i in range(_PROMPTS)})
