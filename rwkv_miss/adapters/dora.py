@@ -80,9 +80,6 @@ class Dora(LowRank):
     ) -> Factors | None:
         return None
 
-    def product(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
-        return None
-
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
 

@@ -105,9 +105,6 @@ class LowRank(LinearMethod):
         B = exact_multiple(tensors[B_NAME], scale) if exact else (scale * tensors[B_NAME].double()).float()
         return None if B is None else Factors(tensors[A_NAME].float(), B)
 
-    def product(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
-        return Factors(tensors[A_NAME].float(), self.scale(config) * tensors[B_NAME].float())
-
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return {A_NAME: factors.A, B_NAME: factors.B}, {"alpha": float(config.r)}
 

@@ -120,10 +120,6 @@ class LinearMethod(Method, ABC):
         `exact` false, a scale is multiplied into B and rounded."""
         return None
 
-    def product(self, tensors: Mapping[str, Tensor], shape: torch.Size, config: AdapterConfig) -> Factors | None:
-        """As `factors`, but rounded to fp32 where it is not exact there."""
-        return self.factors(tensors, shape, config)
-
     def from_factors(self, factors: Factors, config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors in `names` whose dW is exactly that product, and the method's options with them; None if there
         are none. `config` has the rank of the product as `r`."""

@@ -160,7 +160,8 @@ def _parts(model: RWKV, file: AdapterFile, plan: Plan, folder: str | os.PathLike
     for path, (method, own) in plan.linears.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, FrozenLinear), path
-        product = method.product(tensors[path], torch.Size((linear.out_features, linear.in_features)), own)
+        shape = torch.Size((linear.out_features, linear.in_features))
+        product = method.factors(tensors[path], shape, own, exact=False)
         if product is None:
             raise UserError(
                 f"{folder}: {path} has an adapter of method {name_of(method)}, which changes the weight by more than a "

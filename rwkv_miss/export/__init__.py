@@ -1,1 +1,1 @@
-"""What models and adapters are written as: what a target is (target), each target, their tables (table); cards (card)."""
+"""What models and adapters are written as: a target (target), each of them, their tables (table); cards (card)."""

@@ -43,10 +43,11 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, wanted: Tensor, is_sum: bool, grad_enabled: bool) -> Tensor:
-        ctx.needs = tuple(needed and grad_enabled for needed in ctx.needs_input_grad[:2])
+        needs_rows, needs_weight = (needed and grad_enabled for needed in ctx.needs_input_grad[:2])
         # A factor of its own for each row cannot be multiplied into a sum over the rows afterwards.
-        ctx.is_late = ctx.needs[1] and not is_sum
-        values, d_rows, d_weight = _pieces(rows, weight, wanted, None, *((False, False) if ctx.is_late else ctx.needs))
+        ctx.is_late = needs_weight and not is_sum
+        now = not ctx.is_late
+        values, d_rows, d_weight = _pieces(rows, weight, wanted, None, needs_rows and now, needs_weight and now)
         ctx.save_for_backward(*((rows, weight, wanted) if ctx.is_late else (d_rows, d_weight)))
         return values.sum() if is_sum else values
 
@@ -54,7 +55,7 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_values: Tensor):
         if ctx.is_late:
-            _, d_rows, d_weight = _pieces(*ctx.saved_tensors, d_values, *ctx.needs)
+            _, d_rows, d_weight = _pieces(*ctx.saved_tensors, d_values, ctx.needs_input_grad[0], True)
         else:
             factor = d_values if d_values.ndim == 0 else d_values.unsqueeze(1)
             d_rows, d_weight = (None if d is None else (d * factor).to(d.dtype) for d in ctx.saved_tensors)
