@@ -55,7 +55,8 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_values: Tensor):
         if ctx.is_late:
-            _, d_rows, d_weight = _pieces(*ctx.saved_tensors, d_values, ctx.needs_input_grad[0], True)
+            rows, weight, wanted = ctx.saved_tensors
+            _, d_rows, d_weight = _pieces(rows, weight, wanted, d_values, ctx.needs_input_grad[0], True)
         else:
             factor = d_values if d_values.ndim == 0 else d_values.unsqueeze(1)
             d_rows, d_weight = (None if d is None else (d * factor).to(d.dtype) for d in ctx.saved_tensors)
