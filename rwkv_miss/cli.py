@@ -223,7 +223,8 @@ def _as_lists(arguments: list[str]) -> list[str]:
     """One name where a list is expected as a list of it; several may be parted by commas. Where text may stand too, it
     is a regular expression: a plain name would mean the same as one."""
     lists = {f"--adapter.{f.name}" for f in _fields("AdapterConfig") if "list[" in str(f.type)}
-    lists |= {f"--{f.name}" for f in _fields("TrainConfig") if "list[str]" in str(f.type)}
+    for name in ("TrainConfig", "EvalConfig"):
+        lists |= {f"--{f.name}" for f in _fields(name) if re.match(r"list\[(str|int)\]", str(f.type))}
     found = list(arguments)
     for i, argument in enumerate(found):
         name, equals, value = argument.partition("=")

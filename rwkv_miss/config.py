@@ -125,7 +125,7 @@ class AdapterConfig:
 
 Data = str | list[str | dict[str, str | float]]
 """What `TrainConfig.data` may be; `rwkv_miss.data.sources` reads it."""
-FIELDS = ("text_field", "prompt_field", "answer_field")
+FIELDS = ("text_field", "prompt_field", "answer_field", "choices_field")
 READING = (*FIELDS, "separator")
 """The options of `DataOptions` that say how files are read, which a source may have for itself; those in `FIELDS` are
 for formats with named fields."""
@@ -141,6 +141,10 @@ class DataOptions:
     """Field of a record that holds the prompt (question, query, instruction and prompt are found without it)."""
     answer_field: str | None = None
     """Field of a record that holds the answer (answer, response, output and completion are found without it)."""
+    choices_field: str | None = None
+    """Field of a record that holds the choices of a question, a list of texts. The answer is then one of them, and may
+    be given as its letter or its number, which begins at 0. Without it no choices are read, except by eval's
+    --extract choice, which reads the field choices."""
     template: str | None = None
     """How a record becomes text: world, g1, g1-think and others, or a .yaml or .jinja file of yours
     (docs/templates.md). When not given it is the one that the adapter was trained with, or world."""
@@ -166,6 +170,8 @@ class DataOptions:
             found.append("prompt_field and answer_field go together: give both, or neither")
         if self.prompt_field is not None and self.text_field != "text":
             found.append("text_field cannot be combined with prompt_field and answer_field: give one kind")
+        if self.choices_field is not None and self.text_field != "text":
+            found.append("text_field cannot be combined with choices_field: plain text has no choices")
         if self.separator == "":
             found.append("separator is empty; leave it out to read the whole file as one document")
         if self.learn not in ("weighted", "all", "last"):
@@ -481,6 +487,29 @@ class EvalConfig(DataOptions):
     """The folder of an adapter, or of a run, to load onto the model."""
     exact_match: bool = False
     """Also let the model answer every question and count the answers equal to the data's."""
+    extract: str | None = None
+    """As exact_match, but compares what is found in the model's answer with what is found in the data's. gsm8k: what
+    follows ####; last_number; json: the answer as a JSON value; regex:PATTERN: the first match, or its first group. Two
+    let the model write nothing. choice: it chooses the likeliest of a record's choices. lambada: the last word of each
+    text after the rest of it. docs/evaluating.md has an example of each."""
+    samples: int = 1
+    """Answers to each question, drawn at random; more than 1 need a temperature above 0."""
+    pass_at: list[int] | None = None
+    """Also estimate, for each of these numbers k, such as [1,5], how often one of k answers is right; samples must be
+    at least as many."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; above 0, tokens of answers are drawn at random."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens whose probabilities sum to this."""
+    seed: int = 0
+    """Seed of the random sampling. Each answer has random numbers of its own, whatever batch_size is."""
+    lead_token: bool = False
+    """With extract choice and lambada: put token 0, the end of a document, before each prompt, as BlinkDL's scripts
+    do."""
+    answers: str | None = None
+    """With exact_match or extract: write every answer to this .jsonl file."""
+    overwrite: bool = False
+    """Replace the file of answers if it is there already."""
     forgetting: str | None = None
     """The base that the model was tuned from (.pth or .st): also say how much of it the tuning has changed, by the
     losses of both on `text` and the KL divergence between them."""
@@ -491,7 +520,7 @@ class EvalConfig(DataOptions):
     ctx_len: int = 512
     """Tokens in a row when the loss is computed; longer conversations lose their ends."""
     batch_size: int = 32
-    """Rows (for the loss) or questions (for exact_match) that run together."""
+    """Rows (for the loss) or questions (for their answers) that run together."""
     max_tokens: int = 256
     """The most tokens that an answer may have."""
     show: int = 3
@@ -512,7 +541,26 @@ class EvalConfig(DataOptions):
         found = super().problems() + _quant_problems(self)
         if (self.forgetting is None) != (self.text is None):
             found.append("forgetting and text go together: give the base and its text, or neither")
-        for name in ("limit", "ctx_len", "batch_size", "max_tokens"):
+        for name in ("limit", "ctx_len", "batch_size", "max_tokens", "samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"{name} is {value}; it must be at least 1")
+        if self.exact_match and self.extract is not None:
+            found.append("exact_match and extract are both given; choose one")
+        if not self.exact_match and self.extract is None:
+            for name in ("samples", "pass_at", "temperature", "top_p", "answers"):
+                if getattr(self, name) != getattr(EvalConfig, name):
+                    found.append(f"{name} is given, but no answers are asked for; give exact_match or extract")
+        if not self.temperature >= 0:
+            found.append(f"temperature is {self.temperature}; it cannot be negative")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            found.append(f"seed is {self.seed}; it must be from 0 to 2^63 - 1")
+        if self.samples > 1 and self.temperature == 0:
+            found.append(f"samples is {self.samples}, but with temperature 0 they are all the same; give a temperature")
+        if self.pass_at == []:
+            found.append("pass_at is empty; leave it out")
+        for k in self.pass_at or []:
+            if not 1 <= k <= self.samples:
+                found.append(f"pass_at has {k}; it must be from 1 to samples, which is {self.samples}")
         return found

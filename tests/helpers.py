@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,6 +23,31 @@ def loss_sum(*arguments, **options) -> tuple[Tensor, State]:
     """The sum of -log p over a batch's targets, and the state after it; arguments as in `batch_log_probs`."""
     log_prob, state = batch_log_probs(*arguments, **options)
     return -log_prob, state
+
+
+def walk_page(page: str, run: Callable[[str], str], said_of: Callable[[str], str] = str) -> int:
+    """Does what a page of documentation says, in the current folder, and asserts that it is true.
+
+    Blocks of commands (sh) are run; other blocks with a language are files whose names stand before them, except for
+    console, which is left out; blocks without a language are what the commands before them print.
+
+    Args:
+        run: what a command line prints.
+        said_of: makes of a text that was printed what is compared of it.
+
+    Returns:
+        How many outputs were compared.
+    """
+    said, outputs = "", 0
+    for before, language, block in re.findall(r"(.*?)\n\n```(\w*)\n(.*?)```", page, re.DOTALL):
+        if language == "sh":
+            said = "".join(run(line) for line in block.replace("\\\n", " ").splitlines())
+        elif not language:
+            assert said_of(block) == said_of(said)
+            outputs += 1
+        elif language != "console":
+            Path(re.findall(r"`([\w.]+)`", before)[-1]).write_text(block)
+    return outputs
 
 
 class RunsCode:

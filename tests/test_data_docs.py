@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from rwkv_miss import cli
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.sources import parse_sources
+from tests.helpers import walk_page
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 
@@ -42,16 +42,5 @@ def test_every_command_says_what_the_page_says(tmp_path, monkeypatch, caplog, ca
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(cli, "_parser", functools.cache(cli._parser))
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-    said = ""
-    outputs = 0
-    for before, language, block in re.findall(r"(.*?)\n\n```(\w*)\n(.*?)```", PAGE, re.DOTALL):
-        if language == "sh":
-            lines = block.replace("\\\n", " ").splitlines()
-            said = "".join(run(line, caplog, capsys) for line in lines)
-        elif language:
-            name = re.findall(r"`([\w.]+)`", before)[-1]
-            Path(name).write_text(block)
-        else:
-            assert block == said
-            outputs += 1
+    outputs = walk_page(PAGE, lambda line: run(line, caplog, capsys))
     assert outputs == PAGE.count("binidx --data") - 1  # the two of a folder and a pattern share one

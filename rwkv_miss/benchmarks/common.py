@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rwkv_miss.checkpoint import TensorSpec, write_pth
+from rwkv_miss.errors import RunError
 from rwkv_miss.model.init import new_config
 from rwkv_miss.model.recognise import parameter_shapes
 
@@ -68,3 +69,24 @@ def resident(name: str) -> int:
     """A figure of this process's memory in bytes (Linux: proc_pid_status(5))."""
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The bytes that `work` takes at its peak beyond what was held before: of the GPU's memory that PyTorch has
+    allocated if there is a GPU, otherwise of this process's resident memory.
+
+    Raises:
+        RunError: the system does not say a process's peak memory.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh: proc_pid_clear_refs(5)
+    except OSError as e:
+        raise RunError(f"bench: this system does not say a process's peak memory ({e})") from e
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.benchmarks.common import Table, resident
+from rwkv_miss.benchmarks.common import Table, peak_bytes
 from rwkv_miss.config import AdapterConfig, ModelConfig
-from rwkv_miss.errors import RunError
 from rwkv_miss.model.init import init_weights
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.model.rwkv7 import RWKV7
@@ -51,23 +49,11 @@ def bench_memory(thread_count: int) -> Table:
 def step_bytes(threads: int, checkpointing: bool, length: int, chunk_len: int | None, bptt_chunks: int) -> int:
     """This process's peak memory in a step of `length` tokens, in bytes, beyond what it held before."""
     torch.set_num_threads(threads)
-    on_gpu = torch.cuda.is_available()
     model = RWKV7(MODEL, gradient_checkpointing=checkpointing)
     model.load_state_dict(init_weights(MODEL, seed=0))
-    inject(model, AdapterConfig(r=16)).to("cuda" if on_gpu else "cpu")
+    inject(model, AdapterConfig(r=16)).to("cuda" if torch.cuda.is_available() else "cpu")
     _step(model, CHUNK_LEN, None, 0)  # warm-up: loads the kernels and allocates the gradients
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _step(model, length, chunk_len, bptt_chunks)
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh: proc_pid_clear_refs(5)
-    except OSError as e:
-        raise RunError(f"bench: this system does not say a process's peak memory ({e})") from e
-    before = resident("VmRSS")
-    _step(model, length, chunk_len, bptt_chunks)
-    return resident("VmHWM") - before
+    return peak_bytes(lambda: _step(model, length, chunk_len, bptt_chunks))
 
 
 def _step(model: RWKV7, length: int, chunk_len: int | None, bptt_chunks: int) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.benchmarks.data import bench_data
+from rwkv_miss.benchmarks.head import bench_head
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "wkv7": Benchmark(bench_wkv7, True),
     "tokenizer": Benchmark(bench_tokenizer, True),
     "miss": Benchmark(bench_miss, False),
+    "head": Benchmark(bench_head, False),
     "memory": Benchmark(bench_memory, False),
     "merge": Benchmark(bench_merge, False),
     "data": Benchmark(bench_data, False),

@@ -10,11 +10,11 @@ def run(what: str = "all", threads: int = 1) -> int:
     """Time our kernels and tokenizer against other programs, measure memory, or compare the methods with HF PEFT's.
 
     Args:
-        what: Which benchmark: wkv7, tokenizer, miss (a linear with MiSS beside the linear alone; minutes), memory (of a
-            training step as its row grows), merge (against a plain copy; it writes 9 GB to the folder for temporary
-            files), data (how fast files become tokens; it writes 2 GB there; minutes), methods (how far what they
-            compute is from what HF PEFT does), quant (memory of quantised bases; it writes 3 GB), or all (of those that
-            take seconds).
+        what: Which benchmark: wkv7, tokenizer, miss (a linear with MiSS beside the linear alone; minutes), head (the
+            head with the loss beside computing all logits; minutes), memory (of a training step as its row grows),
+            merge (against a plain copy; it writes 9 GB to the folder for temporary files), data (how fast files become
+            tokens; it writes 2 GB there; minutes), methods (how far what they compute is from what HF PEFT does), quant
+            (memory of quantised bases; it writes 3 GB), or all (of those that take seconds).
         threads: CPU threads that every program gets.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -15,6 +14,9 @@ from rwkv_miss.data.rendering import render
 from rwkv_miss.data.store import Store, Tokens, edges_of, store_in_memory
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import UserError
+
+# As many tokens are made an array at a time: a Python list of them takes ten times the memory.
+_SOME = 16384
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +114,9 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
         UserError: the text has a token that the model does not have, or `END`, or a record has two answers to compare.
             The message names the first such record.
     """
-    ids = array("i")  # not lists of each text's ids, which the garbage collector would go through again and again
+    parts: list[np.ndarray] = []
+    ids: list[int] = []  # those behind `parts`
+    count = 0  # of the tokens in `parts`
     places: list[str] = []
     ends: list[int] = []
     span_ends, learned = [0], [False]
@@ -123,23 +127,29 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
                 "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
             )
         for text, is_learned in render(record, options):
-            ids.fromlist(tokenizer.encode(text))
-            span_ends.append(len(ids))
+            ids += tokenizer.encode(text)
+            span_ends.append(count + len(ids))
             learned.append(is_learned)
         ids.append(END)
-        span_ends.append(len(ids))
+        span_ends.append(count + len(ids))
         learned.append(True)
         places.append(record.where)
-        ends.append(len(ids))
-    tokens, lengths = np.array(ids, np.int32), np.diff(np.array(ends, np.int64), prepend=0)
+        ends.append(count + len(ids))
+        if len(ids) >= _SOME:
+            parts.append(np.array(ids, np.int32))
+            count += len(ids)
+            ids = []
+    tokens = np.concatenate([*parts, np.array(ids, np.int32)])
+    lengths = np.diff(np.array(ends, np.int64), prepend=0)
     if tokens.max(initial=END) >= vocab_size or np.count_nonzero(tokens == END) > len(places):
         for where, of_record in zip(places, np.split(tokens, ends), strict=False):
-            _check(where, of_record[:-1], tokenizer, vocab_size)
+            check_ids(where, of_record[:-1], tokenizer, vocab_size)
     return Tokens(tokens, lengths, edges_of(np.repeat(learned, np.diff(span_ends, prepend=0))))
 
 
-def _check(where: str, ids: np.ndarray, tokenizer: Tokenizer, vocab_size: int) -> None:
-    if (token := int(ids.max(initial=END))) >= vocab_size:
+def check_ids(where: str, ids: np.ndarray | Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> None:
+    """UserError if the ids of the text at `where` are not all the model's, or `END` is among them."""
+    if (token := int(max(ids, default=END))) >= vocab_size:
         raise UserError(
             f"{where}: token {token} ({tokenizer.decode([token])!r}) of tokenizer {tokenizer.name} is not in "
             f"the model's vocabulary of {vocab_size} ids; choose the tokenizer that the model was trained with"

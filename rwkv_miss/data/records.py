@@ -46,8 +46,7 @@ class Turn(NamedTuple):
     learned: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record: `where` it came from (`path:line`) and its turns.
 
     Plain text is a single turn of the role text. A conversation has a system turn at most as its first, and an
@@ -55,7 +54,8 @@ class Record:
     conversation with the better answer, `rejected` the same conversation with the other one.
 
     `tools` are those that the assistant may call. `unread` names the fields of the record that hold something and that
-    nothing reads; a field of a message is named `messages[].NAME`.
+    nothing reads; a field of a message is named `messages[].NAME`. `choices` are empty unless they were asked for and
+    are there: the last turn's content is then one of them.
     """
 
     where: str
@@ -63,6 +63,7 @@ class Record:
     unread: tuple[str, ...] = ()
     tools: tuple[Tool, ...] = ()
     rejected: tuple[Turn, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:

@@ -84,6 +84,15 @@ def answer_text(record: Record, options: DataOptions) -> str:
     return _answers(_refuse_text(record), options)[-1].said.strip()
 
 
+def written_text(record: Record, options: DataOptions) -> str:
+    """What the model has to write after `prompt_text`, without a thought.
+
+    Raises:
+        UserError: as `prompt_text`.
+    """
+    return _answers(_refuse_text(record), options)[-1].written
+
+
 def without_thought(written: str, template: Template) -> str:
     """The answer in what a model wrote after a template's prompt, without white space at its ends."""
     if template.after_thought is not None:
@@ -173,9 +182,13 @@ def unused(record: Record, options: DataOptions) -> list[str]:
 def holds_stop(record: Record, options: DataOptions) -> bool:
     """Whether a learned answer of the record, in the form that the model learns, holds a string that stops it."""
     stops = find_template(options.template).stops
-    if record.is_text or not any(stop in turn.content for turn in record.turns for stop in stops):
-        return False  # the first look is a quick one: cleaning makes no stop string
-    return any(stop in answer.said for answer in _answers(record, options) if answer.learned for stop in stops)
+    if record.is_text:
+        return False
+    for stop in stops:
+        for turn in record.turns:
+            if stop in turn.content:  # a quick look first: cleaning makes no stop string
+                return any(s in answer.said for answer in _answers(record, options) if answer.learned for s in stops)
+    return False
 
 
 def _answers(record: Record, options: DataOptions) -> list[_Answer]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-
 from rwkv_miss.data.tokenizers import Tokenizer
 from rwkv_miss.generation.engine import Engine
-from rwkv_miss.generation.sampling import Sampling
+from rwkv_miss.generation.sampling import Sampling, mixed_seed
 from rwkv_miss.model.base import RWKV
 
 
@@ -69,5 +67,5 @@ def strip_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of prompt number `index`, from 0 to 2^63 - 1."""
-    return seed if index == 0 else int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0] >> 1)
+    """The seed of prompt number `index`."""
+    return seed if index == 0 else mixed_seed(seed, index)

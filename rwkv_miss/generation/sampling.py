@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,11 @@ class Sampling:
     def generator(self, device: torch.device) -> torch.Generator | None:
         """The random numbers of one sequence; None where none are needed."""
         return torch.Generator(device).manual_seed(self.seed) if self.temperature > 0 else None
+
+
+def mixed_seed(seed: int, *place: int) -> int:
+    """A seed, from 0 to 2^63 - 1, made of another and of one place among those that must not share random numbers."""
+    return int(np.random.SeedSequence((seed, *place)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator | None]) -> list[int]:

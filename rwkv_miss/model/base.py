@@ -130,10 +130,9 @@ class Head(nn.Linear):
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
     ) -> Tensor:
-        weight = self.weight
         if targets is None:
-            return F.linear(hidden, weight)
-        return target_log_probs(hidden, lambda h: F.linear(h, weight), targets, self.out_features, reduction)
+            return F.linear(hidden, self.weight)
+        return target_log_probs(hidden, self.weight, targets, reduction)
 
 
 class Sizes(NamedTuple):

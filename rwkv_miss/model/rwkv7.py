@@ -28,7 +28,7 @@ class TimeMix(TimeMixBase):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         C, rank = config.n_embd, config.low_rank
-        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
+        self.n_head, self.head_size = config.n_head, config.head_size
         self.x_r, self.x_w, self.x_k = vector(C), vector(C), vector(C)
         self.x_v, self.x_a, self.x_g = vector(C), vector(C), vector(C)
         self.w0, self.w1, self.w2 = vector(C), matrix(C, rank["w"]), matrix(rank["w"], C)

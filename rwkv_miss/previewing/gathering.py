@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from array import array
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +68,9 @@ class Gathering:
             self._first_refused = self._first_refused or str(e)
             if record.rejected:
                 self._pairs += 1
-                chosen = replace(record, where=f"{record.where}, chosen", rejected=())
+                chosen = record._replace(where=f"{record.where}, chosen", rejected=())
                 self._take_conversation(chosen)
-                self._take_conversation(replace(chosen, where=f"{record.where}, rejected", turns=record.rejected))
+                self._take_conversation(chosen._replace(where=f"{record.where}, rejected", turns=record.rejected))
 
     def _take_conversation(self, record: Record) -> None:
         options = self._sources[-1][0].options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -76,7 +75,7 @@ def own_strings(record: Record, config: PreviewConfig) -> list[Stretches]:
         for turn in record.turns[: first + 1]
     )
     found: list[Stretches] = []
-    for span in render(replace(record, turns=turns), config):
+    for span in render(record._replace(turns=turns), config):
         parts = re.split(f"{_OPEN}(.*?){_CLOSE}", span.text, flags=re.DOTALL)
         found.append([(part, i % 2 == 0 if i or found else None) for i, part in enumerate(parts) if part])
     return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from rwkv_miss.benchmarks import memory
+from rwkv_miss.benchmarks import common, head, memory
+from rwkv_miss.errors import RunError
 
 
 @pytest.mark.slow
@@ -21,6 +22,25 @@ def test_a_system_that_does_not_tell(monkeypatch):
     def refused(path, text):
         raise PermissionError("no")
 
-    monkeypatch.setattr(memory.Path, "write_text", refused)
-    with pytest.raises(memory.RunError, match=r"does not say a process's peak memory \(no\)"):
+    monkeypatch.setattr(common.Path, "write_text", refused)
+    with pytest.raises(RunError, match=r"does not say a process's peak memory \(no\)"):
         memory.step_bytes(1, False, 16, None, 0)
+
+
+@pytest.mark.slow
+def test_the_head_takes_less_than_all_logits(monkeypatch):
+    for name, value in {"TOKENS": 2048, "VOCAB_SIZE": 32768, "N_EMBD": 32, "ROUNDS": 1}.items():
+        monkeypatch.setattr(head, name, value)
+    rows = head.bench_head(1).rows
+    assert [row["name"] for row in rows] == [f"{d}, head {h}" for d in ("bf16", "fp32") for h in ("frozen", "trained")]
+    for row in rows:
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and row["plain_ms"] > 0
+        assert row["plain_mb"] > 1.5 * 4e-6 * 2048 * 32768 and row["memory_ratio"] == row["mb"] / row["plain_mb"] < 0.8
+
+
+def test_a_head_that_disagrees_is_not_timed(monkeypatch):
+    for name, value in {"TOKENS": 4, "VOCAB_SIZE": 8, "N_EMBD": 8}.items():
+        monkeypatch.setattr(head, name, value)
+    monkeypatch.setitem(head._WAYS, "ours", lambda h, w, t: 1.1 * head._plain(h, w, t))
+    with pytest.raises(AssertionError, match="the results disagree"):
+        head.bench_head(1)

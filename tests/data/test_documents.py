@@ -73,7 +73,7 @@ def test_the_end_token_inside_a_text():
 
 
 def test_two_answers_to_compare_are_refused():
-    record = replace(RECORD, rejected=(Turn("user", QUESTION), Turn("assistant", "no")))
+    record = RECORD._replace(rejected=(Turn("user", QUESTION), Turn("assistant", "no")))
     with pytest.raises(
         UserError, match=r"^sums.jsonl:7: has a chosen and a rejected answer, .* prompt_field and answer"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +137,57 @@ def test_answers_to_compare(item):
 def test_a_text_to_fill_in():
     record = read({"prefix": "def f(", "suffix": "", "middle": "x"})
     assert record.turns == (Turn("prefix", "def f("), Turn("suffix", ""), Turn("assistant", "x"))
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (["Lima", "Turin", "C"], "Turin"),
+        (["Lima", "Turin", "C"], "B"),
+        (["Lima", "Turin", "C"], 1),
+        (["Lima", "Turin", "C"], "1"),
+        ({"text": ["Lima", "Turin"], "label": ["1", "0"]}, "0"),
+        ({"text": ["Lima", "Turin"], "label": ["A", "B"]}, "B"),
+        ({"text": ["1", "Turin", "0"]}, 1),
+    ],
+)
+def test_choices(choices, answer):
+    item = {"question": "q", "answer": answer, "choices": choices, "id": 5}
+    texts = choices["text"] if isinstance(choices, dict) else choices
+    record = read(item, choices_field="choices")
+    assert record == Record("f:1", (Q, Turn("assistant", "Turin")), ("id",), choices=tuple(texts))
+    named = {"prompt_field": "question", "answer_field": "answer", "choices_field": "choices"}
+    assert read(item, **named) == record
+
+
+def test_choices_are_read_where_they_are_asked_for_and_there():
+    """The text of a choice that looks like a letter or a number means itself."""
+    item = {"question": "q", "answer": "B", "choices": ["A", "C", "B"]}
+    assert read(item) == Record("f:1", (Q, Turn("assistant", "B")), ("choices",))
+    assert read(item, choices_field="choices").turns[1].content == "B"
+    assert read({"question": "q", "answer": "a"}, choices_field="choices") == Record("f:1", (Q, A))
+    assert read(talk(QUESTION, ANSWER, choices=["a", "b"]), choices_field="choices").unread == ("choices",)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "said"),
+    [
+        ("A) Lima", "A", "choices is a string; give a list of at least two texts"),
+        (["Lima"], 0, "choices is a list; give a list of at least two texts"),
+        ({"text": ["Lima", "Turin"], "label": ["A"]}, "A", "labels in choices are not as many as its 2 texts"),
+        (["Lima", 5], 0, "'choices[1]' is a number, not a string"),
+        (["Lima", " "], 0, "'choices[1]' is empty"),
+        (["Lima", "Turin"], 2, "answer 2 is none of the 2 choices; give its text, its label (such as A) or its number"),
+        (["Lima", "Turin"], -1, "answer -1 is none of the 2 choices"),
+        (["Lima", "Turin"], True, "answer True is none of the 2 choices"),
+        (["Lima", "Turin"], "C", "answer 'C' is none of the 2 choices"),
+        (["Lima", "Turin"], None, "lacks the field 'answer'"),
+    ],
+)
+def test_choices_that_are_refused(choices, answer, said):
+    item = {"q": "q", "answer": answer, "choices": choices}
+    with pytest.raises(UserError, match=re.escape(said)):
+        read(item, prompt_field="q", answer_field="answer", choices_field="choices")
 
 
 @pytest.mark.parametrize(

@@ -1,39 +1,84 @@
-"""The loss computed in pieces equals the loss computed at once, and the head sees no position without loss."""
+"""The loss computed in pieces equals the loss computed at once, and positions without loss have no part in it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rwkv_miss.ops import log_probs
 from rwkv_miss.ops.log_probs import target_log_probs
 
+V = 11
 
-@pytest.mark.parametrize("max_logits", [11 * 4, 11, 1, 2**20])
-def test_pieces(monkeypatch, max_logits):
-    monkeypatch.setattr(log_probs, "_MAX_LOGITS", max_logits)
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (2, 9, 5), weight (V, 5), and targets, of which every third is missing."""
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 9, 5, generator=g, requires_grad=True)
-    weight = torch.randn(11, 5, generator=g, requires_grad=True)
-    targets = torch.randint(11, (2, 9), generator=g)
+    hidden = torch.randn(2, 9, 5, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(V, 5, generator=g).to(dtype).requires_grad_()
+    targets = torch.randint(V, (2, 9), generator=g)
     targets[:, ::3] = -100
-    seen = []
+    return hidden, weight, targets
 
-    def head(h):
-        seen.append(len(h))
-        return h @ weight.T
 
-    found = -target_log_probs(hidden, head, targets, 11)
-    assert sum(seen) == 12 and max(seen) == min(12, max(1, max_logits // 11))
-    exact = cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
-    torch.testing.assert_close(found, exact)
-    for mine, theirs in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, exact)), strict=True):
-        torch.testing.assert_close(mine, theirs)
+def at_once(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """What is expected, in float64."""
+    logits = (hidden.double() @ weight.double().T).flatten(0, 1)
+    found = -cross_entropy(logits, targets.flatten(), reduction=reduction, ignore_index=-100)
+    return found if reduction == "sum" else found.view(targets.shape)
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("max_logits", [V * 4, V, 1, 2**20])
+def test_pieces(monkeypatch, max_logits, reduction, trained):
+    monkeypatch.setattr(log_probs, "_MAX_LOGITS", max_logits)
+    *both, targets = inputs()
+    for i, x in enumerate(both):
+        x.requires_grad_(i in trained)
+    found, exact = target_log_probs(*both, targets, reduction), at_once(*both, targets, reduction)
+    torch.testing.assert_close(found, exact.float())
+    factors = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    wanted = [both[i] for i in trained]
+    mine, theirs = (torch.autograd.grad(x, wanted, factors.to(x.dtype)) for x in (found, exact))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_float64_stays_float64():
+    hidden, weight, targets = inputs(torch.float64)
+    found, exact = target_log_probs(hidden, weight, targets), at_once(hidden, weight, targets, "sum")
+    torch.testing.assert_close(found, exact, rtol=1e-14, atol=0)
+
+
+def test_bf16_loses_no_more_than_its_products():
+    """Against float64 on the same weights: log p from logits of 8 bits, gradients rounded once or twice."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    found, exact = target_log_probs(hidden, weight, targets), at_once(hidden, weight, targets, "sum")
+    assert found.dtype == torch.float32 and abs(found - exact) <= 2e-3 * abs(exact)
+    for x, y in zip(*(torch.autograd.grad(x / 12, (hidden, weight)) for x in (found, exact)), strict=True):
+        assert (x - y).norm() <= 1e-2 * y.norm()
+
+
+def test_only_positions_with_a_target_are_computed(monkeypatch):
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        hidden[:, ::3] = torch.nan
+    found = target_log_probs(hidden, weight, targets)
+    [gradient] = torch.autograd.grad(found, hidden)
+    assert found.isfinite() and gradient.isfinite().all() and not gradient[:, ::3].any()
+
+
+def test_without_gradients_there_is_no_graph():
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        assert not target_log_probs(hidden, weight, targets).requires_grad
 
 
 def test_no_loss_at_all_is_zero_with_a_gradient_of_zeros():
     hidden = torch.randn(1, 3, 5, requires_grad=True)
-    found = target_log_probs(hidden, lambda h: h @ torch.ones(5, 7), torch.full((1, 3), -100), 7)
+    found = target_log_probs(hidden, torch.ones(7, 5), torch.full((1, 3), -100))
     assert found == 0
     assert not torch.autograd.grad(found, hidden)[0].any()

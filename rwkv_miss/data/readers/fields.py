@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import string
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rwkv_miss.config import DataOptions
@@ -54,7 +56,7 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     - `text`;
     - `messages` or `conversations`, a list of {role, content} or {from, value}, with `tools` and `system` beside it;
     - a pair of `KNOWN_PAIRS`, with `system` and `history` (a list of [question, answer]) beside it, and `input` beside
-      `instruction`;
+      `instruction`; also with the field that `choices_field` names, which may stand beside `prompt_field` as well;
     - `chosen` and `rejected`, both an answer to `prompt` (`question`, `instruction`) or a list as in `messages`;
     - `prefix`, `suffix` and `middle`.
 
@@ -72,8 +74,11 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     unread: dict[str, None] = {}
     tools: tuple[Tool, ...] = ()
     rejected: Turns = ()
+    choices: tuple[str, ...] = ()
     if options.prompt_field is not None and options.answer_field is not None:
-        turns = _question(where, fields, (options.prompt_field, options.answer_field))
+        names = (options.prompt_field, options.answer_field)
+        choices = _choices(where, fields, options.choices_field, names[1])
+        turns = _question(where, fields, names)
     elif options.text_field != "text":
         turns = (Turn("text", _string(where, fields, options.text_field)),)
     elif (shape := _known_shape(where, fields)) == ("text",):
@@ -89,10 +94,12 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
         turns = (*around, Turn("assistant", _string(where, fields, "middle")))
     else:
         about = _optional(where, fields, "input") if shape == _WITH_INPUT else ""
+        choices = _choices(where, fields, options.choices_field, shape[1])
         turns = _history(where, fields) + _question(where, fields, shape, about)
         turns = _after_system(where, fields, turns)
-    unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
-    return Record(where, turns, tuple(unread), tools, rejected)
+    if fields:
+        unread |= dict.fromkeys(name for name, value in fields.items() if value not in _EMPTY)
+    return Record(where, turns, tuple(unread), tools, rejected, choices)
 
 
 def kind(value: Any) -> str:
@@ -110,7 +117,7 @@ def kind(value: Any) -> str:
 
 
 def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
-    fitting = [shape for shape in _SHAPES if shape[0] in fields and all(name in fields for name in shape)]
+    fitting = _fitting(tuple(fields))
     if not fitting:
         raise UserError(
             f"{where}: no known field ({', '.join('/'.join(shape) for shape in _SHAPES)}); {_found(fields)}; {_ADVICE}"
@@ -123,13 +130,56 @@ def _known_shape(where: str, fields: dict[str, Any]) -> tuple[str, ...]:
     return fitting[0]
 
 
+@lru_cache(maxsize=256)  # most files have a few sets of fields
+def _fitting(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The shapes that fields of these names have."""
+    return [shape for shape in _SHAPES if set(shape) <= set(names)]
+
+
 # Each of these takes the fields that it reads out of `fields`: what is left at the end was not read.
 
 
 def _question(where: str, fields: dict[str, Any], names: tuple[str, ...], about: str = "") -> Turns:
     _check_there(where, fields, names, _ADVICE)
-    prompt, answer = (_string(where, fields, name) for name in names)
-    return (Turn("user", prompt, about), Turn("assistant", answer))
+    asked, answered = names
+    return (
+        Turn("user", _string(where, fields, asked), about),
+        Turn("assistant", _string(where, fields, answered)),
+    )
+
+
+def _choices(where: str, fields: dict[str, Any], name: str | None, answer: str) -> tuple[str, ...]:
+    """The choices in the field `name`, if it is there. The answer becomes the text of the one that it means.
+
+    The field is a list of texts, or has such a list as `text` and another, of what the answer calls them, as `label`.
+    """
+    if name is None or name not in fields:
+        return ()
+    value = fields.pop(name)
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, dict) else (value, None)
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise UserError(f"{where}: {name} is {kind(value)}; give a list of at least two texts")
+    texts = [_string(where, {f"{name}[{i}]": text}, f"{name}[{i}]") for i, text in enumerate(texts)]
+    if labels is None:
+        labels = list(string.ascii_uppercase[: len(texts)])
+    elif not isinstance(labels, list) or len(labels) != len(texts):
+        raise UserError(f"{where}: the labels in {name} are not as many as its {len(texts)} texts; {_CORRECT}")
+    _check_there(where, fields, (answer,), _ADVICE)
+    fields[answer] = texts[_chosen(where, fields[answer], texts, labels)]
+    return tuple(texts)
+
+
+def _chosen(where: str, answer: Any, texts: Sequence[str], labels: Sequence[Any]) -> int:
+    """The index of the choice that an answer means by its text, its label or its number, which may be a string."""
+    if type(answer) is int and 0 <= answer < len(texts):
+        return answer
+    for names in (texts, labels, [*map(str, range(len(texts)))]):
+        if isinstance(answer, str) and answer in names:
+            return names.index(answer)
+    raise UserError(
+        f"{where}: the answer {answer!r:.40} is none of the {len(texts)} choices; give its text, its label (such as "
+        f"{labels[0]}) or its number, from 0 on"
+    )
 
 
 def _after_system(where: str, fields: dict[str, Any], turns: Turns) -> Turns:
@@ -142,8 +192,10 @@ def _after_system(where: str, fields: dict[str, Any], turns: Turns) -> Turns:
 
 def _history(where: str, fields: dict[str, Any]) -> Turns:
     """The questions and answers that came before, each as a list of two strings."""
+    if "history" not in fields:
+        return ()
     turns: Turns = ()
-    history = fields.pop("history", [])
+    history = fields.pop("history")
     if not isinstance(history, list):
         raise UserError(f"{where}: history is {kind(history)}, not a list of [question, answer]; {_CORRECT}")
     for i, pair in enumerate(history):
@@ -316,13 +368,16 @@ def _as_json(at: str, name: str, value: Any) -> str:
 
 
 def _check_there(at: str, fields: dict[str, Any], names: tuple[str, ...], advice: str) -> None:
-    if missing := [name for name in names if name not in fields]:
-        raise UserError(f"{at}: lacks the field {missing[0]!r}; {_found(fields)}; {advice}")
+    for name in names:
+        if name not in fields:
+            raise UserError(f"{at}: lacks the field {name!r}; {_found(fields)}; {advice}")
 
 
 def _optional(at: str, fields: dict[str, Any], name: str) -> str:
     """The field's string; empty if it is not there, or holds nothing."""
-    value = fields.get(name)
+    if name not in fields:
+        return ""
+    value = fields[name]
     if value in _EMPTY or (isinstance(value, str) and not value.strip()):
         fields.pop(name, None)
         return ""
@@ -335,13 +390,14 @@ def _string(where: str, fields: dict[str, Any], name: str, may_be_empty: bool = 
     value = fields.pop(name)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {kind(value)}, not a string; {_CORRECT}")
-    if not value.strip() and not may_be_empty:
+    if (not value or value.isspace()) and not may_be_empty:
         raise UserError(f"{where}: field {name!r} is empty; fill it or remove the record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        bad = value[error.start]
-        raise UserError(f"{where}: field {name!r} holds {bad!r}, half of a surrogate pair; remove it") from error
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            bad = value[error.start]
+            raise UserError(f"{where}: field {name!r} holds {bad!r}, half of a surrogate pair; remove it") from error
     return value
 
 

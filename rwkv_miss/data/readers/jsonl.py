@@ -13,6 +13,9 @@ from rwkv_miss.data.readers.fields import kind, record_of
 from rwkv_miss.data.records import Record
 from rwkv_miss.errors import UserError
 
+_SPACE = " \t\r\n"  # what JSON calls white space
+_DECODER = json.JSONDecoder()  # `json.loads` takes as long for its arguments as for a short text
+
 
 def jsonl_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Block]:
     """Whole lines as bytes, some MB at a time."""
@@ -33,12 +36,13 @@ def jsonl_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[B
 
 def jsonl_records(block: Block, options: DataOptions) -> Iterator[Record]:
     """A record for each line that is not blank; see `record_of` for the fields."""
+    path = str(block.path)
     for number, raw in enumerate(block.content.split(b"\n"), start=block.first):
-        where = f"{block.path}:{number}"
-        if not raw.strip():
+        if not raw or raw.isspace():
             continue
+        where = f"{path}:{number}"
         try:
-            text = raw.rstrip(b"\r").decode("utf-8")
+            text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
         yield record_of(where, parse_object(where, text, "give one object a line"), options)
@@ -47,7 +51,9 @@ def jsonl_records(block: Block, options: DataOptions) -> Iterator[Record]:
 def parse_object(where: str, text: str, advice: str) -> dict[str, Any]:
     """The JSON object in a text. Raises UserError if there is none."""
     try:
-        item = json.loads(text)
+        item, end = _DECODER.raw_decode(text, len(text) - len(text.lstrip(_SPACE)))
+        if text[end:].strip(_SPACE):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         said = error.msg.removesuffix(" at")  # "Unterminated string starting at" and its like
         raise UserError(f"{where}: is not JSON ({said} at column {error.colno}); {advice}") from error
