@@ -69,9 +69,7 @@ def run(
 
     options = settled(DataOptions(template=template), adapters_template(adapter))
     opening = [Turn("system", system)] if system else []
-    chat_spans(
-        [*opening, Turn("user", "...")], options
-    )  # what the template refuses is refused before a model is loaded
+    chat_spans([*opening, Turn("user", "...")], options)  # which the template may refuse: before a model is loaded
     words, sampling = load_tokenizer(tokenizer), Sampling(temperature, top_p, max_tokens, seed=seed)
     loaded = load(model, adapter, dtype)
     if state:

@@ -49,7 +49,7 @@ def run(
     folders = [adapter] if isinstance(adapter, str) else adapter
     facts = [read_facts(adapter_folder(folder)) for folder in folders]
     tokens, text = check_text({known.get("tokenizer") for known in facts}, recorded_template(facts))
-    card_path = Path(out).with_suffix(".md") if card and not state_only else None
+    card_path = Path(f"{out.removesuffix('.pth')}.md") if card and not state_only else None
     if card_path and card_path.exists() and not overwrite:
         raise UserError(
             f"{card_path}: is there already, and a card would be written to it; give another out, --card false for no "

@@ -150,7 +150,7 @@ class Conversation:
         """
         facts = _checked(state_facts(path), path)
         for name, value in _identity(self._model).items():
-            if facts[name] != value:
+            if facts.get(name) != value:
                 raise UserError(f"{path}: was saved with another {name}; give the options that it was saved with")
         state = State.load(path).to(self._model.emb.weight.device, self._model.emb.weight.dtype)
         state.check(self._model.config, 1, self._model.emb.weight)

@@ -289,11 +289,16 @@ def test_what_cannot_be_loaded(models, say, tmp_path, random_weights):
         {"turns": [["user", "a"], ["assistant", " "]]},
         {"turns": [["user", "a"], ["assistant", 3]]},
         {"turns": 3},
+        {"turns": [["user", "a", "b"]]},
     ):
         state.save(tmp_path / "damaged.st", {"conversation": json.dumps(json.loads(facts) | change)})
         refused("damaged", path=tmp_path / "damaged.st")
     state.save(tmp_path / "damaged.st", {"conversation": "[" * 100_000})
     refused("damaged", path=tmp_path / "damaged.st")
+    without = json.loads(facts)
+    del without["model"]
+    state.save(tmp_path / "damaged.st", {"conversation": json.dumps(without)})
+    refused("another model", path=tmp_path / "damaged.st")
     state.wkv[0, 0, 0, 0, 0] = math.nan
     state.save(tmp_path / "nan.st", {"conversation": facts})
     refused("not finite", path=tmp_path / "nan.st")
