@@ -17,9 +17,8 @@ PAGE = (Path(__file__).parents[1] / "docs" / "runtimes.md").read_text()
 COMMANDS = re.findall(r"^rwkv-miss (.*)$", PAGE, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=pytest.mark.slow if "-hf" in c or "peft" in c else ()) for c in COMMANDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_as_written(command, make_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     n_vocab = 256 if "--adapter" in command else 65536  # what is not said otherwise is taken for World's

@@ -249,6 +249,7 @@ def test_wrong_commands(base, tmp_path, capsys, monkeypatch, make_base):
     assert "needs the package gguf, which is not installed: pip install 'rwkv-miss[gguf]'" in said
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_written_and_checked(tmp_path, make_base, capsys, monkeypatch):
     base = make_base(n_embd=C7, head_size=32, vocab_size=256)
     adapter = adapter_of(base, tmp_path / "adapter")

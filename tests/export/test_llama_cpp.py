@@ -108,6 +108,7 @@ def small_base(request, tmp_path, make_base, random_weights6) -> Path:
     return tmp_path / "base.pth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_base", [6, 7], indirect=True)
 @pytest.mark.parametrize(
     "settings",
@@ -126,6 +127,7 @@ def test_an_adapters_file_is_run(small_base, tmp_path, settings):
     assert report.ran.error < 1e-5 and "xllamacpp 20" in report.ran.runtime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_base", [6, 7], indirect=True)
 @pytest.mark.parametrize(("dtype", "most"), [("f32", 1e-5), ("q8_0", 0.06)])
 def test_a_model_with_its_adapter_merged_is_run(small_base, tmp_path, dtype, most):
