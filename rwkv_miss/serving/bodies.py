@@ -203,8 +203,13 @@ class UnloadRequest(Body):
     lora_name: str
 
 
+# Bytes beyond the limit that are read without being kept: a client that is answered, and let go of, while it sends may
+# not get the answer.
+_PASSED_OVER = 64 * 2**20
+
+
 async def read(request: Request, kind: type[_B], most_bytes: int, seconds: float) -> _B:
-    """The body of a request, of which no more than `most_bytes` and for no longer than `seconds` is read.
+    """The body of a request, of which no more than `most_bytes` is kept, and which is read for no longer than `seconds`.
 
     Raises:
         ApiError: it is too long, no JSON, or not of this kind: the message names the field.
@@ -234,14 +239,17 @@ async def _limited(request: Request, most_bytes: int) -> AsyncIterator[bytes]:
         headers={"Connection": "close"},
     )
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > most_bytes:
+    if announced.isdecimal() and int(announced) > most_bytes + _PASSED_OVER:
         raise too_large
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > most_bytes:
+        if size > most_bytes + _PASSED_OVER:
             raise too_large
-        yield chunk
+        if size <= most_bytes:
+            yield chunk
+    if size > most_bytes:
+        raise too_large
 
 
 def _path(location: tuple[int | str, ...]) -> str:
