@@ -209,7 +209,7 @@ _PASSED_OVER = 64 * 2**20
 
 
 async def read(request: Request, kind: type[_B], most_bytes: int, seconds: float) -> _B:
-    """The body of a request, of which no more than `most_bytes` is kept, and which is read for no longer than `seconds`.
+    """The body of a request, of which no more than `most_bytes` is kept and which is read for at most `seconds`.
 
     Raises:
         ApiError: it is too long, no JSON, or not of this kind: the message names the field.
