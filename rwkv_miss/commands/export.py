@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from rwkv_miss.commands.cards import check_free, write_card
 from rwkv_miss.commands.recorded import check_text, dropped, quantised_base, recorded_template
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ def run(
     tokenizer: str | None = None,
     template: str | None = None,
     overwrite: bool = False,
+    card: bool = True,
 ) -> int:
     """Write a model, or an adapter alone, as a file for another runtime, and run it there if it is installed.
 
@@ -42,7 +47,8 @@ def run(
             trained with, or world.
         template: world, g1, g1-think and others, or a file of yours, for the chat template in the file; when not given
             the one that the adapter was trained with, or world.
-        overwrite: Replace the file if it is there.
+        overwrite: Replace the file if it is there, and its card.
+        card: Write a model card too: README.md in a folder, beside a file one with its name and .md behind it.
     """
     from rwkv_miss.adapters.files import adapter_folder, read_facts
     from rwkv_miss.errors import UserError
@@ -62,6 +68,9 @@ def run(
         raise UserError(
             f"{to} needs the package {needs[0]}, which is not installed: pip install 'rwkv-miss[{needs[1]}]'"
         )
+    card_path = Path(f"{out}.md") if (models | ADAPTER_TARGETS)[to].suffix else Path(out) / "README.md"
+    if card:
+        check_free(card_path, overwrite)
     folder = adapter_folder(adapter) if adapter else None
     facts = [read_facts(folder)] if folder else []
     recorded = facts[0].get("tokenizer") if facts else None
@@ -98,6 +107,9 @@ def run(
                 f"{report.logits_error:.1e} of their size on {what}{effect}"
             )
         lines += [_ran(report.ran, target.runtime), *dropped(report, "--dtype f32"), *quantised_base(facts)]
+    if card:
+        given = {"adapter": adapter, "dtype": dtype, "tokenizer": tokenizer, "template": template}
+        _write_card(card_path, model, to, out, given, facts, lines)
     console = Console(markup=False)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -114,6 +126,41 @@ def _text(out: str, name: str, form: Template) -> Text:
     if tokenizer.pieces is None:
         raise UserError(f"tokenizer {name}: runtimes of this format know RWKV's own alone; give world or bytes")
     return Text(Path(out).stem, tokenizer.pieces(), as_jinja(form))
+
+
+def _write_card(
+    path: Path,
+    model: str,
+    to: str,
+    out: str,
+    options: Mapping[str, str | None],
+    facts: Sequence[Mapping[str, Any]],
+    lines: Sequence[str],
+) -> None:
+    """The card of an export; `lines` are what the command says."""
+    from rwkv_miss.checkpoint import read_checkpoint
+    from rwkv_miss.export.card import command
+    from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
+    from rwkv_miss.model.recognise import infer_config
+
+    version = infer_config(read_checkpoint(model), model).version
+    given = {name: value for name, value in options.items() if value is not None}
+    is_alone = to in ADAPTER_TARGETS
+    quoted = {"sh": shlex.quote(out)}
+    write_card(
+        path,
+        Path(out).name,
+        f"{'An adapter for' if is_alone else 'An'} RWKV-{version}, written for another runtime.",
+        version,
+        [given["adapter"]] if facts else [],
+        facts,
+        ("Export", {"model": Path(model).name, "format": to, **given, "checked": "; ".join(lines)}),
+        command("export", model=model, to=to, out=out, **given),
+        {
+            name: (language, code.replace("{out}", quoted.get(language, json.dumps(out))))
+            for name, (language, code) in (ADAPTER_TARGETS[to] if is_alone else TARGETS[to]).uses.items()
+        },
+    )
 
 
 def _size(out: str) -> str:

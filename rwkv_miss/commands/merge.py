@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_miss.commands.cards import check_free, write_card
 from rwkv_miss.commands.model import Dtype
 from rwkv_miss.commands.recorded import check_text, dropped, quantised_base, recorded_template
 from rwkv_miss.config import Rounding
-from rwkv_miss.errors import UserError
 
 if TYPE_CHECKING:
     from rwkv_miss.merging.merge import MergeReport
@@ -50,11 +50,8 @@ def run(
     facts = [read_facts(adapter_folder(folder)) for folder in folders]
     tokens, text = check_text({known.get("tokenizer") for known in facts}, recorded_template(facts))
     card_path = Path(f"{out.removesuffix('.pth')}.md") if card and not state_only else None
-    if card_path and card_path.exists() and not overwrite:
-        raise UserError(
-            f"{card_path}: is there already, and a card would be written to it; give another out, --card false for no "
-            "card, or --overwrite true to replace it"
-        )
+    if card_path:
+        check_free(card_path, overwrite)
     with show_progress("tensors written and read back") as on_tensor:
         report = merge(base, adapter, out, dtype, state_only, overwrite, on_tensor, weights, rounding, tokens)
     table = Table("trained", "merged", "|dW| mean", "lost by the cast: mean", "most", title=f"{report.out}")
@@ -93,42 +90,35 @@ def _write_card(
     options: Mapping[str, Any],
 ) -> None:
     """The card of a merged file, from what is recorded with the adapters."""
-    import rwkv_miss
     from rwkv_miss.checkpoint import read_checkpoint
     from rwkv_miss.data.templates import recorded
-    from rwkv_miss.export.card import command, merged_uses, model_card
-    from rwkv_miss.files import atomic_write
+    from rwkv_miss.export.card import command, merged_uses
     from rwkv_miss.model.recognise import infer_config
-    from rwkv_miss.training.card import tags_of, use_of
+    from rwkv_miss.training.card import use_of
 
     version = infer_config(read_checkpoint(report.out), report.out).version
-    sections: dict[str, Mapping[str, Any]] = {}
-    for folder, known in zip(folders, facts, strict=True):
-        of_which = f" of {folder}" if len(folders) > 1 else ""
-        sections |= {f"{heading}{of_which}": section for heading, section in known.get("card", {}).items()}
-    sections["Merge"] = {
+    given = {name: value for name, value in options.items() if value is not None}
+    section = {
         "base": Path(base).name,
         "adapter": ", ".join(folders),
-        **{name: value for name, value in options.items() if value is not None},
+        **given,
         "dtype of the file": report.dtype,
         "KL(base + adapter || file)": f"{report.divergence:.1e} nats a token",
         "KL(base + adapter || base)": f"{report.divergence_effect:.1e} nats a token",
     }
     adapter = folders[0] if len(folders) == 1 else f"[{','.join(folders)}]"
-    given = {name: str(value).replace(" ", "") for name, value in options.items() if value is not None}
-    merge = command("merge", base=base, adapter=adapter, out=str(report.out), **given)
-    methods = "+".join(dict.fromkeys(known["method"] for known in facts if known.get("method")))
+    as_given = {name: str(value).replace(" ", "") for name, value in given.items()}
     tokenizers = {known.get("tokenizer") for known in facts}
     [tokenizer] = tokenizers if len(tokenizers) == 1 else [None]
     use = use_of(version, tokenizer, recorded(recorded_template(facts))) if tokenizer else None
-    text = model_card(
+    write_card(
+        path,
         report.out.name,
         f"An RWKV-{version} with {'an adapter' if len(folders) == 1 else f'{len(folders)} adapters'} merged into it.",
-        tags_of(version, methods) if methods else tags_of(version, "merge"),
-        sections,
-        [*(known["command"] for known in facts if known.get("command")), merge],
+        version,
+        folders,
+        facts,
+        ("Merge", section),
+        command("merge", base=base, adapter=adapter, out=str(report.out), **as_given),
         merged_uses(str(report.out), use) if use else {},
-        version=rwkv_miss.__version__,
     )
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8", errors="replace")

@@ -74,4 +74,5 @@ TARGET = AdapterTarget(
     runtime=RUNTIME,
     base="gguf",
     check_sizes=check_sizes,
+    uses={"llama.cpp, on the base as GGUF": ("sh", "llama-cli -m base.gguf --lora {out}")},
 )

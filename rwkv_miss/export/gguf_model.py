@@ -220,6 +220,7 @@ TARGET = Target(
     tolerance={"q8_0": 0.1},
     takes_text=True,
     check_sizes=check_sizes,
+    uses={"llama.cpp and what is built on it": ("sh", "llama-cli -m {out}\nllama-server -m {out}")},
     needs=("gguf", "gguf"),
     runtime=RUNTIME,
 )

@@ -161,6 +161,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+_USE = """\
+from rwkv7_hf import RWKV7ForCausalLM
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({out}, trust_remote_code=True)
+model = RWKV7ForCausalLM.from_pretrained({out})"""
+
 TARGET = Target(
     "",
     _write,
@@ -169,4 +176,5 @@ TARGET = Target(
     takes_text=True,
     check_sizes=check_sizes,
     runtime=Runtime("rwkv7-hf", "rwkv7_hf", "hf", log_probs),
+    uses={"rwkv7-hf": ("python", _USE)},
 )

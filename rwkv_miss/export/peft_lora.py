@@ -61,6 +61,12 @@ def _read(path: Path) -> dict[str, Factors]:
     return products
 
 
+_USE = """\
+from peft import PeftModel
+from rwkv7_hf import RWKV7ForCausalLM
+
+model = PeftModel.from_pretrained(RWKV7ForCausalLM.from_pretrained("base-hf"), {out})"""
+
 TARGET = AdapterTarget(
     "",
     _write,
@@ -69,4 +75,5 @@ TARGET = AdapterTarget(
     runtime=Runtime("peft", "peft", "hf", log_probs, needs=("rwkv7_hf",)),
     base="hf",
     check_sizes=hf.check_sizes,
+    uses={"HF PEFT, on the base as a Hugging Face folder": ("python", _USE)},
 )

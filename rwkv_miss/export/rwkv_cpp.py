@@ -76,4 +76,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     return found
 
 
-TARGET = Target(".bin", _write, _read, dtypes=("f16", "f32"), stored=_stored)
+TARGET = Target(
+    ".bin",
+    _write,
+    _read,
+    dtypes=("f16", "f32"),
+    stored=_stored,
+    uses={"rwkv.cpp": ("sh", "python python/generate_completions.py {out}")},
+)

@@ -53,4 +53,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     return {key_of(name): tensor.mT if _SWAPPED.search(name) else tensor for name, tensor in found.items()}
 
 
-TARGET = Target(".st", _write, _read, dtypes=("f16",), check_sizes=_check_sizes)
+TARGET = Target(
+    ".st",
+    _write,
+    _read,
+    dtypes=("f16",),
+    check_sizes=_check_sizes,
+    uses={"Ai00, in assets/configs/Config.toml": ("toml", '[model]\npath = "."\nname = {out}')},
+)

@@ -47,4 +47,11 @@ def _read(path: Path) -> dict[str, tuple[Tensor, ...]]:
     return products
 
 
-TARGET = AdapterTarget(".st", _write, _read, dtypes=("f16",), holds=_is_vector)
+TARGET = AdapterTarget(
+    ".st",
+    _write,
+    _read,
+    dtypes=("f16",),
+    holds=_is_vector,
+    uses={"Ai00, in assets/configs/Config.toml": ("toml", "[[lora]]\nalpha = 1.0\npath = {out}")},
+)

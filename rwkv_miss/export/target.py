@@ -152,6 +152,7 @@ class Target:
     check_sizes: raises UserError for a model that the format or its runtimes cannot hold, before anything is computed.
     needs: (the package that writes the format, rwkv-miss's extra which brings it), if it is none of the dependencies.
     runtime: what a written file is run with, if it is installed.
+    uses: how users run it: name -> (language, code), in which `{out}` stands for the path.
     """
 
     suffix: str
@@ -164,13 +165,14 @@ class Target:
     check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
     needs: tuple[str, str] | None = None
     runtime: Runtime | None = None
+    uses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AdapterTarget:
     """A format that an adapter can be written to without its base.
 
-    suffix, dtypes, needs, check_sizes: as in `Target`; the first dtype is written where none is given.
+    suffix, dtypes, needs, check_sizes, uses: as in `Target`; the first dtype is written where none is given.
     write: (path, adapter): writes the file. Raises OSError if it cannot be written, UserError if the format cannot hold
         the adapter.
     read: path -> the product beside each linear, by the linear's path, and what was trained directly, by its key, equal
@@ -188,3 +190,4 @@ class AdapterTarget:
     base: str = ""
     check_sizes: Callable[[ModelConfig], None] = lambda sizes: None
     holds: Callable[[str, torch.Size], bool] = lambda key, shape: False
+    uses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
