@@ -52,7 +52,7 @@ ARCHITECTURES = {
 }
 _REPORT = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    r".*?Used (\d+) registers.*?(\d+) bytes smem",
+    r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
     re.S,
 )
 
@@ -88,7 +88,7 @@ def measure(source: Path, options: tuple[str, ...], architecture: int, threads: 
     found = {}
     for part in log.split("Compiling ")[1:]:
         name, stack, stores, loads, registers, shared = _REPORT.search(part).groups()
-        found[name] = Resources(int(registers), int(stack) + int(stores) + int(loads), int(shared), threads)
+        found[name] = Resources(int(registers), int(stack) + int(stores) + int(loads), int(shared or 0), threads)
     nvrtc.nvrtcDestroyProgram(program)
     return found
 

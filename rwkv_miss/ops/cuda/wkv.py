@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_miss.ops.cuda import driver, kernel
 from rwkv_miss.ops.cuda.programs import HEAD_SIZES, IO, PROGRAMS
-from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WkvOp, register
+from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WKV7_CHUNK, WkvOp, register
 
 # Steps between the states that the forward keeps for the backward: CHUNK of cuda/wkv.cuh.
 SAVE_EVERY = 16
@@ -76,7 +76,7 @@ def _backward(
     # The gradients of what the forward saved beside the states: the first kernel writes them, the second reads them.
     named |= {f"d{x.removeprefix('saved_')}": y.new_empty(y.shape) for x, y in zip(op.saved, saved[1:], strict=True)}
     named |= dict(zip([*(f"d{letter}" for letter in op.inputs), "dstate"], grads, strict=True))
-    _launch(op, ("backward_values", "backward_keys"), named)
+    _launch(op, ("backward",) if op is WKV7_CHUNK else ("backward_values", "backward_keys"), named)
 
 
 def _by_name(
@@ -95,7 +95,7 @@ def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]
     v = tensors["v"]
     assert v is not None
     batch, n_steps, n_head, n = v.shape
-    grid, block = launch_shape(batch, n_head, n)
+    grid, block = ((batch * n_head, 1), 2 * n) if op is WKV7_CHUNK else launch_shape(batch, n_head, n)
     arguments = {**tensors, "steps": n_steps, "heads": n_head}
     for part in parts:
         kernel.launch(PROGRAMS[op.name], (v.dtype, n), f"{op.name}_{part}", v.device, grid, block, arguments)
@@ -104,3 +104,4 @@ def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]
 # (*inputs, state, seq_start) -> (y, the last state), as in `rwkv_miss.ops`, with arguments that were checked.
 wkv6 = register(WKV6, "cuda", SAVE_EVERY, _forward, _backward)
 wkv7 = register(WKV7, "cuda", SAVE_EVERY, _forward, _backward)
+wkv7_chunk = register(WKV7_CHUNK, "cuda", SAVE_EVERY, _forward, _backward)
