@@ -45,6 +45,17 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
 }
+// 2^x and 1 / x, to 2 units of the last place; what is too small for a normal float is 0.
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // Begins to copy 16 bytes to shared memory, or 16 bytes of zeros. They are there after this thread's wait_for_copies.
 __device__ __forceinline__ void copy(Shared<bf16> to, const bf16* from, bool zeros) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"

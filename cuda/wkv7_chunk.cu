@@ -23,6 +23,7 @@ constexpr int SOLVE_ROW = 20;
 static_assert(N == 32 || N == 64 || N == 128, "HEAD_SIZE: 32, 64 or 128");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
+constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
 #ifndef FORWARD_BLOCKS
 #define FORWARD_BLOCKS 4
 #endif
@@ -83,14 +84,19 @@ struct Piece {
     }
 };
 
-// Begins to copy a piece's rows of an input; the rows that it has too few are zeros. The whole block takes part.
-__device__ __forceinline__ void copy_rows(Shared<bf16> to, const io* from, long long stride, int rows) {
+// Begins to copy a piece's rows of its inputs, each to its place in a stage; rows that it has too few are zeros. The
+// whole block takes part. from: where the piece's first row stands.
+template <int COUNT>
+__device__ __forceinline__ void copy_rows(Shared<bf16> stage, const io* const (&inputs)[COUNT], long long from,
+                                          long long stride, int rows) {
     constexpr int GROUPS = N / 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < CHUNK * GROUPS; i += THREADS) {
-        const int row = i / GROUPS, column = i % GROUPS * 8;
+    for (int n = 0; n < CHUNK * GROUPS / THREADS; n++) {
+        const int i = threadIdx.x + n * THREADS, row = i / GROUPS, column = i % GROUPS * 8;
         const bool zeros = row >= rows;
-        copy(to + (row * ROW + column), from + (zeros ? 0 : row * stride) + column, zeros);
+        const long long at = from + (zeros ? 0 : row * stride) + column;
+#pragma unroll
+        for (int x = 0; x < COUNT; x++) copy(stage + (x * (INPUT / 2) + row * ROW + column), inputs[x] + at, zeros);
     }
 }
 
@@ -148,8 +154,8 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
             const bool there = at.g + 8 * half < rows;
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const float x = e ? high_of(pair) : low_of(pair), small = __expf(-fabsf(x));
-                const float log = -DECAY_SCALE * __fdividef(x < 0 ? small : 1.0f, 1.0f + small);
+                const float x = e ? high_of(pair) : low_of(pair), small = exp2_of(-LOG2_E * fabsf(x));
+                const float log = -DECAY_SCALE * LOG2_E * (x < 0 ? small : 1.0f) * reciprocal(1.0f + small);
                 logs[j][2 * half + e] = there ? log : 0.0f;
             }
         }
@@ -158,9 +164,9 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
     for (int j = 0; j < 2; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            d.to_a[j][i] = __expf(before[j][i]);
-            d.to_r[j][i] = __expf(before[j][i] + logs[j][i]);
-            d.undo[j][i] = __fdividef(1.0f, d.to_r[j][i]);
+            d.to_a[j][i] = exp2_of(before[j][i]);
+            d.to_r[j][i] = exp2_of(before[j][i] + logs[j][i]);
+            d.undo[j][i] = reciprocal(d.to_r[j][i]);
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -172,7 +178,7 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
             scale(a, d.to_a), scale(r, d.to_r), scale(k, d.undo), scale(b, d.undo);
         }
         if (at.g == 0) {
-            const float end[2] = {__expf(totals[2 * j]), __expf(totals[2 * j + 1])};
+            const float end[2] = {exp2_of(totals[2 * j]), exp2_of(totals[2 * j + 1])};
             store(ends + (16 * at.warp + 8 * j + 2 * at.t), end);
         }
     }
@@ -241,12 +247,12 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
         x[t] = sum;
     }
     // Lanes from 16 on have the same columns: they write what the rounding took away.
+    const Shared<bf16> to = (lane < 16 ? pairs.inverse : pairs.inverse_rest) + column;
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
-        const bf16 rounded = from_float<bf16>(x[t]);
-        const bf16 rest = from_float<bf16>(x[t] - to_float(rounded));
-        WRITE_AS(bf16, (lane < 16 ? pairs.inverse : pairs.inverse_rest) + (t * SQUARE_ROW + column)) =
-            lane < 16 ? rounded : rest;
+        const unsigned rounded = pack(x[t], 0.0f);
+        const unsigned mine = lane < 16 ? rounded : pack(x[t] - low_of(rounded), 0.0f);
+        WRITE_AS(unsigned short, to + t * SQUARE_ROW) = static_cast<unsigned short>(mine);
     }
 }
 
@@ -390,14 +396,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     load_state(s, state_in + head.index * N * N, at);
 
     const auto read = [&](const Piece& piece, int stage) {
-        const Shared<bf16> to = stages + stage * (6 * INPUT / 2);
-        const long long from = head.row(piece.first());
-        copy_rows(to, r + from, head.stride, piece.rows());
-        copy_rows(to + INPUT / 2, z + from, head.stride, piece.rows());
-        copy_rows(to + 2 * (INPUT / 2), k + from, head.stride, piece.rows());
-        copy_rows(to + 3 * (INPUT / 2), a + from, head.stride, piece.rows());
-        copy_rows(to + 4 * (INPUT / 2), b + from, head.stride, piece.rows());
-        copy_rows(to + 5 * (INPUT / 2), v + from, head.stride, piece.rows());
+        const io* const inputs[] = {r, z, k, a, b, v};
+        copy_rows(stages + stage * (6 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
     Piece next = {0, mask_of(head.starts(seq_start, 0)), 0, 0};
     next.end_at_next_start(head.rows(0));
@@ -480,21 +480,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     if (grad_state) load_state(grad, grad_state + head.index * N * N, at);
 
     const auto read = [&](const Piece& piece, int stage) {
-        const Shared<bf16> to = stages + stage * (7 * INPUT / 2);
-        const long long from = head.row(piece.first());
-        copy_rows(to, r + from, head.stride, piece.rows());
-        copy_rows(to + INPUT / 2, z + from, head.stride, piece.rows());
-        copy_rows(to + 2 * (INPUT / 2), k + from, head.stride, piece.rows());
-        copy_rows(to + 3 * (INPUT / 2), a + from, head.stride, piece.rows());
-        copy_rows(to + 4 * (INPUT / 2), b + from, head.stride, piece.rows());
-        copy_rows(to + 5 * (INPUT / 2), v + from, head.stride, piece.rows());
-        copy_rows(to + 6 * (INPUT / 2), dy + from, head.stride, piece.rows());
+        const io* const inputs[] = {r, z, k, a, b, v, dy};
+        copy_rows(stages + stage * (7 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
     const auto read_state = [&](const Piece& piece) {  // zeros where a document begins
         const io* from = saved_states + (head.index * head.chunks() + piece.t0 / CHUNK) * N * N;
+        const bool zeros = piece.begins();
 #pragma unroll
-        for (int i = threadIdx.x; i < N * N / 8; i += THREADS)
-            copy(s0 + (i / (N / 8) * ROW + i % (N / 8) * 8), from + i * 8, piece.begins());
+        for (int n = 0; n < N * N / 8 / THREADS; n++) {
+            const int i = threadIdx.x + n * THREADS;
+            copy(s0 + (i / (N / 8) * ROW + i % (N / 8) * 8), from + i * 8, zeros);
+        }
     };
     const long long last = (head.chunks() - 1) * CHUNK;  // where the last chunk begins
     Piece next = {last, mask_of(head.starts(seq_start, last)), 0, steps > 0 ? head.rows(last) : 0};
@@ -659,8 +655,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 float dzs[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {  // the derivative of the log of a decay is -e^-0.5 sigmoid(z) sigmoid(-z)
-                    const float x = e ? high_of(pair) : low_of(pair), small = __expf(-fabsf(x));
-                    const float part = __fdividef(1.0f, 1.0f + small);
+                    const float x = e ? high_of(pair) : low_of(pair), small = exp2_of(-LOG2_E * fabsf(x));
+                    const float part = reciprocal(1.0f + small);
                     dzs[e] = (end[e] + before[j][i + e] + inside[j][i + e] + after[j][i + e]) * -DECAY_SCALE * small *
                              part * part;
                 }

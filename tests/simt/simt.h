@@ -408,6 +408,8 @@ static inline void wait_for_copies() {
     }
     simt::copies[simt::current].clear();
 }
+static inline float exp2_of(float x) { return std::exp2(x); }
+static inline float reciprocal(float x) { return 1.0f / x; }
 static inline unsigned pack(float low, float high) {
     const auto round = [](float x) {
         uint32_t bits;
