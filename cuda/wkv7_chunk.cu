@@ -9,13 +9,19 @@
 // shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the state,
 // and 16 keys where it works on inputs and their gradients.
 //
-// Inputs, seq_start and outputs are those of wkv7.cu. The forward saves the state before every CHUNK steps, (B, H, ceil(T
-// / CHUNK), N_value, N_key) bf16, or nothing if saved_states is null.
+// Inputs, seq_start and outputs are those of wkv7.cu. The forward saves the state before every SAVE_EVERY steps (a
+// segment), (B, H, ceil(T / SAVE_EVERY), N_value, N_key) bf16, or nothing if saved_states is null. From it the backward
+// computes the states before the segment's other chunks again, into `scratch`, (B, H, REPLAYED, N_value, N_key) bf16.
 #include "mma.cuh"
 
 constexpr int N = HEAD_SIZE;
 constexpr int CHUNK = 16;
+#ifndef SAVE_EVERY
+#define SAVE_EVERY 64
+#endif
+static_assert(SAVE_EVERY % CHUNK == 0 && SAVE_EVERY <= 64, "SAVE_EVERY: a multiple of CHUNK, up to 64");
 constexpr int WARPS = N / 16, THREADS = 32 * WARPS;
+constexpr int REPLAYED = SAVE_EVERY / CHUNK - 1;  // chunks of a segment that are worked on again
 constexpr int TILES = N / 16;   // of 16 values or keys in a row of N
 constexpr int ROW = N + 8;      // elements between rows of N in shared memory: no two rows of 8 share a bank
 constexpr int SQUARE_ROW = 24;  // the same for rows of 16
@@ -54,32 +60,46 @@ struct Head {
           flags(index / heads * steps),
           steps(steps) {}
     __device__ long long row(long long t) const { return first + t * stride; }
-    __device__ long long chunks() const { return (steps + CHUNK - 1) / CHUNK; }
+    __device__ long long segments() const { return (steps + SAVE_EVERY - 1) / SAVE_EVERY; }
+    // The number of steps in the chunk that begins at t0.
     __device__ int rows(long long t0) const { return static_cast<int>(steps - t0 < CHUNK ? steps - t0 : CHUNK); }
-    // Whether step t0 + lane, of the chunk that begins at t0, begins a document.
-    __device__ bool starts(const unsigned char* seq_start, long long t0) const {
-        const int i = threadIdx.x % 32;
-        return seq_start && i < CHUNK && t0 >= 0 && t0 + i < steps &&
-               READ_AS(unsigned char, seq_start + flags + t0 + i) != 0;
+};
+
+// Which steps of a segment begin a document: lane i has those of steps i and i + 32. They are read long before the mask is
+// needed.
+struct Starts {
+    bool low, high;
+    __device__ Starts(const unsigned char* seq_start, const Head& head, long long t0)
+        : low(get(seq_start, head, t0, 0)), high(get(seq_start, head, t0, 32)) {}
+    static __device__ bool get(const unsigned char* seq_start, const Head& head, long long t0, int first) {
+        const long long t = t0 + first + threadIdx.x % 32;
+        return seq_start && t >= 0 && t < head.steps && READ_AS(unsigned char, seq_start + head.flags + t) != 0;
+    }
+    // A mask whose bit i says that step i of the segment begins a document.
+    __device__ unsigned long long mask() const {
+        const unsigned long long upper = __ballot_sync(0xffffffffu, high);
+        return upper << 32 | __ballot_sync(0xffffffffu, low);
     }
 };
-__device__ __forceinline__ unsigned mask_of(bool flag) { return __ballot_sync(0xffffffffu, flag); }
 
-// Steps t0 + from to t0 + to - 1, of the chunk that begins at t0 and whose documents begin at `starts`.
+// Steps t0 + from to t0 + to - 1 of the chunk that begins at t0, in the segment whose documents begin at `starts`.
 struct Piece {
     long long t0;
-    unsigned starts;
+    unsigned long long starts;
     int from, to;
+    __device__ int in_segment() const { return static_cast<int>(t0 % SAVE_EVERY); }
+    __device__ unsigned in_chunk() const { return static_cast<unsigned>(starts >> in_segment()) & 0xffffu; }
     __device__ int rows() const { return to - from; }
     __device__ long long first() const { return t0 + from; }
-    __device__ bool begins() const { return starts >> from & 1; }
-    // Beginning where? The first piece of a chunk from `from` = 0, and its next ones.
-    __device__ void end_at_next_start(int rows) {
-        const unsigned later = starts & ~((2u << from) - 1);
+    __device__ bool begins() const { return in_chunk() >> from & 1; }
+    // `to` for a piece that begins at `from`, in a chunk of so many rows.
+    __device__ void find_end(int rows) {
+        const unsigned later = in_chunk() & ~((2u << from) - 1);
         to = later ? 31 - __clz(later & (~later + 1)) : rows;
     }
-    __device__ void begin_at_last_start() {
-        const unsigned earlier = starts & ((1u << to) - 1);
+    // `from` for a piece that ends at `to`.
+    __device__ void find_begin() {
+        const unsigned earlier = in_chunk() & ((1u << to) - 1);
         from = earlier ? 31 - __clz(earlier) : 0;
     }
 };
@@ -141,8 +161,9 @@ __device__ __forceinline__ int place(const Lane& at, int j, int half) {
     return (at.g + 8 * half) * ROW + 16 * at.warp + 8 * j + 2 * at.t;
 }
 
-// Multiplies the warp's keys of a, r, k and b by their products of decays, in their places, and writes the product of all
+// Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places, and writes the product of all
 // decays of the piece to `ends`.
+template <bool WITH_R>
 __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
                                         Shared<float> ends, int rows, const Lane& at, Decays& d) {
     float logs[2][4], before[2][4], totals[4];
@@ -175,7 +196,8 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
                 const unsigned pair = read_pair(x + p);
                 write_pair(x + p, pack(low_of(pair) * by[j][i], high_of(pair) * by[j][i + 1]));
             };
-            scale(a, d.to_a), scale(r, d.to_r), scale(k, d.undo), scale(b, d.undo);
+            scale(a, d.to_a), scale(k, d.undo), scale(b, d.undo);
+            if (WITH_R) scale(r, d.to_r);
         }
         if (at.g == 0) {
             const float end[2] = {exp2_of(totals[2 * j]), exp2_of(totals[2 * j + 1])};
@@ -256,11 +278,12 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
     }
 }
 
-// Computes the matrices of a piece; each is one warp's work.
+// Computes the matrices of a piece, or of them only the first two, which the state needs; each is one warp's work.
+template <bool WITH_R>
 __device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> r, Shared<bf16> k, Shared<bf16> a,
                                               Shared<bf16> b, const Lane& at) {
 #pragma unroll 1
-    for (int which = at.warp; which < 4; which += WARPS) {
+    for (int which = at.warp; which < (WITH_R ? 4 : 2); which += WARPS) {
         Block c = {};
         multiply_rows(c, which < 2 ? a : r, which % 2 ? k : b);
         keep_lower(c, which >= 2, at);
@@ -288,14 +311,32 @@ __device__ __forceinline__ void load_state(State& s, const float* from, const La
             s[j][2 * half] = pair[0], s[j][2 * half + 1] = pair[1];
         }
 }
-template <typename T>
-__device__ __forceinline__ void store_state(const State& s, T* to, const Lane& at) {
+__device__ __forceinline__ void store_state(const State& s, float* to, const Lane& at) {
 #pragma unroll
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float pair[2] = {s[j][2 * half], s[j][2 * half + 1]};
             store(to + (16 * at.warp + at.g + 8 * half) * N + 8 * j + 2 * at.t, pair);
+        }
+}
+// The same in bf16, to global memory in rows of N, to and from shared memory in rows of ROW.
+template <int STRIDE, typename P>
+__device__ __forceinline__ void store_rounded(const State& s, P to, const Lane& at) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            WRITE_AS(unsigned, to + ((16 * at.warp + at.g + 8 * half) * STRIDE + 8 * j + 2 * at.t)) =
+                pack(s[j][2 * half], s[j][2 * half + 1]);
+}
+__device__ __forceinline__ void load_rounded(State& s, Shared<bf16> from, const Lane& at) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const unsigned pair = read_pair(from + ((16 * at.warp + at.g + 8 * half) * ROW + 8 * j + 2 * at.t));
+            s[j][2 * half] = low_of(pair), s[j][2 * half + 1] = high_of(pair);
         }
 }
 __device__ __forceinline__ void clear(State& s) {
@@ -345,6 +386,16 @@ __device__ __forceinline__ void times_inverse(Block& u, const Block& z, const Pa
     mma(u, rounded, inverse_rest);
     mma(u, rest, inverse);
     mma(u, rounded, inverse);
+}
+
+// u += U^T of the warp's values, from S0 a, which becomes Z^T, and V^T
+__device__ __forceinline__ void solve_values(Block& u, Block& from_a, const unsigned (&in_v)[4], const Pairs& pairs) {
+    unsigned square[4];
+    load_b_transposed<SQUARE_ROW>(square, pairs.ak_rest);
+    mma(from_a, in_v, square);
+    load_b_transposed<SQUARE_ROW>(square, pairs.ak);
+    mma(from_a, in_v, square);
+    times_inverse<true>(u, from_a, pairs);
 }
 
 // Rounds the warp's 16 values of 16 steps and turns them round: pair i is of step g + i / 2 * 8, values 2t and 2t + 1 of
@@ -399,9 +450,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         const io* const inputs[] = {r, z, k, a, b, v};
         copy_rows(stages + stage * (6 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
-    Piece next = {0, mask_of(head.starts(seq_start, 0)), 0, 0};
-    next.end_at_next_start(head.rows(0));
-    bool starts = head.starts(seq_start, CHUNK);  // of the chunk after next's, read long before it is needed
+    Piece next = {0, Starts(seq_start, head, 0).mask(), 0, 0};
+    next.find_end(head.rows(0));
+    Starts starts(seq_start, head, SAVE_EVERY);  // of the segment after next's
     if (steps > 0) read(next, 0);
     for (int stage = 0; next.t0 < steps; stage ^= 1) {
         const Piece piece = next;
@@ -412,20 +463,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         if (piece.to < head.rows(piece.t0)) {
             next.from = piece.to;
         } else {
-            next = Piece{piece.t0 + CHUNK, mask_of(starts), 0, 0};
-            starts = head.starts(seq_start, next.t0 + CHUNK);
+            next.t0 += CHUNK;
+            next.from = 0;
+            if (next.in_segment() == 0) {
+                next.starts = starts.mask();
+                starts = Starts(seq_start, head, next.t0 + SAVE_EVERY);
+            }
         }
-        next.end_at_next_start(head.rows(next.t0));
+        next.find_end(head.rows(next.t0));
         if (next.t0 < steps) read(next, stage ^ 1);
-        if (piece.from == 0 && saved_states)
-            store_state(s, saved_states + (head.index * head.chunks() + piece.t0 / CHUNK) * N * N, at);
+        if (piece.from == 0 && piece.in_segment() == 0 && saved_states)
+            store_rounded<N>(s, saved_states + (head.index * head.segments() + piece.t0 / SAVE_EVERY) * N * N, at);
         if (piece.begins()) clear(s);
         {
             Decays unused;
-            prepare(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+            prepare<true>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
         }
         __syncthreads();
-        compute_pairs(pairs, rs, ks, as, bs, at);
+        compute_pairs<true>(pairs, rs, ks, as, bs, at);
         Block from_a = {}, from_r = {};  // S0 a and S0 r, for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -439,12 +494,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         __syncthreads();
         unsigned in_v[4], in_u[4], square[4];
         load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
-        load_b_transposed<SQUARE_ROW>(square, ak_rest);
-        mma(from_a, in_v, square);
-        load_b_transposed<SQUARE_ROW>(square, ak);
-        mma(from_a, in_v, square);
         Block u = {};
-        times_inverse<true>(u, from_a, pairs);
+        solve_values(u, from_a, in_v, pairs);
         as_a(in_u, u);
         load_b_transposed<SQUARE_ROW>(square, rk);
         mma(from_r, in_v, square);
@@ -463,7 +514,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     wkv7_chunk_backward(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                         const io* __restrict__ v, const io* __restrict__ a, const io* __restrict__ b,
                         const unsigned char* __restrict__ seq_start, const io* __restrict__ saved_states,
-                        const io* __restrict__ dy, const float* __restrict__ grad_state, io* __restrict__ dr,
+                        io* __restrict__ scratch, const io* __restrict__ dy, const float* __restrict__ grad_state, io* __restrict__ dr,
                         io* __restrict__ dz, io* __restrict__ dk, io* __restrict__ dv, io* __restrict__ da,
                         io* __restrict__ db, float* __restrict__ dstate, long long steps, long long heads) {
     if (blockDim.x != THREADS || gridDim.y != 1) __trap();
@@ -483,8 +534,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         const io* const inputs[] = {r, z, k, a, b, v, dy};
         copy_rows(stages + stage * (7 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
-    const auto read_state = [&](const Piece& piece) {  // zeros where a document begins
-        const io* from = saved_states + (head.index * head.chunks() + piece.t0 / CHUNK) * N * N;
+    // Copies the state before a piece; zeros where a document begins.
+    const auto read_state = [&](const Piece& piece) {
+        const int chunk = piece.in_segment() / CHUNK;
+        const io* from = chunk == 0 ? saved_states + (head.index * head.segments() + piece.t0 / SAVE_EVERY) * N * N
+                                    : scratch + (head.index * REPLAYED + chunk - 1) * N * N;
         const bool zeros = piece.begins();
 #pragma unroll
         for (int n = 0; n < N * N / 8 / THREADS; n++) {
@@ -492,12 +546,79 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             copy(s0 + (i / (N / 8) * ROW + i % (N / 8) * 8), from + i * 8, zeros);
         }
     };
-    const long long last = (head.chunks() - 1) * CHUNK;  // where the last chunk begins
-    Piece next = {last, mask_of(head.starts(seq_start, last)), 0, steps > 0 ? head.rows(last) : 0};
-    next.begin_at_last_start();
-    bool starts = head.starts(seq_start, last - CHUNK);  // of the chunk before next's
-    if (steps > 0) read(next, 0), read_state(next);
-    for (int stage = 0; next.t0 >= 0; stage ^= 1) {
+    const auto last_chunk = [&](long long segment) {  // where the last chunk of the segment that begins there begins
+        return (steps - segment < SAVE_EVERY ? steps - 1 : segment + SAVE_EVERY - 1) / CHUNK * CHUNK;
+    };
+    // A segment's pieces are worked on forwards, if it has several chunks, for the states before all chunks but its first,
+    // and then backwards.
+    long long segment = (head.segments() - 1) * SAVE_EVERY;
+    Piece next = {segment, steps > 0 ? Starts(seq_start, head, segment).mask() : 0, 0, 0};
+    bool forwards;  // whether next is to be worked on forwards
+    Starts starts(seq_start, head, segment - SAVE_EVERY);  // of the segment before next's
+    const auto enter = [&]() {  // next becomes the first piece of its segment
+        forwards = last_chunk(segment) > segment;
+        next.from = 0, next.to = head.rows(segment);
+        if (forwards)
+            next.find_end(CHUNK);
+        else
+            next.find_begin();
+    };
+    if (steps > 0) enter(), read(next, 0), read_state(next);
+    int stage = 0;
+    while (next.t0 >= 0 && steps > 0) {
+        if (forwards) {
+            State s;
+            clear(s);
+            while (forwards) {
+                const Piece piece = next;
+                const Shared<bf16> rs = stages + stage * (7 * INPUT / 2), zs = rs + INPUT / 2, ks = zs + INPUT / 2,
+                                   as = ks + INPUT / 2, bs = as + INPUT / 2, vs = bs + INPUT / 2;
+                wait_for_copies();
+                __syncthreads();
+                if (piece.to < CHUNK) {
+                    next.from = piece.to;
+                } else {
+                    next.t0 += CHUNK;
+                    next.from = 0;
+                    forwards = next.t0 < last_chunk(segment);
+                }
+                next.find_end(head.rows(next.t0));
+                if (!forwards) {
+                    next.to = head.rows(next.t0);
+                    next.find_begin();
+                }
+                read(next, stage ^ 1);
+                stage ^= 1;
+                if (piece.first() == segment) load_rounded(s, s0, at);
+                if (piece.begins()) clear(s);
+                {
+                    Decays unused;
+                    prepare<false>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+                }
+                __syncthreads();
+                compute_pairs<false>(pairs, rs, ks, as, bs, at);
+                Block from_a = {}, u = {};
+                unsigned in_v[4], in_u[4];
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    unsigned state[4], in_a[4];
+                    as_a(state, tile_of(s, tile));
+                    load_b_transposed<ROW>(in_a, as + tile * 16);
+                    mma(from_a, state, in_a);
+                }
+                __syncthreads();
+                load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
+                solve_values(u, from_a, in_v, pairs);
+                as_a(in_u, u);
+                add_outer(s, in_v, ks);
+                add_outer(s, in_u, bs);
+                decay(s, ends, at);
+                if (piece.to == CHUNK)
+                    store_rounded<N>(s, scratch + (head.index * REPLAYED + piece.in_segment() / CHUNK) * N * N, at);
+            }
+            __syncthreads();
+            read_state(next);
+        }
         const Piece piece = next;
         const int rows = piece.rows();
         const long long from = head.row(piece.first());
@@ -507,18 +628,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         __syncthreads();
         if (piece.from > 0) {
             next.to = piece.from;
+            next.find_begin();
+        } else if (piece.t0 > segment) {
+            next.t0 -= CHUNK;
+            next.to = CHUNK;
+            next.find_begin();
         } else {
-            next = Piece{piece.t0 - CHUNK, mask_of(starts), 0, CHUNK};
-            starts = head.starts(seq_start, next.t0 - CHUNK);
+            segment -= SAVE_EVERY;
+            next.t0 = segment;
+            next.starts = starts.mask();
+            starts = Starts(seq_start, head, segment - SAVE_EVERY);
+            if (segment >= 0) enter();
         }
-        next.begin_at_last_start();
         if (next.t0 >= 0) read(next, stage ^ 1);
+        stage ^= 1;
         Decays d;
-        prepare(rs, zs, ks, as, bs, ends, rows, at, d);
+        prepare<true>(rs, zs, ks, as, bs, ends, rows, at, d);
         __syncthreads();
 
         decay(grad, ends, at);
-        compute_pairs(pairs, rs, ks, as, bs, at);
+        compute_pairs<true>(pairs, rs, ks, as, bs, at);
         Block from_a = {}, du = {}, dvs = {};  // S0 a; G b; G k: for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -540,12 +669,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         {
             unsigned in_v[4], in_dy[4], in_dz[4], square[4];
             load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
-            load_b_transposed<SQUARE_ROW>(square, ak_rest);
-            mma(from_a, in_v, square);
-            load_b_transposed<SQUARE_ROW>(square, ak);
-            mma(from_a, in_v, square);
             Block u = {}, dzeta = {};
-            times_inverse<true>(u, from_a, pairs);
+            solve_values(u, from_a, in_v, pairs);
             write_values(us, u, at);
             load_a_transposed<ROW>(in_dy, dys + 16 * at.warp);
             load_b<SQUARE_ROW>(square, rb);
