@@ -2,7 +2,8 @@
 // block are fibers, of which one runs at a time, in a random order that a seed picks; __syncthreads, __syncwarp and
 // shuffles switch between them. A fault ends the launch and is reported. Faults are: a barrier that not all threads
 // reach, a shuffle that not all lanes of a warp reach, a race on shared memory, a read of shared memory that was never
-// written, an access out of bounds or not aligned.
+// written, an access out of bounds or not aligned, a copy begun by `copy` that is read or overwritten before the thread
+// that began it has waited for it.
 //
 // A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
 // and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them.
@@ -181,6 +182,13 @@ struct Memory {
     }
 };
 
+static int64_t dynamic_bytes;  // how much dynamic shared memory the kernel that ran last has named
+
+static void take(int64_t first, int64_t size) {
+    if (first % 16) fail("not aligned: dynamic shared memory from byte %ld on", long(first));
+    dynamic_bytes = std::max(dynamic_bytes, first + size);
+}
+
 template <class T>
 struct Array : Memory {
     alignas(16) std::unique_ptr<T[]> data;
@@ -299,7 +307,9 @@ using Shared = simt::Shared<T>;
 #define SHARED(type, name, count)                       \
     static simt::Array<type> name##_array(#name, count); \
     const Shared<type> name { &name##_array, 0 }
-#define DYNAMIC(type, name, first, count) SHARED(type, name, count)
+#define DYNAMIC(type, name, first, count) \
+    SHARED(type, name, count);            \
+    simt::take(first, (count) * sizeof(type))
 #define READ_AS(V, p) (simt::access<const V>(p, false))
 #define WRITE_AS(V, p) (simt::access<V>(p, true))
 
@@ -438,6 +448,8 @@ static inline unsigned __float_as_uint(float f) {
     return x;
 }
 
+extern "C" int64_t simt_dynamic_bytes() { return simt::dynamic_bytes; }
+
 #ifdef SIMT_COVERAGE
 extern "C" void __gcov_dump(void);
 extern "C" void simt_write_coverage() { __gcov_dump(); }
@@ -459,6 +471,7 @@ extern "C" const char* simt_launch(void* kernel, const unsigned* grid, const uns
     simt::global.clear();
     for (int i = 0; i < n_ranges; i++) simt::global.emplace_back(ranges[2 * i], ranges[2 * i] + ranges[2 * i + 1]);
     simt::order.seed(seed);
+    simt::dynamic_bytes = 0;
     if (_setjmp(simt::failure)) return simt::report;
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)

@@ -54,7 +54,7 @@ PROGRAMS = {
         {
             "wkv7_chunk_forward": "r z k v a b state_in seq_start y state_out saved_states steps heads",
             "wkv7_chunk_backward": (
-                "r z k v a b seq_start saved_states dy grad_state dr dz dk dv da db dstate steps heads"
+                "r z k v a b seq_start saved_states scratch dy grad_state dr dz dk dv da db dstate steps heads"
             ),
         },
         {(torch.bfloat16, n): _WKV_VARIANTS[torch.bfloat16, n] for n in CHUNK_HEAD_SIZES},
