@@ -125,7 +125,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
 
 @cache
 def announce(op: str, backend: str, reasons: str) -> None:
-    """Logs, once for the same arguments, which backend "auto" took, why not others, and which of its kernels: as a warning where it is
-    "torch", the slow one."""
+    """Logs, once for the same arguments, which backend "auto" took, why not others, and which of its kernels: as a
+    warning where it is "torch", the slow one."""
     level = logging.WARNING if backend == "torch" else logging.INFO
     _log.log(level, "%s: using backend %r%s", op, backend, f"; {reasons}" if reasons else "")

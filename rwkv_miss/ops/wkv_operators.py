@@ -51,8 +51,8 @@ class Forward(Protocol):
         y: (B, T, H, N) in the dtype of v, to be filled.
         last: the last state, (B, H, N, N) in float32, to be filled.
         saved: to be filled: the state before every `save_every` steps, (B, H, ceil(T / save_every), N, N) in
-            `op.states_dtype` and in the kernels' own layout, then what `op.saved` names. All are None where no gradient will be asked
-            for.
+            `op.states_dtype` and in the kernels' own layout, then what `op.saved` names. All are None where no gradient
+            will be asked for.
     """
 
     def __call__(

@@ -1,7 +1,7 @@
 """The algorithm of cuda/wkv7_chunk.cu in PyTorch operations, with a rounding wherever the kernel rounds to bfloat16.
 
-docs/kernels.md has the formulas. With `exact` for the rounding and float64 inputs it is the op itself; with `to_bf16` and
-float32 it shows what the kernel's roundings cost.
+docs/kernels.md has the formulas. With `exact` for the rounding and float64 inputs it is the op itself; with `to_bf16`
+and float32 it shows what the kernel's roundings cost.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def to_bf16(x: Tensor) -> Tensor:
 
 @dataclass
 class _Chunk:
-    """What forward and backward compute alike from a chunk's inputs; rows are steps. ends: e^C; first and last: (.., 16,
-    1), 1 for the steps that see the state before the chunk, and for those that the state after it sees."""
+    """What forward and backward compute alike from a chunk's inputs; rows are steps. ends: the product of all decays;
+    passes: 1 where the state before the chunk is seen after it; first and last: (.., 16, 1), 1 for the steps that see
+    the state before the chunk, and for those that the state after it sees."""
 
     a: Tensor
     r: Tensor
@@ -89,7 +90,7 @@ def wkv7_chunk_model(
         rnd: of the operands of products. split: of those that the kernel has as the sum of two bfloat16.
         checkpoint: of the states that the forward keeps for the backward, one each `every` chunks.
     """
-    batch, n_steps, heads, n = inputs[0].shape
+    batch, n_steps = inputs[0].shape[:2]
     dtype = state.dtype
     tail = -n_steps % CHUNK
 

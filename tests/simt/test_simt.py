@@ -173,24 +173,27 @@ def test_copies_arrive_where_they_are_waited_for(library, source):
         assert torch.equal(out, expected)
 
 
+def vectors() -> list[torch.Tensor]:
+    """What the kernels of copies read, 16 bytes a thread, and what they write."""
+    return [guarded((64, 4), torch.float32), guarded((64,), torch.float32)]
+
+
 def test_a_copy_that_was_not_waited_for_is_not_there(library):
     for seed in range(5):
         for source in (0, 1, 40):
-            with pytest.raises(SimtError, match="copy: tile.* is read, thread .* has not waited for its copy"):
-                launch(library, "copies", (1, 1), 64, [guarded((64, 4), torch.float32), guarded((64,), torch.float32), 0,
-                       source, 0], seed)  # fmt: skip
+            with pytest.raises(SimtError, match=r"copy: tile.* is read, thread .* has not waited for its copy"):
+                launch(library, "copies", (1, 1), 64, [*vectors(), 0, source, 0], seed)
 
 
 def test_a_copy_over_what_others_still_read_is_a_race(library):
     for seed in range(5):
         with pytest.raises(SimtError, match=r"race: tile|copy: tile"):
-            launch(library, "copies", (1, 1), 64, [guarded((64, 4), torch.float32), guarded((64,), torch.float32), 1, 40,
-                   1], seed)  # fmt: skip
+            launch(library, "copies", (1, 1), 64, [*vectors(), 1, 40, 1], seed)
 
 
 def test_a_copy_that_is_not_aligned(library):
     with pytest.raises(SimtError, match=r"not aligned: tile\[\d+\], 16 bytes"):
-        launch(library, "copy_not_aligned", (1, 1), 64, [guarded((64,), torch.float32), guarded((64,), torch.float32)], 0)
+        launch(library, "copy_not_aligned", (1, 1), 64, vectors(), 0)
 
 
 def test_dynamic_shared_memory_is_counted(library):

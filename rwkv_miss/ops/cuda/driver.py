@@ -19,7 +19,8 @@ from rwkv_miss.ops.cuda.nvrtc import CUDA_12, INSTALL, version
 
 # The first driver for CUDA 13 on Linux (release notes of the CUDA toolkit 13.0).
 _CUDA_13_DRIVER = "580.65"
-# The bytes of shared memory that a block can be given without asking (CUDA C++ Programming Guide, compute capabilities).
+# The bytes of shared memory that a block can be given without asking (CUDA C++ Programming Guide, compute
+# capabilities).
 _SHARED_UNASKED = 48 * 1024
 # What a user can do about an error of the driver.
 _ADVICE = {

@@ -1,4 +1,4 @@
-"""The chunked WKV-7 end to end on the stub driver: that `wkv7` takes it where it can, gives it what it needs, and has the
+"""The chunked WKV-7 end to end on the stub driver: `wkv7` takes it where it can, gives it what it needs, and has the
 reference's results within the roundings of bfloat16. test_launch.py runs this file, with the fixtures of
 stub_fixtures.py."""
 
@@ -143,7 +143,12 @@ def wrong_block(grid, block, arguments):
 
 @pytest.mark.parametrize(
     ("change", "found"),
-    [(swapped_arguments, "y: error"), (swapped_sizes, "out of bounds"), (wrong_grid, "__trap"), (wrong_block, "__trap")],
+    [
+        (swapped_arguments, "y: error"),
+        (swapped_sizes, "out of bounds"),
+        (wrong_grid, "__trap"),
+        (wrong_block, "__trap"),
+    ],
 )
 def test_a_launch_that_is_wrong_is_noticed(change, found, session, change_launches):
     inputs, state, start = case(32)
