@@ -651,9 +651,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         Block from_a = {}, du = {}, dvs = {};  // S0 a; G b; G k: for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            unsigned state[4], g[4], in_a[4], in_b[4], in_k[4];
+            unsigned state[4], g[4], rest[4], in_a[4], in_b[4], in_k[4];
             load_a<ROW>(state, s0 + (16 * at.warp * ROW + tile * 16));
             as_a(g, tile_of(grad, tile));
+            rest_as_a(rest, tile_of(grad, tile), g);
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 write_pair(gs + ((16 * at.warp + at.g + i % 2 * 8) * ROW + tile * 16 + i / 2 * 8 + 2 * at.t), g[i]);
@@ -661,13 +662,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             load_b_transposed<ROW>(in_b, bs + tile * 16);
             load_b_transposed<ROW>(in_k, ks + tile * 16);
             mma(from_a, state, in_a);
+            mma(du, rest, in_b);
+            mma(dvs, rest, in_k);
             mma(du, g, in_b);
             mma(dvs, g, in_k);
         }
         __syncthreads();
 
         {
-            unsigned in_v[4], in_dy[4], in_dz[4], square[4];
+            unsigned in_v[4], in_dy[4], in_dz[4], dz_rest[4], square[4];
             load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
             Block u = {}, dzeta = {};
             solve_values(u, from_a, in_v, pairs);
@@ -678,11 +681,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             times_inverse<false>(dzeta, du, pairs);
             write_values(dus, dzeta, at);
             as_a(in_dz, dzeta);
+            rest_as_a(dz_rest, dzeta, in_dz);
             load_b<SQUARE_ROW>(square, rk);
             mma(dvs, in_dy, square);
             load_b<SQUARE_ROW>(square, ak_rest);
             mma(dvs, in_dz, square);
             load_b<SQUARE_ROW>(square, ak);
+            mma(dvs, dz_rest, square);
             mma(dvs, in_dz, square);
             store_values(dv + from, head.stride, rows, dvs, at);
             add_outer(grad, in_dy, rs);
