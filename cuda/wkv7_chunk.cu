@@ -790,6 +790,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                     dzs[e] = (end[e] + before[j][i + e] + inside[j][i + e] + after[j][i + e]) * -DECAY_SCALE * small *
                              part * part;
                 }
+                if (row == 0 && piece.begins()) dzs[0] = dzs[1] = 0.0f;  // there is no state that could decay
                 if (row >= rows) continue;
                 const long long out = from + row * head.stride + 16 * at.warp + 8 * j + 2 * at.t;
                 const auto put = [&](io* to, float x, float y) { WRITE_AS(unsigned, to + out) = pack(x, y); };

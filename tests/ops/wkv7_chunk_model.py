@@ -27,6 +27,11 @@ def to_bf16(x: Tensor) -> Tensor:
     return x.bfloat16().to(x.dtype)
 
 
+def to_two_bf16(x: Tensor) -> Tensor:
+    """The sum of two bfloat16."""
+    return to_bf16(x) + to_bf16(x - to_bf16(x))
+
+
 @dataclass
 class _Chunk:
     """What forward and backward compute alike from a chunk's inputs; rows are steps. ends: the product of all decays;
@@ -136,10 +141,10 @@ def wkv7_chunk_model(
             u = values(x, v[i], s0)
             grad = grad * x.ends
             g1 = rnd(grad)
-            du = x.rb.mT @ dy[i] + (x.b * x.last) @ g1.mT
+            du = x.rb.mT @ dy[i] + (x.b * x.last) @ split(grad).mT
             dzeta = split(x.inverse).mT @ split(du)
             dz_ = rnd(dzeta)
-            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ g1.mT + split(x.ak).mT @ dz_
+            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ split(grad).mT + split(x.ak).mT @ split(dzeta)
             zero = torch.zeros((), dtype=dtype)
             dab, dak = (rnd(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
             drb, drk = (rnd(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))

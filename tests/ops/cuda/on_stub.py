@@ -1,6 +1,6 @@
 """The scalar CUDA kernels end to end: from `wkv6` and `wkv7` (backend "cuda_scalar") through cubin, module and launch
-to results and gradients, with a stub driver that runs the emulated kernels on host memory. test_launch.py runs this file,
-in a process of its own, with the fixtures of stub_fixtures.py."""
+to results and gradients, with a stub driver that runs the emulated kernels on host memory. test_launch.py runs this
+file, in a process of its own, with the fixtures of stub_fixtures.py."""
 
 from __future__ import annotations
 
