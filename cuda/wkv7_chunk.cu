@@ -5,7 +5,7 @@
 // before it is a multiple of CHUNK, and at T. So nothing of one document is ever multiplied with anything of another,
 // not even by zero. The rows of a piece are its steps; rows that it has too few are zeros and change nothing.
 //
-// Options: -DHEAD_SIZE=64 sets the head size N (32, 64 or 128). Launch: grid (B * H, 1), block 2 N threads, dynamic
+// Options: -DHEAD_SIZE=64 sets the head size N (32 or 64). Launch: grid (B * H, 1), block 2 N threads, dynamic
 // shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the state,
 // and 16 keys where it works on inputs and their gradients.
 //
@@ -26,15 +26,16 @@ constexpr int TILES = N / 16;   // of 16 values or keys in a row of N
 constexpr int ROW = N + 8;      // elements between rows of N in shared memory: no two rows of 8 share a bank
 constexpr int SQUARE_ROW = 24;  // the same for rows of 16
 constexpr int SOLVE_ROW = 20;
-static_assert(N == 32 || N == 64 || N == 128, "HEAD_SIZE: 32, 64 or 128");
+static_assert(N == 32 || N == 64, "HEAD_SIZE: 32 or 64");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
+// How many blocks an SM has room for by the registers of their threads.
 #ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS 4
+#define FORWARD_BLOCKS (256 / N)
 #endif
 #ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS 2
+#define BACKWARD_BLOCKS (128 / N)
 #endif
 
 // Sizes in shared memory, in bytes.

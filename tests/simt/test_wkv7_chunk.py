@@ -51,9 +51,8 @@ def test_agrees_with_the_reference(n_steps, starts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [32, 128])
-def test_agrees_with_the_reference_at_other_head_sizes(n):
-    inputs, state, weights = make_case(70, n)
+def test_agrees_with_the_reference_at_the_other_head_size():
+    inputs, state, weights = make_case(70, 32)
     check(inputs, state, odd_starts(70), weights)
 
 
