@@ -161,26 +161,39 @@ __device__ __forceinline__ void sum_rows(const float (&x)[2][4], float (&sums)[2
 __device__ __forceinline__ int place(const Lane& at, int j, int half) {
     return (at.g + 8 * half) * ROW + 16 * at.warp + 8 * j + 2 * at.t;
 }
+// Keys are in another order where they are multiplied than in memory, so that a lane's four of 16 are neighbours in
+// memory: of tile j, columns 2t and 2t + 1 are keys 4t + 2j and 4t + 2j + 1. Where the lane's four keys stand in a row.
+__device__ __forceinline__ int four_keys(const Lane& at) { return 16 * at.warp + 4 * at.t; }
+__device__ __forceinline__ void read_four(Shared<bf16> row, const Lane& at, float (&x)[4]) {
+    load_vec<4, bf16>(row + four_keys(at), x);
+}
+__device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
+    WRITE_AS(Word, to) = static_cast<Word>(pack(x[2], x[3])) << 32 | pack(x[0], x[1]);
+}
 
 // Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places, and writes the product of all
 // decays of the piece to `ends`.
 template <bool WITH_R>
 __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
                                         Shared<float> ends, int rows, const Lane& at, Decays& d) {
-    float logs[2][4], before[2][4], totals[4];
+    float logs[2][4], before[2][4], totals[4], in_a[2][4], in_r[2][4], in_k[2][4], in_b[2][4];
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int half = 0; half < 2; half++) {
+        const int row = at.g + 8 * half;
+        float x[4];
+        read_four(z + row * ROW, at, x);
+        read_four(a + row * ROW, at, in_a[half]);
+        if (WITH_R) read_four(r + row * ROW, at, in_r[half]);
+        read_four(k + row * ROW, at, in_k[half]);
+        read_four(b + row * ROW, at, in_b[half]);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const unsigned pair = read_pair(z + place(at, j, half));
-            const bool there = at.g + 8 * half < rows;
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const float x = e ? high_of(pair) : low_of(pair), small = exp2_of(-LOG2_E * fabsf(x));
-                const float log = -DECAY_SCALE * LOG2_E * (x < 0 ? small : 1.0f) * reciprocal(1.0f + small);
-                logs[j][2 * half + e] = there ? log : 0.0f;
-            }
+        for (int q = 0; q < 4; q++) {
+            const float small = exp2_of(-LOG2_E * fabsf(x[q]));
+            const float log = -DECAY_SCALE * LOG2_E * (x[q] < 0 ? small : 1.0f) * reciprocal(1.0f + small);
+            logs[q / 2][2 * half + q % 2] = row < rows ? log : 0.0f;
         }
+    }
+    __syncwarp(0xffffffffu);  // all lanes have read their keys
     sum_rows<false>(logs, before, totals, at);
 #pragma unroll
     for (int j = 0; j < 2; j++) {
@@ -193,12 +206,11 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int p = place(at, j, half), i = 2 * half;
-            const auto scale = [&](Shared<bf16> x, const float (&by)[2][4]) {
-                const unsigned pair = read_pair(x + p);
-                write_pair(x + p, pack(low_of(pair) * by[j][i], high_of(pair) * by[j][i + 1]));
+            const auto scale = [&](Shared<bf16> to, const float (&x)[2][4], const float (&by)[2][4]) {
+                write_pair(to + p, pack(x[half][2 * j] * by[j][i], x[half][2 * j + 1] * by[j][i + 1]));
             };
-            scale(a, d.to_a), scale(k, d.undo), scale(b, d.undo);
-            if (WITH_R) scale(r, d.to_r);
+            scale(a, in_a, d.to_a), scale(k, in_k, d.undo), scale(b, in_b, d.undo);
+            if (WITH_R) scale(r, in_r, d.to_r);
         }
         if (at.g == 0) {
             const float end[2] = {exp2_of(totals[2 * j]), exp2_of(totals[2 * j + 1])};
@@ -304,24 +316,28 @@ typedef float State[N / 8][4];
 
 __device__ __forceinline__ void load_state(State& s, const float* from, const Lane& at) {
 #pragma unroll
-    for (int j = 0; j < N / 8; j++)
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float pair[2];
-            load(from + (16 * at.warp + at.g + 8 * half) * N + 8 * j + 2 * at.t, pair);
-            s[j][2 * half] = pair[0], s[j][2 * half + 1] = pair[1];
+            float four[4];
+            load(from + (16 * at.warp + at.g + 8 * half) * N + 16 * tile + 4 * at.t, four);
+#pragma unroll
+            for (int q = 0; q < 4; q++) s[2 * tile + q / 2][2 * half + q % 2] = four[q];
         }
 }
 __device__ __forceinline__ void store_state(const State& s, float* to, const Lane& at) {
 #pragma unroll
-    for (int j = 0; j < N / 8; j++)
+    for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float pair[2] = {s[j][2 * half], s[j][2 * half + 1]};
-            store(to + (16 * at.warp + at.g + 8 * half) * N + 8 * j + 2 * at.t, pair);
+            float four[4];
+#pragma unroll
+            for (int q = 0; q < 4; q++) four[q] = s[2 * tile + q / 2][2 * half + q % 2];
+            store(to + (16 * at.warp + at.g + 8 * half) * N + 16 * tile + 4 * at.t, four);
         }
 }
-// The same in bf16, to global memory in rows of N, to and from shared memory in rows of ROW.
+// The same in bf16 and with the keys in the order of products, to global memory in rows of N, from shared memory in
+// rows of ROW.
 template <int STRIDE, typename P>
 __device__ __forceinline__ void store_rounded(const State& s, P to, const Lane& at) {
 #pragma unroll
@@ -774,33 +790,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         float unused[4];
         sum_rows<false>(through, before, unused, at);
         sum_rows<true>(later, after, unused, at);
+        float end[4];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float end[2];
+        for (int q = 0; q < 4; q++) end[q] = __shfl_sync(0xffffffffu, ended[q / 2], 4 * (2 * at.t + q % 2));
 #pragma unroll
-            for (int e = 0; e < 2; e++) end[e] = __shfl_sync(0xffffffffu, ended[j], 4 * (2 * at.t + e));
+        for (int half = 0; half < 2; half++) {
+            const int row = at.g + 8 * half;
+            float x[4], drs[4], dzs[4], das[4], dks[4], dbs[4];
+            read_four(zs + row * ROW, at, x);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int p = place(at, j, half), i = 2 * half, row = at.g + 8 * half;
-                const unsigned pair = read_pair(zs + p);
-                float dzs[2];
-#pragma unroll
-                for (int e = 0; e < 2; e++) {  // the derivative of the log of a decay is -e^-0.5 sigmoid(z) sigmoid(-z)
-                    const float x = e ? high_of(pair) : low_of(pair), small = exp2_of(-LOG2_E * fabsf(x));
-                    const float part = reciprocal(1.0f + small);
-                    dzs[e] = (end[e] + before[j][i + e] + inside[j][i + e] + after[j][i + e]) * -DECAY_SCALE * small *
-                             part * part;
-                }
-                if (row == 0 && piece.begins()) dzs[0] = dzs[1] = 0.0f;  // there is no state that could decay
-                if (row >= rows) continue;
-                const long long out = from + row * head.stride + 16 * at.warp + 8 * j + 2 * at.t;
-                const auto put = [&](io* to, float x, float y) { WRITE_AS(unsigned, to + out) = pack(x, y); };
-                put(dr, d.to_r[j][i] * to_r[j][i], d.to_r[j][i + 1] * to_r[j][i + 1]);
-                put(dz, dzs[0], dzs[1]);
-                put(da, d.to_a[j][i] * to_a[j][i], d.to_a[j][i + 1] * to_a[j][i + 1]);
-                put(dk, d.undo[j][i] * (in_k[j][i] + to_k[j][i]), d.undo[j][i + 1] * (in_k[j][i + 1] + to_k[j][i + 1]));
-                put(db, d.undo[j][i] * (in_b[j][i] + to_b[j][i]), d.undo[j][i + 1] * (in_b[j][i + 1] + to_b[j][i + 1]));
+            for (int q = 0; q < 4; q++) {
+                const int j = q / 2, i = 2 * half + q % 2;
+                // The derivative of the log of a decay is -e^-0.5 sigmoid(z) sigmoid(-z). At a document's first step
+                // there is no state that could decay.
+                const float small = exp2_of(-LOG2_E * fabsf(x[q])), part = reciprocal(1.0f + small);
+                const float passed = end[q] + before[j][i] + inside[j][i] + after[j][i];
+                dzs[q] = row == 0 && piece.begins() ? 0.0f : passed * -DECAY_SCALE * small * part * part;
+                drs[q] = d.to_r[j][i] * to_r[j][i];
+                das[q] = d.to_a[j][i] * to_a[j][i];
+                dks[q] = d.undo[j][i] * (in_k[j][i] + to_k[j][i]);
+                dbs[q] = d.undo[j][i] * (in_b[j][i] + to_b[j][i]);
             }
+            if (row >= rows) continue;
+            const long long out = from + row * head.stride + four_keys(at);
+            write_four(dr + out, drs);
+            write_four(dz + out, dzs);
+            write_four(da + out, das);
+            write_four(dk + out, dks);
+            write_four(db + out, dbs);
         }
     }
     store_state(grad, dstate + head.index * N * N, at);
