@@ -193,8 +193,8 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
             logs[q / 2][2 * half + q % 2] = row < rows ? log : 0.0f;
         }
     }
-    __syncwarp(0xffffffffu);  // all lanes have read their keys
     sum_rows<false>(logs, before, totals, at);
+    __syncwarp(0xffffffffu);  // all lanes have read their keys
 #pragma unroll
     for (int j = 0; j < 2; j++) {
 #pragma unroll

@@ -95,7 +95,12 @@ def measure(
     found = {}
     for part in log.split("Compiling ")[1:]:
         name, stack, stores, loads, registers, shared = _REPORT.search(part).groups()
-        found[name] = Resources(int(registers), int(stack) + int(stores) + int(loads), int(shared or 0) + (dynamic or {}).get(name, 0), threads)
+        found[name] = Resources(
+            int(registers),
+            int(stack) + int(stores) + int(loads),
+            int(shared or 0) + (dynamic or {}).get(name, 0),
+            threads,
+        )
     nvrtc.nvrtcDestroyProgram(program)
     return found
 
