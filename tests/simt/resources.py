@@ -176,9 +176,9 @@ def text(found: dict[Key, Resources]) -> str:
     return f"""# Resources of the CUDA kernels
 
 Written by `python -m tests.simt.resources`, by NVRTC {version()}; tests/simt/test_resources.py compares. The
-columns: bytes of shared memory per block, then for each architecture the registers per thread and, in brackets,
-the blocks that an SM runs at once. A block has 2N threads, but 64 above N = 64 in the scalar kernels. No kernel spills registers: a test
-fails if one does.
+columns: bytes of shared memory per block, then for each architecture the registers per thread and, in brackets, the
+blocks that an SM runs at once. A block has 2N threads, but 64 above N = 64 in the scalar kernels. No kernel spills
+registers: a test fails if one does.
 
 """ + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
