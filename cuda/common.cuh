@@ -7,7 +7,7 @@
 #pragma once
 
 // SHARED declares an array in shared memory, DYNAMIC one in the memory that the launch gives, where it has `count`
-// elements from byte `first` on, a multiple of 16. Shared<T> is the type of a pointer into one, and READ_AS and WRITE_AS
+// elements from byte `first` on, a multiple of 16. Shared<T> is the type of a pointer into one. READ_AS and WRITE_AS
 // access a value of type V at p, in shared or in global memory. simt.h has its own, which check.
 #ifdef __CUDACC__
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]

@@ -2,8 +2,8 @@
 // simt.h has the same functions for the CPU.
 //
 // A warp multiplies by tiles. With g = lane / 4 and t = lane % 4, a lane holds
-//     of A (16 x 16, rows m, columns k)   (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the column after it;
-//     of B (16 x 8, rows k, columns n)    (2t, g) (2t + 8, g), each with the row after it;
+//     of A (16 x 16, rows m, columns k)   (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the next column;
+//     of B (16 x 8, rows k, columns n)    (2t, g) (2t + 8, g), each with the next row;
 //     of C (16 x 8, rows m, columns n)    (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1), in fp32
 // (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Two neighbouring tiles of C, rounded, are a tile of A.
 #pragma once

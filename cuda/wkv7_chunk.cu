@@ -6,37 +6,29 @@
 // not even by zero. The rows of a piece are its steps; rows that it has too few are zeros and change nothing.
 //
 // Options: -DHEAD_SIZE=64 sets the head size N (32 or 64). Launch: grid (B * H, 1), block 2 N threads, dynamic
-// shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the state,
-// and 16 keys where it works on inputs and their gradients.
+// shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the
+// state, and 16 keys where it works on inputs and their gradients.
 //
 // Inputs, seq_start and outputs are those of wkv7.cu. The forward saves the state before every SAVE_EVERY steps (a
-// segment), (B, H, ceil(T / SAVE_EVERY), N_value, N_key) bf16, or nothing if saved_states is null. From it the backward
-// computes the states before the segment's other chunks again, into `scratch`, (B, H, REPLAYED, N_value, N_key) bf16.
+// segment), (B, H, ceil(T / SAVE_EVERY), N_value, N_key) bf16 with keys in the order of products (four_keys), or
+// nothing if saved_states is null. From it the backward computes the states before the segment's other chunks again,
+// into `scratch`, (B, H, REPLAYED, N_value, N_key) bf16.
 #include "mma.cuh"
 
 constexpr int N = HEAD_SIZE;
 constexpr int CHUNK = 16;
-#ifndef SAVE_EVERY
-#define SAVE_EVERY 64
-#endif
-static_assert(SAVE_EVERY % CHUNK == 0 && SAVE_EVERY <= 64, "SAVE_EVERY: a multiple of CHUNK, up to 64");
+constexpr int SAVE_EVERY = 64;  // a multiple of CHUNK, up to 64
 constexpr int WARPS = N / 16, THREADS = 32 * WARPS;
 constexpr int REPLAYED = SAVE_EVERY / CHUNK - 1;  // chunks of a segment that are worked on again
-constexpr int TILES = N / 16;   // of 16 values or keys in a row of N
-constexpr int ROW = N + 8;      // elements between rows of N in shared memory: no two rows of 8 share a bank
-constexpr int SQUARE_ROW = 24;  // the same for rows of 16
-constexpr int SOLVE_ROW = 20;
+constexpr int TILES = N / 16;                     // of 16 values or keys in a row of N
+constexpr int ROW = N + 8;  // elements between rows of N in shared memory, of which no 8 neighbours share a bank
+constexpr int SQUARE_ROW = 24, SOLVE_ROW = 20;  // the same for rows of 16, of bf16 and of fp32
 static_assert(N == 32 || N == 64, "HEAD_SIZE: 32 or 64");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
-// How many blocks an SM has room for by the registers of their threads.
-#ifndef FORWARD_BLOCKS
-#define FORWARD_BLOCKS (256 / N)
-#endif
-#ifndef BACKWARD_BLOCKS
-#define BACKWARD_BLOCKS (128 / N)
-#endif
+// How many blocks an SM has room for with 128 and 255 registers a thread.
+constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
 
 // Sizes in shared memory, in bytes.
 constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2, SQUARE = CHUNK * SQUARE_ROW * 2;
@@ -66,8 +58,8 @@ struct Head {
     __device__ int rows(long long t0) const { return static_cast<int>(steps - t0 < CHUNK ? steps - t0 : CHUNK); }
 };
 
-// Which steps of a segment begin a document: lane i has those of steps i and i + 32. They are read long before the mask is
-// needed.
+// Which steps of a segment begin a document: lane i has the flags of steps i and i + 32. They are read long before the
+// mask is needed.
 struct Starts {
     bool low, high;
     __device__ Starts(const unsigned char* seq_start, const Head& head, long long t0)
@@ -132,7 +124,8 @@ struct Decays {
 
 // Sums over the rows of two tiles of C, for each column: of the rows before a lane's own, or of those after it.
 template <bool AFTER>
-__device__ __forceinline__ void sum_rows(const float (&x)[2][4], float (&sums)[2][4], float (&totals)[4], const Lane& at) {
+__device__ __forceinline__ void sum_rows(const float (&x)[2][4], float (&sums)[2][4], float (&totals)[4],
+                                         const Lane& at) {
     float whole[2][4];
 #pragma unroll
     for (int j = 0; j < 2; j++)
@@ -171,8 +164,8 @@ __device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
     WRITE_AS(Word, to) = static_cast<Word>(pack(x[2], x[3])) << 32 | pack(x[0], x[1]);
 }
 
-// Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places, and writes the product of all
-// decays of the piece to `ends`.
+// Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
+// of products, and writes the product of all decays of the piece to `ends`.
 template <bool WITH_R>
 __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
                                         Shared<float> ends, int rows, const Lane& at, Decays& d) {
@@ -415,8 +408,8 @@ __device__ __forceinline__ void solve_values(Block& u, Block& from_a, const unsi
     times_inverse<true>(u, from_a, pairs);
 }
 
-// Rounds the warp's 16 values of 16 steps and turns them round: pair i is of step g + i / 2 * 8, values 2t and 2t + 1 of
-// the first (i even) or the last 8.
+// Rounds the warp's 16 values of 16 steps and turns them round: pair i is of step g + i / 2 * 8, values 2t and 2t + 1
+// of the first (i even) or the last 8.
 __device__ __forceinline__ void by_steps(unsigned (&x)[4], const Block& c) {
     as_a(x, c);
 #pragma unroll
@@ -531,14 +524,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     wkv7_chunk_backward(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
                         const io* __restrict__ v, const io* __restrict__ a, const io* __restrict__ b,
                         const unsigned char* __restrict__ seq_start, const io* __restrict__ saved_states,
-                        io* __restrict__ scratch, const io* __restrict__ dy, const float* __restrict__ grad_state, io* __restrict__ dr,
-                        io* __restrict__ dz, io* __restrict__ dk, io* __restrict__ dv, io* __restrict__ da,
-                        io* __restrict__ db, float* __restrict__ dstate, long long steps, long long heads) {
+                        io* __restrict__ scratch, const io* __restrict__ dy, const float* __restrict__ grad_state,
+                        io* __restrict__ dr, io* __restrict__ dz, io* __restrict__ dk, io* __restrict__ dv,
+                        io* __restrict__ da, io* __restrict__ db, float* __restrict__ dstate, long long steps,
+                        long long heads) {
     if (blockDim.x != THREADS || gridDim.y != 1) __trap();
     DYNAMIC(bf16, stages, 0, 2 * 7 * INPUT / 2);
-    DYNAMIC(bf16, s0, 2 * 7 * INPUT, STATE / 2);                 // the state before the piece
-    DYNAMIC(bf16, gs, 2 * 7 * INPUT + STATE, STATE / 2);         // the gradient of the state after it, decayed
-    DYNAMIC(bf16, us, 2 * 7 * INPUT + 2 * STATE, INPUT / 2);     // U
+    DYNAMIC(bf16, s0, 2 * 7 * INPUT, STATE / 2);                       // the state before the piece
+    DYNAMIC(bf16, gs, 2 * 7 * INPUT + STATE, STATE / 2);               // the gradient of the state after it, decayed
+    DYNAMIC(bf16, us, 2 * 7 * INPUT + 2 * STATE, INPUT / 2);           // U
     DYNAMIC(bf16, dus, 2 * 7 * INPUT + 2 * STATE + INPUT, INPUT / 2);  // the gradient of Z
     PAIRS(2 * 7 * INPUT + 2 * STATE + 2 * INPUT)
     const Lane at;
@@ -566,8 +560,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     const auto last_chunk = [&](long long segment) {  // where the last chunk of the segment that begins there begins
         return (steps - segment < SAVE_EVERY ? steps - 1 : segment + SAVE_EVERY - 1) / CHUNK * CHUNK;
     };
-    // A segment's pieces are worked on forwards, if it has several chunks, for the states before all chunks but its first,
-    // and then backwards.
+    // A segment's pieces are worked on forwards, if it has several chunks, for the states before all chunks but its
+    // first, and then backwards.
     long long segment = (head.segments() - 1) * SAVE_EVERY;
     Piece next = {segment, steps > 0 ? Starts(seq_start, head, segment).mask() : 0, 0, 0};
     bool forwards;  // whether next is to be worked on forwards

@@ -164,7 +164,7 @@ KERNEL multiply(const float* a, const float* b, float* c) {
     mma(in_c, in_a, in_b[0], in_b[1]);
     store(c + threadIdx.x * 4, in_c);
 }
-// The registers that lanes get of four matrices, row behind row, as they are, transposed, and the first one turned round.
+// The registers that lanes get of four matrices, row behind row: as they are, transposed, and the first turned round.
 KERNEL matrices(const float* from, float* out) {
     SHARED(bf16, rows, 4 * 64);
     for (int i = threadIdx.x; i < 4 * 64 / 2; i += 32) WRITE_AS(unsigned, rows + 2 * i) = READ_AS(unsigned, from + i);

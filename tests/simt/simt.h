@@ -393,7 +393,8 @@ static inline unsigned transposed(unsigned x, int line = __builtin_LINE()) {
     const uint32_t mine[1] = {x};
     const auto* all = simt::gather("transposed", line, mine);
     const int g = simt::current % simt::WARP / 4, t = simt::current % 4;
-    return simt::half_at(all[2 * t * 4 + g / 2][0], g % 2) | simt::half_at(all[(2 * t + 1) * 4 + g / 2][0], g % 2) << 16;
+    const uint32_t low = all[2 * t * 4 + g / 2][0], high = all[(2 * t + 1) * 4 + g / 2][0];
+    return simt::half_at(low, g % 2) | simt::half_at(high, g % 2) << 16;
 }
 template <class T>
 void copy(simt::Shared<T> to, const T* from, bool zeros) {

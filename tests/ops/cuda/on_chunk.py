@@ -12,6 +12,8 @@ import torch
 from rwkv_miss.ops.cuda import driver
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.dispatch import choose
+from tests.helpers import loss_sum
+from tests.model import test_chunks as models
 from tests.ops.cases import WKV7, odd_starts, run
 from tests.ops.cuda.on_stub import pointers
 from tests.ops.cuda.stub_fixtures import STREAM
@@ -60,6 +62,27 @@ def test_the_launches(session):
     known["scratch"] = session.launches[1].arguments["scratch"]
     for launch in session.launches:
         assert launch.arguments == {name: known[name] for name in launch.arguments}
+
+
+@pytest.mark.parametrize("chunk_len", [None, 17])
+def test_a_whole_model_is_as_near_to_float64_as_bfloat16_is(session, chunk_len):
+    """Packed rows, from a first state to a last one, at once and in chunks. All of the model rounds to bfloat16: the
+    losses and gradients are as far from float64's as those of the "torch" backend in bfloat16, which rounds nothing
+    inside the op."""
+
+    def outcome(dtype, backend):
+        model = models.adapted(7, dtype, backend, n_head=1, head_size=32)
+        before = models.first_state(model)
+        loss, after = loss_sum(model, models.packed_batch(), before, chunk_len)
+        found = models.outcome(model, loss, before, after)
+        return torch.cat([x.double().flatten() for name, x in found.items() if name != "loss"]), loss.item()
+
+    exact, exact_loss = outcome(torch.float64, "torch")
+    plain, plain_loss = outcome(BF16, "torch")
+    mine, loss = outcome(BF16, "cuda")
+    assert {x.kernel for x in session.launches} == set(PROGRAMS["wkv7_chunk"].kernels)
+    assert abs(loss - exact_loss) < 2 * abs(plain_loss - exact_loss) + 1e-3 * exact_loss
+    assert (mine - exact).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_inference_saves_nothing(session):
