@@ -267,12 +267,12 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
     float x[CHUNK];
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
-        float row[CHUNK], sum = t == column ? 1.0f : 0.0f;
+        float row[CHUNK], sums[2] = {t == column ? 1.0f : 0.0f, 0.0f};  // two, to wait less for each other
 #pragma unroll
         for (int s = 0; s < t; s += 4) load(pairs.solve + (t * SOLVE_ROW + s), reinterpret_cast<float(&)[4]>(row[s]));
 #pragma unroll
-        for (int s = 0; s < t; s++) sum += row[s] * x[s];
-        x[t] = sum;
+        for (int s = 0; s < t; s++) sums[(t - s) % 2] += row[s] * x[s];
+        x[t] = sums[0] + sums[1];
     }
     // Lanes from 16 on have the same columns: they write what the rounding took away.
     const Shared<bf16> to = (lane < 16 ? pairs.inverse : pairs.inverse_rest) + column;
@@ -329,8 +329,7 @@ __device__ __forceinline__ void store_state(const State& s, float* to, const Lan
             store(to + (16 * at.warp + at.g + 8 * half) * N + 16 * tile + 4 * at.t, four);
         }
 }
-// The same in bf16 and with the keys in the order of products, to global memory in rows of N, from shared memory in
-// rows of ROW.
+// The same in bf16 and with the keys in the order of products, in rows of STRIDE.
 template <int STRIDE, typename P>
 __device__ __forceinline__ void store_rounded(const State& s, P to, const Lane& at) {
 #pragma unroll
@@ -627,8 +626,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 if (piece.to == CHUNK)
                     store_rounded<N>(s, scratch + (head.index * REPLAYED + piece.in_segment() / CHUNK) * N * N, at);
             }
-            __syncthreads();
-            read_state(next);
+            // The state before the last chunk is still here.
+            if (next.begins())
+                read_state(next);
+            else
+                store_rounded<ROW>(s, s0, at);
         }
         const Piece piece = next;
         const int rows = piece.rows();
