@@ -81,8 +81,8 @@ def wkv7_chunk_model(
     inputs: list[Tensor],
     state: Tensor,
     seq_start: Tensor | None,
-    dy: Tensor,
-    dlast: Tensor,
+    dy: Tensor | None,
+    dlast: Tensor | None,
     rnd: Rounding = exact,
     split: Rounding = exact,
     checkpoint: Rounding = exact,
@@ -92,6 +92,7 @@ def wkv7_chunk_model(
 
     Args:
         inputs: r, z, k, v, a, b, each (B, T, H, N).
+        dy, dlast: the gradients of y and of the last state; None computes no gradients.
         rnd: of the operands of products. split: of those that the kernel has as the sum of two bfloat16.
         checkpoint: of the states that the forward keeps for the backward, one each `every` chunks.
     """
@@ -106,9 +107,11 @@ def wkv7_chunk_model(
     sigmoid = torch.sigmoid(z)
     g = chunks(-DECAY_SCALE * sigmoid)
     r, _, k, v, a, b = map(chunks, inputs)
-    dy = chunks(dy)
     starts = torch.zeros(batch, n_steps, dtype=torch.bool) if seq_start is None else seq_start
     starts = pad(starts, (0, tail)).view(batch, -1, CHUNK).transpose(0, 1)
+
+    def steps(x: list[Tensor]) -> Tensor:
+        return torch.stack(x).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_steps]
 
     def values(x: _Chunk, v: Tensor, s0: Tensor) -> Tensor:
         rhs = (x.a * x.first) @ rnd(s0).mT + split(x.ak) @ v
@@ -125,6 +128,9 @@ def wkv7_chunk_model(
         u = values(x, v[i], state)
         y.append((x.r * x.first) @ rnd(state).mT + x.rk @ v[i] + x.rb @ u)
         state = after(x, v[i], u, state)
+    if dy is None or dlast is None:
+        return [steps(y), state]
+    dy = chunks(dy)
     last, grad = state, dlast.to(dtype)
 
     grads: list[list[Tensor]] = []
@@ -159,9 +165,6 @@ def wkv7_chunk_model(
             decay = decay + x.passes * x.first * (s0 * grad).sum(-2, keepdim=True)
             grads.append([x.to_r * dr, decay, x.undo * (in_k + to_k), dv, x.to_a * da, x.undo * (in_b + to_b)])
             grad = grad * x.passes + (dy[i] * x.first).mT @ x.r + (dz_ * x.first).mT @ x.a
-
-    def steps(x: list[Tensor]) -> Tensor:
-        return torch.stack(x).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_steps]
 
     dr, dg, dk, dv, da, db = (steps(list(x)) for x in zip(*reversed(grads), strict=True))
     dz = dg * -DECAY_SCALE * sigmoid * (1 - sigmoid)
