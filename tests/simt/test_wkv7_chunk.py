@@ -105,6 +105,13 @@ def test_hard_inputs(change, tolerance):
     check(inputs, state, None, WKV7.make_weights(inputs, state), tolerance)
 
 
+def test_the_model_without_roundings_is_the_op():
+    inputs, state = WKV7.make_inputs(70, 8, torch.float64)
+    weights = WKV7.make_weights(inputs, state)
+    model = wkv7_chunk_model(inputs, state, odd_starts(70), *weights, every=4)
+    WKV7.assert_close(model, exact(inputs, state, odd_starts(70), weights), 1e-13)
+
+
 def test_rounds_where_the_model_rounds():
     """What is left are roundings that went the other way, for sums taken in another order."""
     inputs, state, weights = make_case(100)
