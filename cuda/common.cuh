@@ -6,10 +6,13 @@
 // Every pointer to global memory that a kernel is given must be 16-byte aligned.
 #pragma once
 
-// SHARED declares an array in shared memory, Shared<T> is the type of a pointer into one, and READ_AS and WRITE_AS
+// SHARED declares an array in shared memory, DYNAMIC one in the memory that the launch gives, where it has `count`
+// elements from byte `first` on, a multiple of 16. Shared<T> is the type of a pointer into one. READ_AS and WRITE_AS
 // access a value of type V at p, in shared or in global memory. simt.h has its own, which check.
 #ifdef __CUDACC__
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define DYNAMIC(type, name, first, count) type* const name = reinterpret_cast<type*>(dynamic_shared + (first))
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
 #define READ_AS(V, p) (*reinterpret_cast<const V*>(p))
 #define WRITE_AS(V, p) (*reinterpret_cast<V*>(p))
 template <typename T>

@@ -12,7 +12,7 @@ Offload = Literal["none", "optimizer", "all"]
 Quant = Literal["none", "int8", "nf4"]
 Rounding = Literal["nearest", "stochastic"]
 STRATEGIES, OFFLOADS, QUANTS = get_args(Strategy), get_args(Offload), get_args(Quant)
-BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "fla")
+BACKENDS = ("auto", "reference", "torch", "cpu", "cuda", "cuda_scalar", "fla")
 """What can compute the recurrence; see `rwkv_miss.ops`."""
 ALL_LINEAR = "all-linear"
 """`AdapterConfig.target_modules` that stands for every linear that an adapter can go beside."""
@@ -297,7 +297,8 @@ class TrainConfig(DataOptions):
     hang_minutes: float = 30.0
     """Minutes after which a run of several processes, none of which goes on, is given up."""
     wkv_backend: str = "auto"
-    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs), fla (flash-linear-attention, any GPU that Triton supports),
+    """Kernel of the recurrence: auto, cuda (NVIDIA GPUs; for RWKV-7 in bf16 on tensor cores, where it can),
+    cuda_scalar (NVIDIA GPUs, without tensor cores), fla (flash-linear-attention, any GPU that Triton supports),
     cpu (C++), torch, or reference (slow, for checks)."""
     objective: str = "cross_entropy"
     """What is minimised. cross_entropy: the mean of -log p over the tokens that carry loss."""

@@ -24,6 +24,7 @@ from rwkv_miss.model.init import new_config
 from rwkv_miss.model.quantised import quantised_linears, refuse_training
 from rwkv_miss.model.quantised import unusable as quant_unusable
 from rwkv_miss.model.recognise import parameter_shapes
+from rwkv_miss.ops.cuda.wkv import kernel_taken
 from rwkv_miss.ops.dispatch import NATIVE, unusable
 
 _LIBRARIES = ("lightning", "deepspeed", "bitsandbytes", "cuda-bindings", "fla-core", "rwkv")
@@ -86,7 +87,9 @@ def diagnose() -> Diagnosis:
         "cpu": _reason("cpu", torch.device("cpu")),
         "torch": None,
     }
-    found += [(f"backend {name}", f"no: {reason}" if reason else "works") for name, reason in reasons.items()]
+    taken = f": RWKV-7 by {kernel_taken('wkv7', torch.device('cuda', 0), torch.bfloat16, _HEAD_SIZE)}" if gpus else ""
+    works = {"cuda": f"works{taken}"}
+    found += [(f"backend {name}", f"no: {x}" if x else works.get(name, "works")) for name, x in reasons.items()]
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
     found += [(f"quant {quant}", _quant_works(quant, device)) for quant in _FORMATS]
     found += combinations()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from rich.console import Console
@@ -22,6 +23,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 ARCHITECTURES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 ROUNDS = 10
 OPS = {"wkv6": wkv6, "wkv7": wkv7}
+# The backends of each op that have kernels of their own; "cuda" takes the chunked ones of WKV-7 where it can.
+KERNELS = {"wkv6": ("cuda",), "wkv7": ("cuda", "cuda_scalar")}
+# B, T and H of the calls that are timed: a GPU that is full, one that is nearly full, a long row, and few heads.
+SHAPES = ((8, 4096, 64), (4, 1024, 32), (1, 32768, 64), (1, 512, 12))
 # The shape of a model of 0.1B parameters.
 SIZES = {
     "wkv6": ModelConfig(6, 12, 768, 12, 64, 2688, 65536, {"maa": 32, "decay": 64}),
@@ -55,8 +60,8 @@ def run(op: str, backend: str, tensors: list[Tensor], starts: Tensor, dy: Tensor
 
 def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
     """The largest relative error in norm among a backend's results and gradients, against the reference in float64. The
-    backend "cuda" runs on the GPU, others on the CPU."""
-    tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend == "cuda" else "cpu")
+    backends "cuda" and "cuda_scalar" run on the GPU, others on the CPU."""
+    tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend.startswith("cuda") else "cpu")
     found = run(op, backend, tensors, starts, dy)
     exact = run(op, "reference", [x.cpu().double() for x in tensors], starts.cpu(), dy.cpu().double())
     errors = [(f.cpu().double() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]
@@ -95,42 +100,50 @@ def training_step(sizes: ModelConfig, backend: str, B: int, T: int, device: str)
     return lambda: loss_sum(model, batch)[0].backward()
 
 
-def check_compiling(op: str, table: Table) -> bool:
-    names = ", ".join(f"sm_{10 * major + minor}" for major, minor in ARCHITECTURES)
-    program = PROGRAMS[op]
+def check_compiling(name: str, table: Table) -> bool:
+    program = PROGRAMS[name]
+    architectures = [x for x in ARCHITECTURES if x >= program.oldest]
+    names = ", ".join(f"sm_{10 * major + minor}" for major, minor in architectures)
     try:
         began = time.perf_counter()
-        for capability in ARCHITECTURES:
+        for capability in architectures:
             compile_source(program.source, program.variants[torch.bfloat16, 64], capability)
         took = f"{time.perf_counter() - began:.1f} s"
-        table.add_row(f"NVRTC {'.'.join(map(str, version()))}, {op}.cu for {names}", took)
+        table.add_row(f"NVRTC {'.'.join(map(str, version()))}, {name}.cu for {names}", took)
         return True
     except CompileError as error:
-        table.add_row(f"compiling {op}.cu", f"failed: {error}")
+        table.add_row(f"compiling {name}.cu", f"failed: {error}")
         return False
 
 
 def check_results(op: str, table: Table) -> bool:
     right = True
-    for dtype, tolerance in TOLERANCE.items():
-        for N in HEAD_SIZES:
-            error = worst_error(op, N, dtype, "cuda")
-            right &= error <= tolerance
-            mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
-            name = str(dtype).removeprefix("torch.")
-            table.add_row(f"{op}, N {N}, {name}, worst relative error", f"{error:.1e}{mark}")
+    for backend, (dtype, tolerance), N in product(KERNELS[op], TOLERANCE.items(), HEAD_SIZES):
+        error = worst_error(op, N, dtype, backend)
+        right &= error <= tolerance
+        mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(f"{op}, {backend}, N {N}, {name}, worst relative error", f"{error:.1e}{mark}")
     return right
 
 
-def add_times(op: str, table: Table) -> None:
-    tensors, starts, dy = inputs(op, 8, 1024, 32, 64, torch.bfloat16, "cuda")
-    for backend in ("cuda", "torch"):
+def add_time(op: str, backends: tuple[str, ...], shape: tuple[int, int, int], table: Table) -> None:
+    """The op alone, in bf16 with N = 64; shape: B, T, H."""
+    B, T, H = shape
+    tensors, starts, dy = inputs(op, B, T, H, 64, torch.bfloat16, "cuda")
+    for backend in backends:
         with torch.no_grad():
             forward = milliseconds(lambda b=backend: OPS[op](*tensors, seq_start=starts, backend=b))
         both = milliseconds(lambda b=backend: run(op, b, tensors, starts, dy))
-        what = f"{op}, {backend}: B8 T1024 H32 N64 bf16, forward / with backward"
+        what = f"{op}, {backend}: B{B} T{T} H{H} N64 bf16, forward / with backward"
         table.add_row(what, f"{forward:.2f} / {both:.2f} ms")
-    for backend in ("cuda", "torch"):
+
+
+def add_times(op: str, table: Table) -> None:
+    add_time(op, (*KERNELS[op], "torch"), (8, 1024, 32), table)
+    for shape in SHAPES:
+        add_time(op, KERNELS[op], shape, table)
+    for backend in (*KERNELS[op], "torch"):
         took = milliseconds(training_step(SIZES[op], backend, 8, 1024, "cuda"))
         table.add_row(f"{op}, {backend}: training step, 0.1B, B8 T1024 bf16", f"{took:.1f} ms")
 
@@ -143,7 +156,9 @@ def main() -> int:
         table.add_row("GPU", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}")
     right = True
     for op in OPS:
-        right &= check_compiling(op, table)
+        for name in PROGRAMS:
+            if name.startswith(op):
+                right &= check_compiling(name, table)
         if on_gpu:
             try:
                 right &= check_results(op, table)

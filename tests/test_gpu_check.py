@@ -39,7 +39,7 @@ def as_on_a_gpu(gpu_check, monkeypatch):
     properties = SimpleNamespace(name="a GPU", major=9, minor=0)
 
     def on_cpu(op):
-        return lambda *x, backend, **more: op(*x, backend="cpu" if backend == "cuda" else backend, **more)
+        return lambda *x, backend, **more: op(*x, backend="cpu" if backend.startswith("cuda") else backend, **more)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -68,8 +68,10 @@ def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("a GPU, sm_90" in line for line in lines)
     for op in ("wkv6", "wkv7"):
-        assert sum(f"{op}, N " in line for line in lines) == 4
-        for backend in ("cuda", "torch"):
+        for backend in as_on_a_gpu.KERNELS[op]:
+            assert sum(f"{op}, {backend}, N " in line for line in lines) == 4
+            assert sum(f"{op}, {backend}: B" in line for line in lines) == 5
+        for backend in (*as_on_a_gpu.KERNELS[op], "torch"):
             assert any(f"{op}, {backend}: B8" in line and "1.50 / 1.50 ms" in line for line in lines)
             assert any(f"{op}, {backend}: training step" in line and "1.5 ms" in line for line in lines)
 

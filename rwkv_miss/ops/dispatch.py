@@ -36,10 +36,12 @@ class Backend:
             checked and that `unusable` does not refuse; seq_start may be None.
         unusable: (op, device, dtype, head size) -> why it cannot take such tensors on this machine, or None if it can.
             It compiles, loads and imports what is needed to know.
+        kernel_taken: the same arguments -> which of its kernels it takes, in words; None where it has no choice.
     """
 
     functions: Mapping[str, Callable[..., tuple[Tensor, Tensor]]]
     unusable: Callable[[str, torch.device, torch.dtype, int], str | None] = _always_usable
+    kernel_taken: Callable[[str, torch.device, torch.dtype, int], str] | None = None
 
 
 # By the names of `config.BACKENDS`, which has "auto" besides.
@@ -47,7 +49,8 @@ IMPLEMENTATIONS = {
     "reference": Backend({"wkv6": wkv6_reference, "wkv7": wkv7_reference}),
     "torch": Backend({"wkv6": wkv6_torch, "wkv7": wkv7_torch}),
     "cpu": Backend({"wkv6": cpu.wkv6, "wkv7": cpu.wkv7}, cpu.unusable),
-    "cuda": Backend({"wkv6": cuda.wkv6, "wkv7": cuda.wkv7}, cuda.unusable),
+    "cuda": Backend({"wkv6": cuda.wkv6, "wkv7": cuda.wkv7}, cuda.unusable, cuda.kernel_taken),
+    "cuda_scalar": Backend({"wkv6": cuda.wkv6, "wkv7": cuda.wkv7_scalar}, cuda.scalar_unusable),
     "fla": Backend({"wkv6": fla.wkv6, "wkv7": fla.wkv7}, fla.unusable),
 }
 # What "auto" tries for each type of device, in this order, before it takes "torch".
@@ -114,13 +117,15 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
         reasons.append(f"not {backend!r}: {reason}")
     else:
         backend = "torch"
+    if kernel_taken := IMPLEMENTATIONS[backend].kernel_taken:
+        reasons.append(kernel_taken(op, device, dtype, n))
     announce(op, backend, "; ".join(reasons))
     return backend
 
 
 @cache
 def announce(op: str, backend: str, reasons: str) -> None:
-    """Logs, once for the same arguments, which backend "auto" took and why not others: as a warning where it is
-    "torch", the slow one."""
+    """Logs, once for the same arguments, which backend "auto" took, why not others, and which of its kernels: as a
+    warning where it is "torch", the slow one."""
     level = logging.WARNING if backend == "torch" else logging.INFO
     _log.log(level, "%s: using backend %r%s", op, backend, f"; {reasons}" if reasons else "")

@@ -22,11 +22,13 @@ class WkvOp:
         inputs: the names of the inputs, one letter each, in the order of the op's arguments. All have the shape
             (B, T, H, N), but u has (H, N).
         saved: the names of what the forward keeps for the backward beside the states, each (B, T, H, N) in float32.
+        states_dtype: of the states that the forward keeps.
     """
 
     name: str
     inputs: str
     saved: tuple[str, ...] = ()
+    states_dtype: torch.dtype = torch.float32
 
     @property
     def v(self) -> int:
@@ -36,6 +38,7 @@ class WkvOp:
 
 WKV6 = WkvOp("wkv6", "rkvwu")
 WKV7 = WkvOp("wkv7", "rzkvab", ("saved_u",))
+WKV7_CHUNK = WkvOp("wkv7_chunk", "rzkvab", states_dtype=torch.bfloat16)
 
 
 class Forward(Protocol):
@@ -47,9 +50,9 @@ class Forward(Protocol):
         seq_start: bool (B, T), or None where no document begins.
         y: (B, T, H, N) in the dtype of v, to be filled.
         last: the last state, (B, H, N, N) in float32, to be filled.
-        saved: to be filled: the state before every `save_every` steps, (B, H, ceil(T / save_every), N, N) in float32
-            and in the kernels' own layout, then what `op.saved` names. All are None where no gradient will be asked
-            for.
+        saved: to be filled: the state before every `save_every` steps, (B, H, ceil(T / save_every), N, N) in
+            `op.states_dtype` and in the kernels' own layout, then what `op.saved` names. All are None where no gradient
+            will be asked for.
     """
 
     def __call__(
@@ -109,7 +112,8 @@ def register(
         v = arguments[op.v]
         batch, n_steps, n_head, n = v.shape
         shapes = [(batch, n_head, -(-n_steps // save_every), n, n), *(v.shape for _ in op.saved)]
-        kept = [v.new_empty(shape if save else (0,), dtype=torch.float32) for shape in shapes]
+        dtypes = [op.states_dtype, *(torch.float32 for _ in op.saved)]
+        kept = [v.new_empty(x if save else (0,), dtype=y) for x, y in zip(shapes, dtypes, strict=True)]
         return v.new_empty(v.shape), state.new_empty(state.shape), *kept
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -122,7 +126,7 @@ def register(
         states = arguments[len(op.inputs) + 1]
         batch, n_head, _, n, _ = states.shape
         grads = (x.new_empty(x.shape) for x in arguments[: len(op.inputs)])
-        return *grads, states.new_empty((batch, n_head, n, n))
+        return *grads, states.new_empty((batch, n_head, n, n), dtype=torch.float32)
 
     def run_backward(*arguments: Any) -> tuple[Tensor, ...]:
         tensors, (seq_start, *kept, grad_y, grad_state) = arguments[: len(op.inputs)], arguments[len(op.inputs) :]

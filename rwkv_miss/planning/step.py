@@ -41,8 +41,8 @@ def model_of(base: Base, config: TrainConfig) -> RWKV:
 
 def kernel_of(config: TrainConfig) -> str:
     """The backend of the recurrence whose tensors are counted: that of NVIDIA's GPUs where the run chooses one itself.
-    What flash-linear-attention's kernels hold is taken to be the same."""
-    return "cuda" if config.wkv_backend in ("auto", "fla") else config.wkv_backend
+    What flash-linear-attention's kernels hold is taken to be what the scalar ones do."""
+    return {"auto": "cuda", "fla": "cuda_scalar"}.get(config.wkv_backend, config.wkv_backend)
 
 
 def step_phases(base: Base, config: TrainConfig, keeps_gradients: bool) -> Phases:

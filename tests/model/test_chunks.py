@@ -23,9 +23,16 @@ VERSIONS = [6, 7]
 T = 37
 
 
-def adapted(version: int, dtype: torch.dtype = torch.float64, backend: str = "torch", dropout: float = 0.0) -> RWKV:
-    """3 layers of 2 heads of 16, every weight and every adapter random."""
-    config = ModelConfig(version, 3, 32, 2, 16, 64, 50, LOW_RANK[version])
+def adapted(
+    version: int,
+    dtype: torch.dtype = torch.float64,
+    backend: str = "torch",
+    dropout: float = 0.0,
+    n_head: int = 2,
+    head_size: int = 16,
+) -> RWKV:
+    """3 layers, every weight and every adapter random."""
+    config = ModelConfig(version, 3, n_head * head_size, n_head, head_size, 64, 50, LOW_RANK[version])
     model = MODELS[version](config, backend)
     generator = torch.Generator().manual_seed(version)
 

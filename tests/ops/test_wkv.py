@@ -349,7 +349,8 @@ def test_every_backend_is_tested_here():
         "auto",
         "reference",
         "cuda",
+        "cuda_scalar",
         "fla",
         *FAST,
-    }  # "cuda" is tested in tests/ops/cuda, "fla" by test_fla.py
+    }  # "cuda" and "cuda_scalar" are tested in tests/ops/cuda, "fla" by test_fla.py
     assert list(BACKENDS) == ["auto", *IMPLEMENTATIONS]

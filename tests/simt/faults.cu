@@ -1,6 +1,6 @@
 // Kernels for test_simt.py. Most have one fault each, which the emulator must report; the last ones call functions of
-// common.cuh.
-#include "common.cuh"
+// common.cuh and mma.cuh.
+#include "mma.cuh"
 
 #define KERNEL extern "C" __global__ void
 
@@ -152,4 +152,66 @@ KERNEL lane_sums(float* out) {
         const float all[1] = {y[q]};
         store(out + threadIdx.x * 6 + 2 + q, all);
     }
+}
+
+// Each lane's registers of A (4), B (2) and C (4 floats), as they lie in memory.
+KERNEL multiply(const float* a, const float* b, float* c) {
+    unsigned in_a[4], in_b[2];
+    float in_c[4];
+    for (int i = 0; i < 4; i++) in_a[i] = READ_AS(unsigned, a + threadIdx.x * 4 + i);
+    for (int i = 0; i < 2; i++) in_b[i] = READ_AS(unsigned, b + threadIdx.x * 2 + i);
+    load(c + threadIdx.x * 4, in_c);
+    mma(in_c, in_a, in_b[0], in_b[1]);
+    store(c + threadIdx.x * 4, in_c);
+}
+// The registers that lanes get of four matrices, row behind row: as they are, transposed, and the first turned round.
+KERNEL matrices(const float* from, float* out) {
+    SHARED(bf16, rows, 4 * 64);
+    for (int i = threadIdx.x; i < 4 * 64 / 2; i += 32) WRITE_AS(unsigned, rows + 2 * i) = READ_AS(unsigned, from + i);
+    __syncthreads();
+    unsigned x[4], y[4];
+    load_matrices<false>(x, rows + threadIdx.x * 8);
+    load_matrices<true>(y, rows + threadIdx.x * 8);
+    for (int i = 0; i < 4; i++) {
+        WRITE_AS(unsigned, out + threadIdx.x * 9 + i) = x[i];
+        WRITE_AS(unsigned, out + threadIdx.x * 9 + 4 + i) = y[i];
+    }
+    WRITE_AS(unsigned, out + threadIdx.x * 9 + 8) = transposed(x[0]);
+}
+// One group of 16 bytes a thread, of 64. wait: whether it waits before the barrier; source: whose part it then reads;
+// early: whether it begins the next copy into its own part before the barrier that follows the reads.
+KERNEL copies(const io* from, float* out, long long wait, long long source, long long early) {
+    SHARED(io, tile, 64 * 16 / sizeof(io));
+    constexpr int EACH = 16 / sizeof(io);
+    copy(tile + threadIdx.x * EACH, from + threadIdx.x * EACH, threadIdx.x == 63);
+    if (wait) wait_for_copies();
+    __syncthreads();
+    float x[EACH];
+    load_vec<EACH, io>(tile + (threadIdx.x ^ source) * EACH, x);
+    if (!early) __syncthreads();
+    copy(tile + threadIdx.x * EACH, from, false);
+    wait_for_copies();
+    write_out(out, x[0]);
+}
+KERNEL copy_not_aligned(const io* from, float* out) {
+    SHARED(io, tile, 64 * 16);
+    copy(tile + threadIdx.x * (16 / sizeof(io)) + 1, from, true);
+}
+KERNEL mma_of_some(float* out) {
+    float c[4] = {};
+    const unsigned a[4] = {};
+    if (threadIdx.x % 32 < 16) mma(c, a, 0, 0);
+    write_out(out, c[0]);
+}
+KERNEL dynamic(float* out) {
+    DYNAMIC(float, low, 0, 64);
+    DYNAMIC(float, high, 256, 64);
+    put(low + threadIdx.x, 1);
+    put(high + threadIdx.x, 2);
+    write_out(out, get(low + threadIdx.x) + get(high + threadIdx.x));
+}
+KERNEL dynamic_not_aligned(float* out) {
+    DYNAMIC(float, low, 8, 64);
+    put(low + threadIdx.x, 1);
+    write_out(out, get(low + threadIdx.x));
 }

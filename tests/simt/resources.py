@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -28,7 +29,7 @@ def _wkv_threads(n: int) -> int:
 
 
 # For each program the function from the head size to the threads of a block.
-THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads}
+THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads, "wkv7_chunk": lambda n: 2 * n}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ ARCHITECTURES = {
 }
 _REPORT = re.compile(
     r"entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    r".*?Used (\d+) registers.*?(\d+) bytes smem",
+    r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
     re.S,
 )
 
@@ -60,7 +61,7 @@ _REPORT = re.compile(
 @dataclass(frozen=True)
 class Resources:
     """What one kernel takes. registers: per thread; local: bytes of stack or of spilled registers, which would lie in
-    global memory; shared: bytes of static shared memory per block; threads: of a block."""
+    global memory; shared: bytes of shared memory per block; threads: of a block."""
 
     registers: int
     local: int
@@ -72,8 +73,14 @@ Key = tuple[str, int, str, int]
 """kernel, head size (0: none), type ("bf16" or "fp32"), architecture (such as 90)"""
 
 
-def measure(source: Path, options: tuple[str, ...], architecture: int, threads: int) -> dict[str, Resources]:
-    """Compiles a file as rwkv_miss/ops/cuda/nvrtc.py does, and reads from ptxas's report what each kernel takes."""
+def measure(
+    source: Path, options: tuple[str, ...], architecture: int, threads: int, dynamic: Mapping[str, int] | None = None
+) -> dict[str, Resources]:
+    """Compiles a file as rwkv_miss/ops/cuda/nvrtc.py does, and reads from ptxas's report what each kernel takes.
+
+    Args:
+        dynamic: by the kernels' names, the bytes of dynamic shared memory of a block, of which ptxas does not know.
+    """
     headers = sorted(SOURCES.glob("*.cuh"))
     texts, names = [x.read_bytes() for x in headers], [x.name.encode() for x in headers]
     error, program = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), texts, names)
@@ -88,7 +95,12 @@ def measure(source: Path, options: tuple[str, ...], architecture: int, threads: 
     found = {}
     for part in log.split("Compiling ")[1:]:
         name, stack, stores, loads, registers, shared = _REPORT.search(part).groups()
-        found[name] = Resources(int(registers), int(stack) + int(stores) + int(loads), int(shared), threads)
+        found[name] = Resources(
+            int(registers),
+            int(stack) + int(stores) + int(loads),
+            int(shared or 0) + (dynamic or {}).get(name, 0),
+            threads,
+        )
     nvrtc.nvrtcDestroyProgram(program)
     return found
 
@@ -96,7 +108,9 @@ def measure(source: Path, options: tuple[str, ...], architecture: int, threads: 
 def measure_variant(name: str, options: tuple[str, ...], architecture: int) -> dict[Key, Resources]:
     """`measure` for a program of the table and the options of one of its variants."""
     n, dtype = head_size(options), "bf16" if macros(options).get("IO_BF16") else "fp32"
-    found = measure(PROGRAMS[name].source, options, architecture, THREADS[name](n))
+    program = PROGRAMS[name]
+    variant = next(x for x, of in program.variants.items() if of == options)
+    found = measure(program.source, options, architecture, THREADS[name](n), program.shared_bytes(variant))
     return {(kernel, n, dtype, architecture): x for kernel, x in found.items()}
 
 
@@ -162,9 +176,9 @@ def text(found: dict[Key, Resources]) -> str:
     return f"""# Resources of the CUDA kernels
 
 Written by `python -m tests.simt.resources`, by NVRTC {version()}; tests/simt/test_resources.py compares. The
-columns: bytes of static shared memory per block, then for each architecture the registers per thread and, in brackets,
-the blocks that an SM runs at once. A block has 2N threads up to N = 64 and 64 above. No kernel spills registers: a test
-fails if one does.
+columns: bytes of shared memory per block, then for each architecture the registers per thread and, in brackets, the
+blocks that an SM runs at once. A block has 2N threads, but 64 above N = 64 in the scalar kernels. No kernel spills
+registers: a test fails if one does.
 
 """ + "".join(f"| {' | '.join(row)} |\n" for row in table)
 

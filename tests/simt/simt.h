@@ -2,7 +2,8 @@
 // block are fibers, of which one runs at a time, in a random order that a seed picks; __syncthreads, __syncwarp and
 // shuffles switch between them. A fault ends the launch and is reported. Faults are: a barrier that not all threads
 // reach, a shuffle that not all lanes of a warp reach, a race on shared memory, a read of shared memory that was never
-// written, an access out of bounds or not aligned.
+// written, an access out of bounds or not aligned, a copy begun by `copy` that is read or overwritten before the thread
+// that began it has waited for it.
 //
 // A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
 // and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them.
@@ -136,7 +137,10 @@ struct Shadow {
     unsigned lanes = 0;       // of the reader's warp: those that read since the last barrier of either kind
     bool many_warps = false;  // threads of several warps have read since the last __syncthreads
     bool written = false;
+    bool copying = false;  // the writer has begun to copy it and has not waited since
 };
+
+static std::vector<std::vector<Shadow*>> copies;  // by thread: what it has begun to copy and has not waited for
 
 // A shared array, of any type of element.
 struct Memory {
@@ -157,6 +161,9 @@ struct Memory {
             const int warp = current / WARP;
             const unsigned now = threads[current].order, me = 1u << current % WARP;
             if (!write && !x.written) fail("never written: %s[%ld] is read", name, long(i));
+            if (x.copying)
+                fail("copy: %s[%ld] is %s, thread %d has not waited for its copy", name, long(i),
+                     write ? "written" : "read", x.writer);
             if (x.writer >= 0 && x.writer != current && x.write_barrier == barriers &&
                 (x.writer / WARP != warp || x.write_order == now))
                 fail("race: %s[%ld] is %s, thread %d wrote it", name, long(i), write ? "written" : "read", x.writer);
@@ -174,6 +181,13 @@ struct Memory {
         }
     }
 };
+
+static int64_t dynamic_bytes;  // how much dynamic shared memory the kernel that ran last has named
+
+static void take(int64_t first, int64_t size) {
+    if (first % 16) fail("not aligned: dynamic shared memory from byte %ld on", long(first));
+    dynamic_bytes = std::max(dynamic_bytes, first + size);
+}
 
 template <class T>
 struct Array : Memory {
@@ -250,6 +264,7 @@ static bool release_block() {
 
 static void run_block() {
     for (Memory* memory : Memory::all()) memory->shadow.assign(memory->shadow.size(), Shadow());
+    copies.clear();
     barriers++;
     std::vector<int> turn(count);
     for (int i = 0; i < count; i++) {
@@ -292,6 +307,9 @@ using Shared = simt::Shared<T>;
 #define SHARED(type, name, count)                       \
     static simt::Array<type> name##_array(#name, count); \
     const Shared<type> name { &name##_array, 0 }
+#define DYNAMIC(type, name, first, count) \
+    SHARED(type, name, count);            \
+    simt::take(first, (count) * sizeof(type))
 #define READ_AS(V, p) (simt::access<const V>(p, false))
 #define WRITE_AS(V, p) (simt::access<V>(p, true))
 
@@ -310,12 +328,111 @@ T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE(
     const int lane = simt::current % simt::WARP, source = lane + lanes < simt::WARP ? lane + lanes : lane;
     return simt::exchange("__shfl_down_sync", line, mask, value, source);
 }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
+    return simt::exchange("__shfl_sync", line, mask, value, source);
+}
 static inline unsigned __ballot_sync(unsigned mask, bool flag, int line = __builtin_LINE()) {
     return simt::ballot("__ballot_sync", line, mask, flag);
+}
+
+// The functions of cuda/mma.cuh, by the fragment layouts of the PTX ISA.
+namespace simt {
+
+static std::vector<uint32_t> registers;  // [warp][parity][lane][8]: what lanes give to an operation of the whole warp
+
+// Hands on COUNT registers of each lane; returns those of all lanes of the warp, valid until the next but one exchange.
+template <int COUNT>
+const uint32_t (*gather(const char* operation, int line, const uint32_t (&mine)[COUNT]))[8] {
+    check_mask(~0u, operation, line);
+    const size_t parity = threads[current].shuffles++ & 1;
+    if (registers.size() < size_t(count) * 16) registers.resize(size_t(count) * 16);
+    auto* all = reinterpret_cast<uint32_t(*)[8]>(&registers[(current / WARP * 2 + parity) * WARP * 8]);
+    memcpy(all[current % WARP], mine, sizeof mine);
+    wait(AT_WARP, operation, line);
+    return all;
+}
+static float bf16_at(uint32_t pair, int which) {
+    const uint32_t bits = which ? pair & 0xffff0000u : pair << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static uint32_t half_at(uint32_t pair, int which) { return which ? pair >> 16 : pair & 0xffffu; }
+
+}  // namespace simt
+
+static inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int line = __builtin_LINE()) {
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const auto* all = simt::gather("mma", line, mine);
+    const int g = simt::current % simt::WARP / 4, t = simt::current % 4;
+    for (int i = 0; i < 4; i++) {
+        const int m = g + i / 2 * 8, n = 2 * t + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const uint32_t in_a = all[m % 8 * 4 + k % 8 / 2][m / 8 + k / 8 * 2];
+            const uint32_t in_b = all[n * 4 + k % 8 / 2][4 + k / 8];
+            c[i] += simt::bf16_at(in_a, k % 2) * simt::bf16_at(in_b, k % 2);
+        }
+    }
+}
+template <bool TRANSPOSED, class T>
+void load_matrices(unsigned (&x)[4], simt::Shared<T> row, int line = __builtin_LINE()) {
+    struct alignas(16) Row {
+        uint32_t pairs[4];
+    };
+    const Row mine = simt::access<const Row>(row, false);
+    // A lane hands on its row, of which others take one element or pair.
+    const auto* all = simt::gather("load_matrices", line, mine.pairs);
+    const int g = simt::current % simt::WARP / 4, t = simt::current % 4;
+    for (int i = 0; i < 4; i++)
+        x[i] = TRANSPOSED ? simt::half_at(all[8 * i + 2 * t][g / 2], g % 2) |
+                                simt::half_at(all[8 * i + 2 * t + 1][g / 2], g % 2) << 16
+                          : all[8 * i + g][t];
+}
+static inline unsigned transposed(unsigned x, int line = __builtin_LINE()) {
+    const uint32_t mine[1] = {x};
+    const auto* all = simt::gather("transposed", line, mine);
+    const int g = simt::current % simt::WARP / 4, t = simt::current % 4;
+    const uint32_t low = all[2 * t * 4 + g / 2][0], high = all[(2 * t + 1) * 4 + g / 2][0];
+    return simt::half_at(low, g % 2) | simt::half_at(high, g % 2) << 16;
+}
+template <class T>
+void copy(simt::Shared<T> to, const T* from, bool zeros) {
+    struct alignas(16) Bytes {
+        T values[16 / sizeof(T)];
+    };
+    Bytes bytes{};
+    if (!zeros) bytes = simt::access<const Bytes>(from, false);
+    simt::access<Bytes>(to, true) = bytes;
+    if (simt::copies.size() < size_t(simt::count)) simt::copies.resize(simt::count);
+    for (size_t i = 0; i < 16 / sizeof(T); i++) {
+        simt::Shadow& x = to.array->shadow[to.at + i];
+        x.copying = true;
+        simt::copies[simt::current].push_back(&x);
+    }
+}
+static inline void wait_for_copies() {
+    if (simt::copies.size() < size_t(simt::count)) simt::copies.resize(simt::count);
+    for (simt::Shadow* x : simt::copies[simt::current]) {  // only now is it written
+        x->copying = false;
+        x->write_barrier = simt::barriers, x->write_order = simt::threads[simt::current].order;
+    }
+    simt::copies[simt::current].clear();
+}
+static inline float exp2_of(float x) { return std::exp2(x); }
+static inline float reciprocal(float x) { return 1.0f / x; }
+static inline unsigned pack(float low, float high) {
+    const auto round = [](float x) {
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        return x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fffu;
+    };
+    return round(low) | round(high) << 16;
 }
 static inline void __trap() { simt::fail("__trap"); }
 #define __expf(x) std::exp(static_cast<float>(x))  // a macro, since glibc has a function of that name
 static inline float __fdividef(float x, float y) { return x / y; }
+static inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;
     for (int bit = 0; bit < 32; bit++) reversed |= (x >> bit & 1) << (31 - bit);
@@ -331,6 +448,8 @@ static inline unsigned __float_as_uint(float f) {
     memcpy(&x, &f, 4);
     return x;
 }
+
+extern "C" int64_t simt_dynamic_bytes() { return simt::dynamic_bytes; }
 
 #ifdef SIMT_COVERAGE
 extern "C" void __gcov_dump(void);
@@ -353,6 +472,7 @@ extern "C" const char* simt_launch(void* kernel, const unsigned* grid, const uns
     simt::global.clear();
     for (int i = 0; i < n_ranges; i++) simt::global.emplace_back(ranges[2 * i], ranges[2 * i] + ranges[2 * i + 1]);
     simt::order.seed(seed);
+    simt::dynamic_bytes = 0;
     if (_setjmp(simt::failure)) return simt::report;
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)

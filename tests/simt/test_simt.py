@@ -41,6 +41,8 @@ FAULTS = {
     "not_aligned": "not aligned: 16 bytes of global memory",
     "shared_not_aligned": r"not aligned: tile\[2\], 16 bytes",
     "trap": "thread 7: __trap",
+    "mma_of_some": "divergent",
+    "dynamic_not_aligned": "not aligned: dynamic shared memory from byte 8 on",
 }
 
 
@@ -121,3 +123,81 @@ def test_to_bf16_around_every_rounding_boundary(library):
     nan = x.isnan()
     assert torch.equal(out[~nan].view(torch.int16), x[~nan].bfloat16().view(torch.int16))
     assert out[nan].isnan().all()
+
+
+def lane_places() -> tuple[list[int], list[int]]:
+    """groupID and threadID_in_group of the PTX ISA, for each lane."""
+    return [lane >> 2 for lane in range(32)], [lane % 4 for lane in range(32)]
+
+
+def test_mma_has_the_fragments_of_the_ptx_isa(library):
+    """PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": which element of A, B and C is in which
+    register of which lane."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(x, generator=generator).bfloat16() for x in ((16, 16), (16, 8)))
+    c = torch.randn(16, 8, generator=generator)
+    in_a, in_b = guarded((32, 8), torch.bfloat16), guarded((32, 4), torch.bfloat16)
+    in_c, expected = guarded((32, 4), torch.float32), torch.empty(32, 4, dtype=torch.float64)
+    product = a.double() @ b.double() + c.double()
+    for lane, (group, thread) in enumerate(zip(*lane_places(), strict=True)):
+        for i in range(8):
+            row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
+            in_a[lane, i] = a[row, thread * 2 + (i & 1) + (0 if i < 4 else 8)]
+        for i in range(4):
+            in_b[lane, i] = b[thread * 2 + (i & 1) + (0 if i < 2 else 8), group]
+            place = group if i < 2 else group + 8, thread * 2 + (i & 1)
+            in_c[lane, i], expected[lane, i] = c[place], product[place]
+    launch(library, "multiply", (1, 1), 32, [in_a, in_b, in_c], 1)
+    torch.testing.assert_close(in_c.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_matrices_are_loaded_and_turned_round_as_the_ptx_isa_says(library):
+    """PTX ISA, ldmatrix and movmatrix: lanes 8i to 8i + 7 give the rows of matrix i; a lane gets row lane / 4, elements
+    2 (lane % 4) and the next, or with .trans the column in the place of the row."""
+    x = guarded_copy(torch.arange(256.0).bfloat16().view(4, 8, 8))
+    out = guarded((32, 18), torch.bfloat16)
+    launch(library, "matrices", (1, 1), 32, [x, out], 1)
+    for lane, (group, thread) in enumerate(zip(*lane_places(), strict=True)):
+        plain = x[:, group, 2 * thread : 2 * thread + 2]
+        turned = x[:, 2 * thread : 2 * thread + 2, group]
+        assert torch.equal(out[lane], torch.cat((plain.flatten(), turned.flatten(), turned[0])))
+
+
+@pytest.mark.parametrize("source", [0, 1, 40])
+def test_copies_arrive_where_they_are_waited_for(library, source):
+    x = guarded_copy(torch.randn(64, 4))
+    for seed in range(3):
+        out = guarded((64,), torch.float32)
+        launch(library, "copies", (1, 1), 64, [x, out, 1, source, 0], seed)
+        expected = torch.cat((x[:63, 0], torch.zeros(1)))[torch.arange(64) ^ source]
+        assert torch.equal(out, expected)
+
+
+def vectors() -> list[torch.Tensor]:
+    """What the kernels of copies read, 16 bytes a thread, and what they write."""
+    return [guarded((64, 4), torch.float32), guarded((64,), torch.float32)]
+
+
+def test_a_copy_that_was_not_waited_for_is_not_there(library):
+    for seed in range(5):
+        for source in (0, 1, 40):
+            with pytest.raises(SimtError, match=r"copy: tile.* is read, thread .* has not waited for its copy"):
+                launch(library, "copies", (1, 1), 64, [*vectors(), 0, source, 0], seed)
+
+
+def test_a_copy_over_what_others_still_read_is_a_race(library):
+    for seed in range(5):
+        with pytest.raises(SimtError, match=r"race: tile|copy: tile"):
+            launch(library, "copies", (1, 1), 64, [*vectors(), 1, 40, 1], seed)
+
+
+def test_a_copy_that_is_not_aligned(library):
+    with pytest.raises(SimtError, match=r"not aligned: tile\[\d+\], 16 bytes"):
+        launch(library, "copy_not_aligned", (1, 1), 64, vectors(), 0)
+
+
+def test_dynamic_shared_memory_is_counted(library):
+    out = guarded((64,), torch.float32)
+    launch(library, "dynamic", (1, 1), 64, [out], 0)
+    assert (out == 3).all()
+    assert library.simt_dynamic_bytes() == 512

@@ -1,4 +1,5 @@
-"""Runs the kernels of cuda/wkv6.cu and cuda/wkv7.cu in the emulator, without a driver and torch's operators."""
+"""Runs the kernels of cuda/wkv6.cu, cuda/wkv7.cu and cuda/wkv7_chunk.cu in the emulator, without a driver and torch's
+operators."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rwkv_miss.ops.cuda.programs import PROGRAMS
-from rwkv_miss.ops.cuda.wkv import SAVE_EVERY, launch_shape
+from rwkv_miss.ops.cuda.wkv import CHUNK_SAVE_EVERY, SAVE_EVERY, launch_shape
 from tests.ops.cases import WKV6, WKV7, WkvCase
 from tests.simt.harness import build_once, guarded, guarded_copy, launch
 
@@ -69,6 +70,36 @@ def run_kernels(
         named["du"] = named["du"].sum(0)
     names = ("y", "state_out", *(f"d{x}" for x in wkv.inputs), "dstate")
     return [named[x].clone() for x in names]
+
+
+def run_chunk(
+    library: ctypes.CDLL,
+    inputs: list[Tensor],
+    state: Tensor,
+    seq_start: Tensor | None,
+    weights: list[Tensor | None],
+    seed: int,
+    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = guarded,
+) -> list[Tensor]:
+    """`run_kernels` for the two kernels of cuda/wkv7_chunk.cu."""
+    batch, n_steps, n_head, n = shape = inputs[0].shape
+    named = {x: allocate(shape, BF16).copy_(y) for x, y in zip("rzkvab", inputs, strict=True)}
+    named |= {x: allocate(shape, BF16) for x in ("y", *(f"d{x}" for x in "rzkvab"))}
+    named |= {
+        "dy": allocate(shape, BF16).copy_(weights[0]),
+        "state_in": guarded_copy(state),
+        "state_out": guarded(state.shape, FP32),
+        "saved_states": guarded((batch, n_head, -(-n_steps // CHUNK_SAVE_EVERY), n, n), BF16),
+        "scratch": guarded((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n), BF16),
+        "seq_start": None if seq_start is None else guarded_copy(seq_start.to(torch.uint8)),
+        "grad_state": None if weights[1] is None else guarded_copy(weights[1]),
+        "dstate": guarded(state.shape, FP32),
+        "steps": n_steps,
+    }
+    named["heads"] = named["r"].stride(1) // n  # more than n_head if `allocate` leaves room for more
+    for i, (kernel, parameters) in enumerate(PROGRAMS["wkv7_chunk"].kernels.items()):
+        launch(library, kernel, (batch * n_head, 1), 2 * n, [named[x] for x in parameters.split()], seed + i)
+    return [named[x].clone() for x in ("y", "state_out", *(f"d{x}" for x in "rzkvab"), "dstate")]
 
 
 def launch_forward(

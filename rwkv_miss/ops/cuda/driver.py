@@ -6,7 +6,7 @@ https://docs.nvidia.com/cuda/cuda-driver-api/
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -19,6 +19,9 @@ from rwkv_miss.ops.cuda.nvrtc import CUDA_12, INSTALL, version
 
 # The first driver for CUDA 13 on Linux (release notes of the CUDA toolkit 13.0).
 _CUDA_13_DRIVER = "580.65"
+# The bytes of shared memory that a block can be given without asking (CUDA C++ Programming Guide, compute
+# capabilities).
+_SHARED_UNASKED = 48 * 1024
 # What a user can do about an error of the driver.
 _ADVICE = {
     "CUDA_ERROR_OUT_OF_MEMORY": "the GPU's memory is full: use a smaller batch or context, or end other programs on it",
@@ -70,12 +73,12 @@ def capability(index: int) -> tuple[int, int]:
     return major, minor
 
 
-def load(image: bytes, names: tuple[str, ...], index: int) -> dict[str, object]:
+def load(image: bytes, shared: Mapping[str, int], index: int) -> dict[str, object]:
     """Loads a compiled source onto a device, for as long as the process lives.
 
     Args:
         image: what `compile_source` returned.
-        names: the kernels in it.
+        shared: the kernels in it, each with the bytes of dynamic shared memory that its blocks are given.
         index: that of the device.
 
     Returns:
@@ -93,7 +96,12 @@ def load(image: bytes, names: tuple[str, ...], index: int) -> dict[str, object]:
                 " once before the recording begins"
             )
         (module,) = _call("cuModuleLoadData", image)
-        return {name: _call("cuModuleGetFunction", module, name.encode())[0] for name in names}
+        functions = {name: _call("cuModuleGetFunction", module, name.encode())[0] for name in shared}
+        attribute = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        for name, size in shared.items():
+            if size > _SHARED_UNASKED:
+                _call("cuFuncSetAttribute", functions[name], attribute, size)
+        return functions
 
 
 def launch(
@@ -101,6 +109,7 @@ def launch(
     device: torch.device,
     grid: tuple[int, int],
     block: int,
+    shared: int,
     arguments: list[torch.Tensor | int | None],
 ) -> None:
     """Puts a kernel on torch's current stream of the device, and returns before it has run.
@@ -112,6 +121,7 @@ def launch(
         function: the kernel's handle, from `load` for the same device.
         grid: the number of blocks in x and in y.
         block: the number of threads in a block.
+        shared: the bytes of dynamic shared memory of a block, those that `load` was told.
         arguments: in the order of the kernel's parameters, each of which has 8 bytes. A tensor is passed as a pointer
             to its data, None as a null pointer, an int as a 64-bit integer.
 
@@ -125,7 +135,7 @@ def launch(
     # CU_LAUNCH_PARAM_BUFFER_POINTER, _BUFFER_SIZE and _END: all parameters in one buffer, copied by the call.
     extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size), 0)
     with _current(index):
-        _call("cuLaunchKernel", function, *grid, 1, block, 1, 1, 0, stream, 0, ctypes.addressof(extra))
+        _call("cuLaunchKernel", function, *grid, 1, block, 1, 1, shared, stream, 0, ctypes.addressof(extra))
 
 
 def _call(name: str, *arguments: Any) -> tuple:

@@ -6,7 +6,7 @@ A program is one .cu file with what is known of it; `rwkv_miss.ops.cuda.programs
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -30,13 +30,21 @@ class Program:
             with spaces between them. Each parameter is a pointer or a `long long`.
         variants: NVRTC's options for each way to compile the file, by what the caller chooses with, such as the
             dtype of the tensors.
+        shared: for each variant, by the kernel's name, the bytes of dynamic shared memory that a block is given; 0 for
+            what is not named.
         oldest: the lowest compute capability that the file is written for, such as (8, 0); (0, 0) leaves it to NVRTC.
     """
 
     source: Path
     kernels: Mapping[str, str]
     variants: Mapping[Hashable, tuple[str, ...]]
+    shared: Mapping[Hashable, Mapping[str, int]] = field(default_factory=dict)
     oldest: tuple[int, int] = (0, 0)
+
+    def shared_bytes(self, variant: Hashable) -> dict[str, int]:
+        """By the kernels' names, the bytes of dynamic shared memory of a block."""
+        given = self.shared.get(variant, {})
+        return {name: given.get(name, 0) for name in self.kernels}
 
 
 def unusable(program: Program, variant: Hashable, device: torch.device) -> str | None:
@@ -63,7 +71,7 @@ def functions_or_reason(program: Program, variant: Hashable, index: int) -> tupl
             have, need = (10 * major + minor for major, minor in (capability, program.oldest))
             return None, f"this GPU is sm_{have}, {program.source.name} is for sm_{need} and later"
         image = compile_source(program.source, program.variants[variant], capability)
-        return driver.load(image, tuple(program.kernels), index), None
+        return driver.load(image, program.shared_bytes(variant), index), None
     except (CompileError, driver.DriverError) as error:
         return None, str(error)
 
@@ -98,7 +106,7 @@ def launch(
     values = [arguments[x] for x in program.kernels[name].split()]
     for x in values:
         assert not isinstance(x, Tensor) or (x.is_contiguous() and x.data_ptr() % ALIGNMENT == 0), name
-    driver.launch(functions[name], device, grid, block, values)
+    driver.launch(functions[name], device, grid, block, program.shared_bytes(variant)[name], values)
 
 
 def ready(x: Tensor) -> Tensor:

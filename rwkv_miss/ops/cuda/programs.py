@@ -17,6 +17,15 @@ HEAD_SIZES = (8, 16, 24, 32, 64, 96, 128)
 _WKV_VARIANTS: dict[Hashable, tuple[str, ...]] = {
     (dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES
 }
+# The head sizes of cuda/wkv7_chunk.cu, which takes bfloat16 alone.
+CHUNK_HEAD_SIZES = (32, 64)
+
+
+def _chunk_shared(n: int) -> dict[str, int]:
+    """FORWARD_BYTES and BACKWARD_BYTES of cuda/wkv7_chunk.cu for a head size."""
+    rows, state, pairs = 16 * (n + 8) * 2, n * (n + 8) * 2, 6 * 16 * 24 * 2 + 16 * 20 * 4 + n * 4
+    return {"wkv7_chunk_forward": 12 * rows + pairs, "wkv7_chunk_backward": 16 * rows + 2 * state + pairs}
+
 
 # CONTRIBUTING.md says how to add a program. In the names of parameters dx is the gradient of x.
 PROGRAMS = {
@@ -39,5 +48,17 @@ PROGRAMS = {
             ),
         },
         _WKV_VARIANTS,
+    ),
+    "wkv7_chunk": Program(
+        SOURCES / "wkv7_chunk.cu",
+        {
+            "wkv7_chunk_forward": "r z k v a b state_in seq_start y state_out saved_states steps heads",
+            "wkv7_chunk_backward": (
+                "r z k v a b seq_start saved_states scratch dy grad_state dr dz dk dv da db dstate steps heads"
+            ),
+        },
+        {(torch.bfloat16, n): _WKV_VARIANTS[torch.bfloat16, n] for n in CHUNK_HEAD_SIZES},
+        {(torch.bfloat16, n): _chunk_shared(n) for n in CHUNK_HEAD_SIZES},
+        (8, 0),
     ),
 }

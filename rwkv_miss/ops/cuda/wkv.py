@@ -1,23 +1,28 @@
-"""WKV-6 and WKV-7 on NVIDIA GPUs: the kernels of cuda/wkv6.cu and cuda/wkv7.cu as operators of torch.library."""
+"""WKV-6 and WKV-7 on NVIDIA GPUs: the kernels of cuda/wkv6.cu, cuda/wkv7.cu and cuda/wkv7_chunk.cu as operators of
+torch.library."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rwkv_miss.ops.cuda import driver, kernel
-from rwkv_miss.ops.cuda.programs import HEAD_SIZES, IO, PROGRAMS
-from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WkvOp, register
+from rwkv_miss.ops.cuda.programs import CHUNK_HEAD_SIZES, HEAD_SIZES, IO, PROGRAMS
+from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WKV7_CHUNK, WkvOp, register
 
 # Steps between the states that the forward keeps for the backward: CHUNK of cuda/wkv.cuh.
 SAVE_EVERY = 16
 
+# The same for SAVE_EVERY of cuda/wkv7_chunk.cu.
+CHUNK_SAVE_EVERY = 64
 
-def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
-    """Why the kernels of "wkv6" or "wkv7" cannot take tensors of that device, dtype and head size here, or None if
-    they can. Compiles and loads them at the first use.
+
+def scalar_unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """Why the scalar kernels of "wkv6" or "wkv7" cannot take tensors of that device, dtype and head size here, or None
+    if they can. Compiles and loads them at the first use.
 
     Raises:
         UserError: this is the first use, and torch is recording a CUDA graph.
@@ -31,8 +36,39 @@ def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str |
     return kernel.unusable(PROGRAMS[op], (dtype, n), device)
 
 
+def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """The same for the kernels that `wkv6` and `wkv7` take."""
+    if chunk_unusable(op, device, dtype, n) is None:
+        return None
+    return scalar_unusable(op, device, dtype, n)
+
+
+@torch.compiler.assume_constant_result
+def chunk_unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
+    """Why a chunked kernel cannot take such tensors here, or None if it can, as on the meta device, where nothing is
+    computed. Compiles and loads it at the first use.
+
+    Raises:
+        UserError: this is the first use, and torch is recording a CUDA graph.
+    """
+    if op != "wkv7":
+        return f"there is none for {op}"
+    if dtype != torch.bfloat16:
+        return f"the tensors are {dtype}, it takes bfloat16"
+    if n not in CHUNK_HEAD_SIZES:
+        return f"the head size is {n}, it takes {', '.join(map(str, CHUNK_HEAD_SIZES))}"
+    return None if device.type == "meta" else kernel.unusable(PROGRAMS["wkv7_chunk"], (dtype, n), device)
+
+
+def kernel_taken(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str:
+    """Which kernels `wkv6` and `wkv7` take for such tensors, in words, and why not the chunked ones."""
+    if reason := chunk_unusable(op, device, dtype, n):
+        return f"scalar kernels; no chunked one: {reason}"
+    return "chunked kernels on tensor cores"
+
+
 def launch_shape(batch: int, n_head: int, n: int) -> tuple[tuple[int, int], int]:
-    """The grid and the threads in a block of every kernel of both programs (cuda/wkv.cuh)."""
+    """The grid and the threads in a block of every scalar kernel (cuda/wkv.cuh)."""
     kept = n if n <= 64 else 32  # value or key indices of the state that one block holds
     return (batch * n_head, n // kept), 2 * kept
 
@@ -76,7 +112,10 @@ def _backward(
     # The gradients of what the forward saved beside the states: the first kernel writes them, the second reads them.
     named |= {f"d{x.removeprefix('saved_')}": y.new_empty(y.shape) for x, y in zip(op.saved, saved[1:], strict=True)}
     named |= dict(zip([*(f"d{letter}" for letter in op.inputs), "dstate"], grads, strict=True))
-    _launch(op, ("backward_values", "backward_keys"), named)
+    if op is WKV7_CHUNK:
+        batch, _, n_head, n = v.shape
+        named["scratch"] = v.new_empty((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n))
+    _launch(op, ("backward",) if op is WKV7_CHUNK else ("backward_values", "backward_keys"), named)
 
 
 def _by_name(
@@ -95,7 +134,7 @@ def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]
     v = tensors["v"]
     assert v is not None
     batch, n_steps, n_head, n = v.shape
-    grid, block = launch_shape(batch, n_head, n)
+    grid, block = ((batch * n_head, 1), 2 * n) if op is WKV7_CHUNK else launch_shape(batch, n_head, n)
     arguments = {**tensors, "steps": n_steps, "heads": n_head}
     for part in parts:
         kernel.launch(PROGRAMS[op.name], (v.dtype, n), f"{op.name}_{part}", v.device, grid, block, arguments)
@@ -103,4 +142,13 @@ def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]
 
 # (*inputs, state, seq_start) -> (y, the last state), as in `rwkv_miss.ops`, with arguments that were checked.
 wkv6 = register(WKV6, "cuda", SAVE_EVERY, _forward, _backward)
-wkv7 = register(WKV7, "cuda", SAVE_EVERY, _forward, _backward)
+wkv7_scalar = register(WKV7, "cuda", SAVE_EVERY, _forward, _backward)
+wkv7_chunk = register(WKV7_CHUNK, "cuda", CHUNK_SAVE_EVERY, _forward, _backward)
+
+
+def wkv7(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same, by the chunked kernels where they can be used."""
+    v = arguments[WKV7.v]
+    assert v is not None
+    refused = chunk_unusable("wkv7", v.device, v.dtype, operator.index(v.shape[-1]))
+    return (wkv7_scalar if refused else wkv7_chunk)(*arguments)

@@ -9,7 +9,7 @@ import torch
 
 from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.programs import PROGRAMS
-from rwkv_miss.ops.cuda.wkv import SAVE_EVERY
+from rwkv_miss.ops.cuda.wkv import CHUNK_SAVE_EVERY, SAVE_EVERY
 from tests.ops.cuda.toy import TOY
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -32,7 +32,7 @@ class Emulated:
     variants: tuple[tuple[Hashable, int], ...]
 
 
-def _wkv_elements(inputs: str) -> Elements:
+def _wkv_elements(inputs: str, save_every: int = SAVE_EVERY) -> Elements:
     def elements(macros: Integers, grid: tuple[int, ...], arguments: Integers) -> Integers:
         steps, heads, n = arguments["steps"], arguments["heads"], macros["HEAD_SIZE"]
         batch = grid[0] // heads
@@ -40,7 +40,8 @@ def _wkv_elements(inputs: str) -> Elements:
         counts = dict.fromkeys((*names, *(f"d{x}" for x in names)), batch * steps * heads * n)
         states = dict.fromkeys(("state_in", "state_out", "grad_state", "dstate"), batch * heads * n * n)
         counts |= states | {"seq_start": batch * steps}
-        counts |= {"saved_states": batch * heads * -(-steps // SAVE_EVERY) * n * n}
+        counts |= {"saved_states": batch * heads * -(-steps // save_every) * n * n}
+        counts |= {"scratch": batch * heads * (save_every // SAVE_EVERY - 1) * n * n}
         if "u" in inputs:  # of WKV-6, where it is a parameter of the model
             counts |= {"u": heads * n, "du": batch * heads * n}
         return counts
@@ -56,5 +57,8 @@ _WKV_VARIANTS = (((BF16, 64), 90), ((FP32, 16), 90), ((FP32, 16), 75), ((BF16, 1
 EMULATED = {
     "wkv6": Emulated(PROGRAMS["wkv6"], _wkv_elements("rkvwu"), _WKV_VARIANTS),
     "wkv7": Emulated(PROGRAMS["wkv7"], _wkv_elements("rzkvab"), _WKV_VARIANTS),
+    "wkv7_chunk": Emulated(
+        PROGRAMS["wkv7_chunk"], _wkv_elements("rzkvab", CHUNK_SAVE_EVERY), (((BF16, 32), 90), ((BF16, 64), 90))
+    ),
     "toy": Emulated(TOY, _toy_elements, ((FP32, 90), (FP32, 75), (BF16, 90))),
 }

@@ -1,6 +1,6 @@
-"""The CUDA backend end to end: from `wkv6` and `wkv7` (backend "cuda") through cubin, module and launch to results and
-gradients, with a stub driver that runs the emulated kernels on host memory. test_launch.py runs this file, in a process
-of its own, with the fixtures of stub_fixtures.py."""
+"""The scalar CUDA kernels end to end: from `wkv6` and `wkv7` (backend "cuda_scalar") through cubin, module and launch
+to results and gradients, with a stub driver that runs the emulated kernels on host memory. test_launch.py runs this
+file, in a process of its own, with the fixtures of stub_fixtures.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ torchs_location = driver.location
 
 
 def on_cuda(wkv: WkvCase) -> Callable:
-    return wkv.with_backend("cuda")
+    return wkv.with_backend("cuda_scalar")
 
 
 def case(wkv: WkvCase, n=16, dtype=FP32, n_steps=21):
@@ -262,13 +262,13 @@ def test_what_is_recorded_into_a_graph_is_launches_alone(wkv, library, gpu, call
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("backend", ["cuda", "auto"])
+@pytest.mark.parametrize("backend", ["cuda_scalar", "auto"])
 def test_a_first_call_inside_a_recording_is_refused_and_the_next_outside_works(wkv, library, gpu, forgetful, backend):
     inputs, state, start = case(wkv)
     library.stub_capture(ctypes.c_void_p(gpu.stream))
     try:
         with pytest.raises(UserError, match="cannot be recorded into a CUDA graph: run the same once before"):
-            if backend == "cuda":
+            if backend == "cuda_scalar":
                 on_cuda(wkv)(*inputs, state, start)
             else:
                 choose(wkv.name, torch.device("cuda", 0), FP32, 16)
@@ -346,7 +346,9 @@ def test_compiles_as_one_graph(wkv, dynamic):
 def test_auto_takes_cuda_and_says_so(wkv, forgetful, caplog):
     with caplog.at_level(logging.INFO, logger="rwkv_miss"):
         assert [choose(wkv.name, torch.device("cuda", 0), FP32, 16) for _ in range(2)] == ["cuda", "cuda"]
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", f"{wkv.name}: using backend 'cuda'")]
+    reason = "the tensors are torch.float32, it takes bfloat16" if wkv is WKV7 else "there is none for wkv6"
+    said = f"{wkv.name}: using backend 'cuda'; scalar kernels; no chunked one: {reason}"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", said)]
 
 
 def test_auto_takes_torch_where_cuda_cannot_be_used_and_says_why_once(wkv, caplog, forgetful):
@@ -363,7 +365,7 @@ def test_auto_takes_torch_where_cuda_cannot_be_used_and_says_why_once(wkv, caplo
 )
 def test_what_the_kernels_do_not_take_is_said(wkv, n, dtype, found):
     inputs, state = wkv.make_inputs(3, n, dtype)
-    with pytest.raises(UserError, match=f"backend 'cuda' cannot be used: .*{found}"):
+    with pytest.raises(UserError, match=f"backend 'cuda_scalar' cannot be used: .*{found}"):
         on_cuda(wkv)(*inputs, state)
 
 

@@ -29,6 +29,7 @@ struct Function {
     Module* module;
     std::string name;
     void* code;
+    unsigned shared = 48 * 1024;  // the bytes of dynamic shared memory that a launch may give it
 };
 
 static Context contexts[DEVICES] = {{0}, {1}};
@@ -117,12 +118,20 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     *function = new Function{module, name, code};
     return SUCCESS;
 }
+int cuFuncSetAttribute(Function* function, int attribute, int value) {
+    CALLED;
+    if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
+    if (attribute != 8) return INVALID_VALUE;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function->shared = value;
+    return SUCCESS;
+}
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
     CALLED;
     if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
     // rwkv_miss passes parameters in one form alone: as a buffer and its size.
     if (parameters || !extra || extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4]) return INVALID_VALUE;
+    if (shared > function->shared) return INVALID_VALUE;
     const unsigned sizes[7] = {grid_x, grid_y, grid_z, block_x, block_y, block_z, shared};
     return on_launch(current.back()->device, function, function->name.c_str(), function->code, function->module->library,
                      sizes, stream, extra[1], *static_cast<size_t*>(extra[3]));
@@ -139,6 +148,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long lo
         ENTRY(cuCtxPushCurrent), ENTRY(cuDeviceGetAttribute),     ENTRY(cuDevicePrimaryCtxRetain),
         ENTRY(cuCtxPopCurrent),  ENTRY(cuModuleLoadData),         ENTRY(cuModuleGetFunction),
         ENTRY(cuLaunchKernel),   ENTRY(cuStreamIsCapturing),      ENTRY(cuGetProcAddress_v2),
+        ENTRY(cuFuncSetAttribute),
     };
     *function = nullptr;
     for (const auto& entry : TABLE)

@@ -51,9 +51,9 @@ def gpu(session, library, monkeypatch):
     monkeypatch.setattr(nvrtc, "_compile", compile_here)
     real = driver.launch
 
-    def launch(function, device, grid, block, arguments):
+    def launch(function, device, grid, block, shared, arguments):
         session.tensors = {x.data_ptr(): x.nbytes for x in arguments if isinstance(x, torch.Tensor)}
-        real(function, device, grid, block, arguments)
+        real(function, device, grid, block, shared, arguments)
 
     monkeypatch.setattr(driver, "launch", launch)
     session.launches.clear()
@@ -93,6 +93,11 @@ def change_launches(monkeypatch) -> Callable[[Callable], None]:
 
     def apply(change: Callable) -> None:
         real = driver.launch
-        monkeypatch.setattr(driver, "launch", lambda f, device, *rest: real(f, device, *change(*rest)))
+
+        def changed(function, device, grid, block, shared, arguments):
+            grid, block, arguments = change(grid, block, arguments)
+            real(function, device, grid, block, shared, arguments)
+
+        monkeypatch.setattr(driver, "launch", changed)
 
     return apply
