@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     """UserError if a card would take the place of a file that is there."""
     from rwkv_miss.errors import UserError
 
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # false for a name that is too long too
         raise UserError(
             f"{path}: is there already, and a card would be written to it; give another out, --card false for no "
             "card, or --overwrite true to replace it"

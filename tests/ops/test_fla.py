@@ -177,7 +177,8 @@ def test_nothing_imports_it_before_it_is_asked_for(tmp_path):
 import importlib, pathlib, torch, rwkv_miss
 for path in pathlib.Path(rwkv_miss.__file__).parent.rglob("[a-z]*.py"):
     parts = path.relative_to(pathlib.Path(rwkv_miss.__file__).parents[1]).with_suffix("").parts
-    importlib.import_module(".".join(parts))
+    if parts[1] != "harness":  # which needs lm_eval
+        importlib.import_module(".".join(parts))
 x = torch.zeros(1, 2, 1, 16)
 rwkv_miss.ops.wkv7(x, x, x, x, x, x)
 print("not yet")

@@ -6,8 +6,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -35,6 +36,23 @@ def counts(server: Serving) -> tuple[int, int, int]:
     return len(server.service._engine), server.service.places.free, server.service.places.waiting
 
 
+@contextmanager
+def held(server: Serving) -> Iterator[None]:
+    """The model waits with its next token until the block ends, so that nothing in it comes too late."""
+    goes_on = threading.Event()
+    step = server.service._engine.step
+
+    def wait_and_step():
+        assert goes_on.wait(60)
+        return step()
+
+    server.service._engine.step = wait_and_step
+    try:
+        yield
+    finally:
+        goes_on.set()
+
+
 def leave(server: Serving, body: dict, is_there: Callable[[], bool]) -> None:
     """Sends a request, and closes the connection as soon as it is there."""
     data = json.dumps(body).encode()
@@ -54,12 +72,13 @@ def test_who_goes_away_frees_the_places(model, stream):
 
 def test_who_goes_away_while_waiting_is_not_written_to(model):
     with serving(model, max_batch=1) as server, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(server.complete, **LONG | {"max_tokens": 120})
-        until(lambda: counts(server) == (1, 0, 0))
-        leave(server, LONG, lambda: counts(server) == (1, 0, 1))
-        until(lambda: counts(server) == (1, 0, 0))
-        second = pool.submit(server.complete, "a", max_tokens=3)
-        assert first.result()["choices"][0]["text"] == alone(model, "long", 120)
+        with held(server):
+            first = pool.submit(server.complete, **LONG | {"max_tokens": 20})
+            until(lambda: counts(server) == (1, 0, 0))
+            leave(server, LONG, lambda: counts(server) == (1, 0, 1))
+            until(lambda: counts(server) == (1, 0, 0))
+            second = pool.submit(server.complete, "a", max_tokens=3)
+        assert first.result()["choices"][0]["text"] == alone(model, "long", 20)
         assert second.result()["choices"][0]["text"] == alone(model, "a", 3)
         until(lambda: counts(server) == (0, 1, 0))
 
@@ -74,13 +93,14 @@ def test_a_stream_that_is_cut_by_its_reader_frees_the_place(model):
 
 def test_no_more_than_max_waiting_wait(model):
     with serving(model, max_batch=1, max_waiting=1) as server, ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(server.complete, **LONG | {"max_tokens": 90})]
-        until(lambda: counts(server) == (1, 0, 0))
-        running.append(pool.submit(server.complete, **LONG | {"max_tokens": 2}))
-        until(lambda: counts(server) == (1, 0, 1))
-        response = server.post("completions", **LONG)
-        assert error_of(response, 429)["code"] == "busy" and response.headers["Retry-After"] == "1"
-        assert [found.result()["usage"]["completion_tokens"] for found in running] == [90, 2]
+        with held(server):
+            running = [pool.submit(server.complete, **LONG | {"max_tokens": 9})]
+            until(lambda: counts(server) == (1, 0, 0))
+            running.append(pool.submit(server.complete, **LONG | {"max_tokens": 2}))
+            until(lambda: counts(server) == (1, 0, 1))
+            response = server.post("completions", **LONG)
+            assert error_of(response, 429)["code"] == "busy" and response.headers["Retry-After"] == "1"
+        assert [found.result()["usage"]["completion_tokens"] for found in running] == [9, 2]
 
 
 def test_the_time_of_a_request_is_limited(model):
@@ -147,12 +167,13 @@ def test_a_server_that_stops_lets_answers_end(model, monkeypatch, grace):
     monkeypatch.setattr("rwkv_miss.serving.running._LAST_SECONDS", grace)
     body = {"model": "base", "prompt": "a", "temperature": 0, "max_tokens": 60 if grace else 4096, "stream": True}
     with serving(model, max_batch=1) as server, ThreadPoolExecutor(2) as pool:
-        running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
-        until(lambda: counts(server)[0] == 1)
-        waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
-        until(lambda: counts(server)[2] == 1)
-        server.server.should_exit = True
-        assert error_of(waiting.result(), 503)["code"] == "shutting_down"
+        with held(server):
+            running = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            until(lambda: counts(server)[0] == 1)
+            waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
+            until(lambda: counts(server)[2] == 1)
+            server.server.should_exit = True
+            assert error_of(waiting.result(), 503)["code"] == "shutting_down"
         text = running.result().text
     if grace:
         assert "".join(event["choices"][0]["text"] for event in events(text)) == alone(model, "a", 60)
