@@ -214,6 +214,7 @@ def test_merge_generate_eval_and_info_of_a_run(arguments, make_base, tmp_path, c
     assert "adapter      miss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_state_from_training_to_generate_and_info(arguments, make_base, tmp_path, capsys):
     base = make_base(vocab_size=256, n_layer=2)
     changes = {"adapter.method": "state", "adapter.r": None, "lr": 5.0, "max_steps": 3, "precision": "fp32"}

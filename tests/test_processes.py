@@ -38,6 +38,7 @@ def test_a_child_ends_with_the_test_that_fails():
     assert ends(child) and process.returncode is not None
 
 
+@pytest.mark.slow
 def test_a_child_ends_with_a_command_that_takes_too_long(tmp_path):
     said = tmp_path / "said"
     reading, writing = os.pipe()

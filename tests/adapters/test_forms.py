@@ -135,6 +135,7 @@ def test_a_new_adapter_computes_the_base(either_base, form, dtype):
         assert torch.equal(inject(load_model(either_base, dtype), FORMS[form])(TOKENS)[0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_hf_peft_reads_ours_and_we_read_theirs(either_base, form, tmp_path):
     """Logits, gradients and merged weights in fp32, of a whole model; the file that PEFT writes trains on here."""

@@ -42,6 +42,7 @@ def logits(model) -> torch.Tensor:
         return model(TOKENS)[0]
 
 
+@pytest.mark.slow
 def test_switching_gives_what_each_alone_gives_to_the_bit(either_base, model, folders):
     dtype = model.emb.weight.dtype
     alone = {name: logits(load_adapter(load_model(either_base, dtype).eval(), f)) for name, f in folders.items()}
@@ -120,6 +121,7 @@ def test_names(either_base, folders, tmp_path):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, [0.7, -0.5, 2.0]])
 def test_several_are_merged_into_one_file(either_base, folders, tmp_path, weights):
     """W + sum of w_i dW_i, entry by entry, from what each alone is merged to."""

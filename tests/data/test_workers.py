@@ -58,6 +58,7 @@ def test_a_process_that_is_killed_ends_the_work():
         list(map_in_processes(work, [1, 2, "end", 3], 2))
 
 
+@pytest.mark.slow
 def test_they_end_with_the_process_that_started_them(tmp_path):
     """Also if that is killed and can close nothing."""
     code = f"""

@@ -70,6 +70,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_pairs_alone(config, monkeyp
         assert (x - y).norm() <= 1e-5 * y.norm() > 0
 
 
+@pytest.mark.slow
 def test_it_trains_validates_resumes_and_merges(config, tmp_path):
     config = replace(config, val_data=config.data, val_every=3)
     result = quiet_train(config)
@@ -88,6 +89,7 @@ def test_it_trains_validates_resumes_and_merges(config, tmp_path):
     merge(config.base, config.out, tmp_path / "merged.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"batch_size": 1, "accumulate": 2}, {"chunk_len": 16}, {"packing": False}])
 def test_however_the_rows_are_laid_out_the_run_is_the_same(config, tmp_path, changes):
     whole = replace(config, batch_size=99, max_steps=2)

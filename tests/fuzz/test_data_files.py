@@ -24,6 +24,8 @@ from rwkv_miss.data.readers.reader import read_records
 from tests.fuzz.kit import answer
 from tests.processes import run_process
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"question": f'{n} + "{n}"?\n', "answer": f"{2 * n}, 好 é " * n, "id": str(n)} for n in range(1, 21)]
 
 

@@ -24,6 +24,8 @@ from rwkv_miss.config import AdapterConfig, EvalConfig, TrainConfig
 from tests.fuzz.kit import COMMANDS, READ_BY, TRAIN, answer, arguments
 from tests.helpers import RunsCode
 
+pytestmark = pytest.mark.slow
+
 bounded = settings(
     max_examples=10,
     derandomize=True,

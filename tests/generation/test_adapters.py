@@ -58,6 +58,7 @@ def test_each_member_gets_what_its_adapter_gives_alone(either_base, tmp_path, dt
             check(model, prompts[i], pieces, i, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["miss", "lora"])
 def test_a_merged_model_in_the_rwkv_package(make_base, tmp_path, rwkv_logits, method):
     base = make_base()

@@ -80,6 +80,7 @@ def byte_ids(kind: str, tok: Tokenizer, raw: bytes) -> list[int]:
     return [first + byte for byte in raw]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["world", "bytes", "byte level", "llama", "byte fallback"])
 @settings(max_examples=300)
 @given(data=st.data())
@@ -164,6 +165,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(st.lists(st.text("ab", max_size=5), max_size=12), st.lists(st.text("ab", min_size=1, max_size=6), max_size=3))
 def test_stop_strings_are_found_in_any_pieces(pieces, stops):

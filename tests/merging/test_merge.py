@@ -140,6 +140,7 @@ def test_zeros_change_nothing(base, tmp_path):
     assert report.logits_effect == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_merged_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits):
     folder = make_adapter(tiny_model, tmp_path / "adapter", r=12, std=0.02)
@@ -151,6 +152,7 @@ def test_the_merged_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits):
     assert (theirs - rwkv_logits(tiny_model, tokens.tolist())).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["state", "miss+state"])
 def test_a_state_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits, method):
@@ -203,6 +205,7 @@ def test_full(either_base, tmp_path):
     assert report.logits_error < 1e-6 < report.logits_effect
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_state_is_stored_in_one_layout_whatever_the_version(either_base, tmp_path):
     """In the merged file and in a file of its own, and on a base that has a state already."""

@@ -216,6 +216,7 @@ def test_a_detached_state_cuts_the_gradient_and_not_the_value(version):
             assert (found[name] - exact[name]).norm() > 1e-4 * exact[name].norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_dropout_is_the_same_when_a_chunk_or_a_block_is_computed_again(version):
     """The random state is restored for recomputation: the gradients are those of a run that stores everything."""
@@ -322,6 +323,7 @@ def test_memory_is_flat_where_gradients_are_cut(version, checkpointing):
     assert short == long
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exact_chunks_hold_states_and_not_activations(version):
     model = adapted(version, torch.float32, "cpu")

@@ -45,6 +45,7 @@ def tokens(n: int, batch: int = 1) -> Tensor:
     return torch.randint(256, (batch, n), generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_rwkv_package(model_file, tmp_path):
     model, ids = load_model(model_file), tokens(257)

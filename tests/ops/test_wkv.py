@@ -260,6 +260,7 @@ def test_the_states_of_all_steps_are_not_kept(wkv):
     assert sum(x.numel() for x in operator(*inputs, state, None, False)[2:]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_steps", "dtype"), [(0, torch.float32), (40, torch.bfloat16)])
 def test_operators_pass_opcheck(wkv, n_steps, dtype):
     wkv.opcheck("cpu", *wkv.make_inputs(n_steps, 8, dtype), odd_starts(n_steps))

@@ -18,6 +18,7 @@ def planned(capsys, *arguments: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_what_is_printed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main([*SMALL, "--gpu_memory=2GB", "--batch_size=1"]) == 0

@@ -53,6 +53,7 @@ def real_step(sizes: ModelConfig, config: PlanConfig, dtype: torch.dtype) -> int
     return live.peak + sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "dtype", "settings"),
     [
@@ -94,6 +95,7 @@ def test_short_rows_and_few_layers_tell_of_long_ones_and_many(method, settings, 
 H100 = [("0.4b", 8, 1024, 13.9), ("1.5b", 2, 4096, 28.8), ("2.9b", 4, 1024, 27.3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "batch_size", "ctx_len", "measured"), H100)
 def test_figures_of_a_gpu(shape, batch_size, ctx_len, measured):
     rows = {"batch_size": batch_size, "ctx_len": ctx_len, "wkv_backend": "cuda_scalar"}
@@ -176,6 +178,7 @@ def test_what_each_strategy_shares():
     assert everything["weights, gathered (at most)"][0] == alone[weights][0]
 
 
+@pytest.mark.slow
 def test_a_cast_base_is_read_whole_by_each_process():
     loaded = "what is loaded, on its way to the GPU"
     assert parts(**MISS)[loaded][1] < 0.01 * parts(**MISS, precision="fp32", devices=2, strategy="ddp")[loaded][1]
@@ -197,6 +200,7 @@ def test_a_released_model_has_the_size_that_it_is_called(version, name):
     assert int(parameters * digits) / digits == called or parameters == pytest.approx(called, rel=0.025)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "shape", "paper"), [(7, "3b", 47.2), (6, "7b", 88.1)])
 def test_the_paper_counts_as_many_trained_parameters(version, shape, paper):
     """arXiv 2409.15371, MiSS with r = 64 on RWKV."""

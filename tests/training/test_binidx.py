@@ -51,6 +51,7 @@ def test_a_validation_set_of_its_own(make_config, tmp_path, text, pair):
     assert first == second is not None
 
 
+@pytest.mark.slow
 def test_a_bad_id_ends_the_run_when_it_comes_up(make_config, tmp_path):
     """It is too rare for the sample at the start to find, and lies in the validation set, which is read first."""
     tokens = np.ones((20_000, 30), np.uint16)

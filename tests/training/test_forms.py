@@ -66,6 +66,7 @@ def test_zero_2_gives_the_run_of_one_process(any_base, data, tmp_path):
     merged_computes_the_same(any_base, two.out, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"init_weights": "mini", "mini_r": 4}, {"init_weights": "bat"}])
 def test_a_folder_of_pefts_trains_on_and_resumes_and_merges(base, data, tmp_path, form):
     peft = pytest.importorskip("peft")

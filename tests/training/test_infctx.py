@@ -43,6 +43,7 @@ def assert_same(out: str | Path, other: str | Path) -> None:
         torch.testing.assert_close(block, adapter(other)[name], rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_exact_chunks_give_the_run_of_whole_rows(long_config, tmp_path, packing):
     whole = long_config(packing=packing, val_split=0.2, val_every=2)
@@ -77,6 +78,7 @@ def cut_run(long_config, tmp_path) -> TrainConfig:
     return config
 
 
+@pytest.mark.slow
 def test_windows_without_loss_only_move_the_state(cut_run, monkeypatch, tmp_path):
     """They are run without gradients, for speed: the results are those of a run with gradients."""
     marks = []

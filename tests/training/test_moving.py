@@ -41,6 +41,7 @@ def test_it_goes_on_in_the_same_place(make_config, tmp_path, before, after, keep
     assert (found[4:] == pytest.approx(expected[4:], rel=2e-5)) == keeps_moments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [{"batch_size": 4, "accumulate": 2}, {"batch_size": 2, "accumulate": 4}])
 def test_other_micro_batches_give_the_uninterrupted_run(make_config, tmp_path, after):
     straight = make_config(out=str(tmp_path / "straight"), max_steps=9, schedule="constant")

@@ -665,6 +665,7 @@ def test_the_learning_rates_are_the_optimizers(make_config):
     assert losses(both.out, "lr") == [0.01, 0.0075] and losses(both.out, "lr_state") == [0.5, 0.375]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("val_split", [0.0, 0.2])
 def test_a_run_that_made_the_model_worse_says_so(make_config, tmp_path, val_split):
     """The base is trained first, so that it has something to lose."""

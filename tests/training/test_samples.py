@@ -46,6 +46,7 @@ def test_they_are_the_answers_of_the_model_as_it_was(make_config):
     assert samples(config)[:4] == found and [sample["step"] for sample in samples(config)[4:]] == [3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"chunk_len": 16, "bptt_chunks": 1, "gradient_checkpointing": True}])
 def test_the_training_does_not_notice(make_config, tmp_path, changes):
     """Nor does dropout, which draws random numbers and is not there while the model is asked."""
