@@ -108,7 +108,7 @@ def thoughts_apart(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
     held, is_thought, last = "", None, ""
     for piece in pieces:
         held += piece
-        if is_thought is None and _THOUGHT.startswith(held):
+        if is_thought is None and held != _THOUGHT and _THOUGHT.startswith(held):
             continue
         if is_thought is None:
             is_thought = held.startswith(_THOUGHT)
