@@ -157,6 +157,9 @@ def test_a_terminal(base, start_process):
     terminal.until("there is no command /nope")
     terminal.until("> ")
     terminal.type("hello")
+    terminal.until(
+        "hello"
+    )  # readline has read it: a Ctrl-C that comes before it waits for keys is seen at the next one
     terminal.type("\x03")  # at the prompt it takes back the line
     terminal.until("> ")
     terminal.type("hello\n")

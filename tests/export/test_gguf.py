@@ -272,4 +272,4 @@ def test_the_command_says_what_was_written_and_checked(tmp_path, make_base, caps
     assert re.search(
         r"run in xllamacpp \S+: log-probabilities differ by \S+ of the logits' size, and the likeliest", said
     )
-    assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["a.gguf", "b.gguf"]
+    assert sorted(path.name for path in tmp_path.glob("*.gguf*")) == ["a.gguf", "a.gguf.md", "b.gguf", "b.gguf.md"]
