@@ -15,6 +15,7 @@ from rwkv_miss.ops.dispatch import choose
 from tests.helpers import loss_sum
 from tests.model import test_chunks as models
 from tests.ops.cases import WKV7, odd_starts, run
+from tests.ops.cuda.mistakes import swapped_arguments, swapped_sizes, wrong_block, wrong_grid
 from tests.ops.cuda.on_stub import pointers
 from tests.ops.cuda.stub_fixtures import STREAM
 
@@ -146,22 +147,6 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(on_cuda, fullgraph=True, backend="aot_eager")
     eager = run(on_cuda, inputs, state, start, weights)
     WKV7.assert_close(run(compiled, inputs, state, start, weights), eager, 1e-6)
-
-
-def swapped_arguments(grid, block, arguments):
-    return grid, block, [arguments[1], arguments[0], *arguments[2:]]
-
-
-def swapped_sizes(grid, block, arguments):
-    return grid, block, [*arguments[:-2], arguments[-1], arguments[-2]]
-
-
-def wrong_grid(grid, block, arguments):
-    return (grid[0], grid[1] + 1), block, arguments
-
-
-def wrong_block(grid, block, arguments):
-    return grid, block // 2, arguments
 
 
 @pytest.mark.parametrize(

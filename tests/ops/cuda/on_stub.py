@@ -22,6 +22,7 @@ from rwkv_miss.ops.dispatch import choose
 from tests.helpers import loss_sum
 from tests.model import test_chunks as models
 from tests.ops.cases import WKV6, WKV7, WkvCase, odd_starts, run
+from tests.ops.cuda.mistakes import swapped_arguments, swapped_sizes, wrong_block, wrong_grid
 from tests.ops.cuda.stub_fixtures import STREAM
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -395,24 +396,8 @@ def test_a_device_that_is_not_there(forgetful, gpu):
         on_cuda(WKV7)(*inputs, state)
 
 
-def swapped_arguments(grid, block, arguments):
-    return grid, block, [arguments[1], arguments[0], *arguments[2:]]
-
-
-def swapped_sizes(grid, block, arguments):
-    return grid, block, [*arguments[:-2], arguments[-1], arguments[-2]]
-
-
-def wrong_grid(grid, block, arguments):
-    return (grid[0], grid[1] + 1), block, arguments
-
-
 def small_grid(grid, block, arguments):
     return (grid[0] // 3, grid[1]), block, arguments
-
-
-def wrong_block(grid, block, arguments):
-    return grid, block // 2, arguments
 
 
 @pytest.mark.parametrize(
