@@ -6,9 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 
-from rwkv_miss import load_model
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.records import Record, Turn
 from rwkv_miss.data.rendering import prompt_text
@@ -18,19 +16,11 @@ from rwkv_miss.evaluating.answers import answers
 from rwkv_miss.evaluating.scoring import find_extractor
 from rwkv_miss.generation.generate import generate
 from rwkv_miss.generation.sampling import Sampling
+from tests.evaluating.records import record
 from tests.scripted import Scripted
 
 OPTIONS = DataOptions()
 BYTES = load_tokenizer("bytes")
-
-
-@pytest.fixture
-def model(make_base):
-    return load_model(make_base(vocab_size=256), torch.float64)
-
-
-def record(question: str, answer: str) -> Record:
-    return Record("here", (Turn("user", question), Turn("assistant", answer)))
 
 
 def test_answers_keep_the_order_of_the_records(model):

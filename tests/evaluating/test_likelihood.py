@@ -7,15 +7,9 @@ import math
 import pytest
 import torch
 
-from rwkv_miss import load_model
 from rwkv_miss.errors import RunError
 from rwkv_miss.evaluating import likelihood
 from rwkv_miss.evaluating.likelihood import likelihoods
-
-
-@pytest.fixture
-def model(make_base):
-    return load_model(make_base(vocab_size=256), torch.float64)
 
 
 @pytest.fixture

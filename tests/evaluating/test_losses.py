@@ -20,18 +20,10 @@ from rwkv_miss.evaluating.evaluate import Evaluation
 from rwkv_miss.evaluating.losses import Forgetting, documents_loss, forgetting
 from rwkv_miss.evaluating.rates import perplexity
 from rwkv_miss.model.base import RWKV
+from tests.evaluating.records import record
 
 OPTIONS = DataOptions()
 BYTES = load_tokenizer("bytes")
-
-
-@pytest.fixture
-def model(make_base):
-    return load_model(make_base(vocab_size=256), torch.float64)
-
-
-def record(question: str, answer: str) -> Record:
-    return Record("here", (Turn("user", question), Turn("assistant", answer)))
 
 
 RECORDS = [record("1+1?", "2"), record("a longer question", "and its answer"), Record("here", (Turn("text", "abc"),))]
