@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from rwkv_miss import AdapterConfig, inject, load_model, save_adapter
+from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.adapters.miss import MissLinear
 from rwkv_miss.model.log_probs import batch_log_probs
 from rwkv_miss.model.state import State
@@ -17,6 +20,17 @@ from rwkv_miss.model.state import State
 def adapters(model: nn.Module) -> dict[str, MissLinear]:
     """The linears with a MiSS adapter by module path, in the model's order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, MissLinear)}
+
+
+def save_random_adapter(base: Path, folder: Path, config: AdapterConfig, std: float = 0.1, **extra: str) -> Path:
+    """Saves an adapter for a base, its first values changed by normally distributed numbers, and `extra` recorded with
+    it; returns its folder."""
+    model = inject(load_model(base), config)
+    rng = torch.Generator().manual_seed(0)
+    for p in trained_parameters(model).values():
+        p.data += std * torch.randn(p.shape, generator=rng)
+    save_adapter(model, folder, extra)
+    return folder
 
 
 def loss_sum(*arguments, **options) -> tuple[Tensor, State]:

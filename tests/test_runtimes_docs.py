@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
-from rwkv_miss import AdapterConfig, cli, inject, load_model, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss import AdapterConfig, cli
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
+from tests.helpers import save_random_adapter
 
 PAGE = (Path(__file__).parents[1] / "docs" / "runtimes.md").read_text()
 COMMANDS = re.findall(r"^rwkv-miss (.*)$", PAGE, re.MULTILINE)
@@ -22,10 +21,8 @@ COMMANDS = re.findall(r"^rwkv-miss (.*)$", PAGE, re.MULTILINE)
 def test_a_command_runs_as_written(command, make_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     n_vocab = 256 if "--adapter" in command else 65536  # what is not said otherwise is taken for World's
-    model = inject(load_model(make_base(n_embd=64, head_size=64, vocab_size=n_vocab)), AdapterConfig(r=4))
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, "out/mine/adapter", {"tokenizer": "bytes"})
+    base = make_base(n_embd=64, head_size=64, vocab_size=n_vocab)
+    save_random_adapter(base, Path("out/mine/adapter"), AdapterConfig(r=4), tokenizer="bytes")
     arguments = shlex.split(command)
     assert cli.main(arguments) == 0
     assert Path(arguments[arguments.index("--out") + 1]).exists()

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
+from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
 from rwkv_miss.adapters.converting import convert
 from rwkv_miss.adapters.inject import installed, trained_parameters
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
+from tests.helpers import save_random_adapter
 
 TOKENS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
 PATHS = [f"blocks.{i}.{name}" for i in range(3) for name in ("att.key", "ffn.value")]
@@ -21,15 +22,6 @@ PATHS = [f"blocks.{i}.{name}" for i in range(3) for name in ("att.key", "ffn.val
 @pytest.fixture
 def base(make_base):
     return make_base()
-
-
-def saved(base, folder, config, scale=0.05):
-    model = inject(load_model(base), config)
-    rng = torch.Generator().manual_seed(5)
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, scale, generator=rng)
-    save_adapter(model, folder)
-    return folder
 
 
 def logits(base, folder):
@@ -106,7 +98,7 @@ def test_an_older_file_in_a_form_that_peft_has(base, tmp_path, groups):
 )
 def test_as_lora_and_back(base, tmp_path, config):
     peft = pytest.importorskip("peft")
-    folder = saved(base, tmp_path / "first", config)
+    folder = save_random_adapter(base, tmp_path / "first", config)
     convert(base, folder, tmp_path / "lora", to="lora", ours=True)
     expected = logits(base, folder)
     assert torch.allclose(logits(base, tmp_path / "lora"), expected, rtol=0, atol=2e-5)
@@ -142,13 +134,13 @@ def test_as_lora_and_back(base, tmp_path, config):
 )
 def test_what_has_no_exact_form(base, tmp_path, config, to, said):
     with pytest.raises(UserError, match=said):
-        convert(base, saved(base, tmp_path / "first", config), tmp_path / "out", to)
+        convert(base, save_random_adapter(base, tmp_path / "first", config), tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_multiple_that_is_rounded_is_not_exact(base, tmp_path):
     """A as MiSS has it, but a scale of 1/3 beside it."""
-    convert(base, saved(base, tmp_path / "first", AdapterConfig(r=8)), tmp_path / "lora", to="lora")
+    convert(base, save_random_adapter(base, tmp_path / "first", AdapterConfig(r=8)), tmp_path / "lora", to="lora")
     file = tmp_path / "lora/adapter_config.json"
     for alpha, is_exact in ((2.0, True), (8 / 3, False)):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss import AdapterConfig, merge
 from rwkv_miss.cli import main
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
 from rwkv_miss.export.target import Target
 from tests.doors.toy_export import ADAPTER, TARGET
+from tests.helpers import save_random_adapter
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +23,7 @@ def toy(monkeypatch):
 
 @pytest.fixture
 def adapter(either_base, tmp_path):
-    model = inject(load_model(either_base), AdapterConfig(r=4))
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return save_random_adapter(either_base, tmp_path / "adapter", AdapterConfig(r=4))
 
 
 def test_it_holds_what_the_pth_holds(either_base, adapter, tmp_path):

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss import AdapterConfig, merge
 from rwkv_miss.cli import main
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
 from rwkv_miss.export.target import Text
 from rwkv_miss.merging.alone import write_alone
+from tests.helpers import save_random_adapter
 
 gguf = pytest.importorskip("gguf")
 # Without a runtime: what is looked at here is the file.
@@ -70,11 +70,7 @@ def base(request, tmp_path, make_base, random_weights6) -> Path:
 
 
 def adapter_of(base: Path, folder: Path, **settings) -> Path:
-    model = inject(load_model(base), AdapterConfig(**{"r": 4, **settings}))
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, folder, {"tokenizer": "bytes"})
-    return folder
+    return save_random_adapter(base, folder, AdapterConfig(**{"r": 4, **settings}), tokenizer="bytes")
 
 
 def read(path: Path) -> tuple[dict, dict]:

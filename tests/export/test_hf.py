@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
+from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
 from rwkv_miss.adapters.files import add_facts
-from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.cli import main
 from rwkv_miss.data.rendering import chat_prompt
@@ -20,6 +19,7 @@ from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
 from rwkv_miss.export.target import Runtime
 from rwkv_miss.merging.alone import write_alone
+from tests.helpers import save_random_adapter
 
 TOKENS = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
 
@@ -34,15 +34,6 @@ def base(make_base):
 def no_runtime(monkeypatch):
     """Nothing is opened: without this, exports import rwkv7-hf."""
     monkeypatch.setattr(Runtime, "is_installed", False)
-
-
-def trained(base, folder, config):
-    model = inject(load_model(base), config)
-    rng = torch.Generator().manual_seed(3)
-    for p in trained_parameters(model).values():
-        p.data.add_(0.05 * torch.randn(p.shape, generator=rng))
-    save_adapter(model, folder)
-    return folder
 
 
 def assert_near(logits, expected):
@@ -87,7 +78,7 @@ def test_rwkv7_hf_on_a_trained_model(tiny_model, tmp_path):
 @torch.no_grad()
 def test_peft_computes_the_adapters_logits(base, tmp_path, config):
     peft, rwkv7_hf = pytest.importorskip("peft"), pytest.importorskip("rwkv7_hf")
-    folder = trained(base, tmp_path / "adapter", config)
+    folder = save_random_adapter(base, tmp_path / "adapter", config)
     report = write_alone(base, folder, tmp_path / "lora", ADAPTER_TARGETS["peft-lora"])
     assert report.ran.agreeing == report.ran.prompts == 8
     assert not list(tmp_path.glob(".lora*"))
@@ -114,7 +105,7 @@ def test_transformers_reads_the_vocabulary_and_the_template(make_base, tmp_path,
     transformers, rwkv7_hf = pytest.importorskip("transformers"), pytest.importorskip("rwkv7_hf")
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     base = make_base(n_embd=64, head_size=64, vocab_size=65536)
-    folder = trained(base, tmp_path / "adapter", AdapterConfig(r=4))
+    folder = save_random_adapter(base, tmp_path / "adapter", AdapterConfig(r=4))
     add_facts(folder, {"tokenizer": "world", "template": "g1"})
     command = ["export", f"--model={base}", f"--adapter={folder}", "--to=hf", f"--out={tmp_path / 'out'}"]
     assert main([*command, "--dtype=bf16"]) == 0
@@ -153,8 +144,8 @@ def test_the_files_of_a_folder(base, tmp_path, no_runtime):
 
 def test_what_cannot_be_held(base, make_base, random_weights6, tmp_path, no_runtime, capsys):
     torch.save(random_weights6, tmp_path / "six.pth")
-    small, state = make_base("small.pth"), trained(base, tmp_path / "state", AdapterConfig("state"))
-    lora = trained(small, tmp_path / "lora", AdapterConfig(r=4))
+    small, state = make_base("small.pth"), save_random_adapter(base, tmp_path / "state", AdapterConfig("state"))
+    lora = save_random_adapter(small, tmp_path / "lora", AdapterConfig(r=4))
     refused = {
         "an RWKV-6 has no Hugging Face folder": (tmp_path / "six.pth", "hf", []),
         "the model has heads of 16": (small, "hf", []),
@@ -174,7 +165,7 @@ def test_what_cannot_be_held(base, make_base, random_weights6, tmp_path, no_runt
 
 
 def test_a_full_disk(base, tmp_path, no_runtime, full_disk):
-    folder = trained(base, tmp_path / "adapter", AdapterConfig(r=64))
+    folder = save_random_adapter(base, tmp_path / "adapter", AdapterConfig(r=64))
     with full_disk(50_000):
         with pytest.raises(UserError, match=r"out: cannot be written"):
             merge(base, [], tmp_path / "out", target=TARGETS["hf"])
@@ -193,7 +184,7 @@ def test_a_full_disk(base, tmp_path, no_runtime, full_disk):
     ],
 )
 def test_what_is_no_lora(base, tmp_path, to, config, message, no_runtime):
-    folder = trained(base, tmp_path / "adapter", config)
+    folder = save_random_adapter(base, tmp_path / "adapter", config)
     with pytest.raises(UserError, match=message):
         write_alone(base, folder, tmp_path / "out", ADAPTER_TARGETS[to])
     assert not list(tmp_path.glob("*out*"))

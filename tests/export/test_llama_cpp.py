@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_miss import AdapterConfig, inject, load_adapter, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss import AdapterConfig, load_adapter, load_model, merge
 from rwkv_miss.data.chat_template import as_jinja
 from rwkv_miss.data.rendering import chat_prompt
 from rwkv_miss.data.templates import TEMPLATES
@@ -26,6 +25,7 @@ from rwkv_miss.export.target import Text
 from rwkv_miss.merging.alone import write_alone
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
+from tests.helpers import save_random_adapter
 
 gguf = pytest.importorskip("gguf")
 process = pytest.importorskip("rwkv_miss.export.llama_cpp_process")
@@ -34,12 +34,7 @@ SHAKESPEARE = "data/tinyshakespeare.txt"
 
 def make_adapter(base: Path, folder: Path, size: float = 0.01, **settings) -> Path:
     """An adapter of random values beside all linears."""
-    model = inject(load_model(base), AdapterConfig(**{"r": 8, **settings}))
-    rng = torch.Generator().manual_seed(0)
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, size, generator=rng)
-    save_adapter(model, folder)
-    return folder
+    return save_random_adapter(base, folder, AdapterConfig(**{"r": 8, **settings}), size)
 
 
 def greedy(model: RWKV, prompts: Sequence[Sequence[int]], n: int) -> Tensor:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rwkv_miss import AdapterConfig, inject, load_model, merge, save_adapter
-from rwkv_miss.adapters.inject import trained_parameters
+from rwkv_miss import AdapterConfig, merge
 from rwkv_miss.checkpoint import read_checkpoint
 from rwkv_miss.cli import main
 from rwkv_miss.errors import UserError
 from rwkv_miss.export.table import ADAPTER_TARGETS, TARGETS
 from rwkv_miss.merging.alone import write_alone
 from rwkv_miss.model.recognise import infer_config
+from tests.helpers import save_random_adapter
 
 
 def table(sizes):
@@ -56,15 +56,6 @@ def base(request, tmp_path, random_weights, random_weights6):
     return tmp_path / "base.pth"
 
 
-def trained(base, folder, config, std=0.05):
-    model = inject(load_model(base), config)
-    rng = torch.Generator().manual_seed(3)
-    for p in trained_parameters(model).values():
-        p.data.normal_(0, std, generator=rng)
-    save_adapter(model, folder)
-    return folder
-
-
 def stored(path):
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
@@ -88,7 +79,7 @@ def test_names_shapes_and_numbers(base, tmp_path, monkeypatch):
 def test_a_lora_is_the_adapter_whatever_its_ranks(either_base, tmp_path, method):
     options = {"mini": {"mini_r": 8}, "lora": {"alpha": 4.0}}.get(method, {})
     config = AdapterConfig(method, r=6, rank_pattern={"ffn.value": 3}, options=options)
-    folder = trained(either_base, tmp_path / "adapter", config)
+    folder = save_random_adapter(either_base, tmp_path / "adapter", config, std=0.02)
     out = tmp_path / "lora.st"
     assert main(["export", f"--model={either_base}", f"--adapter={folder}", "--to=st-lora", f"--out={out}"]) == 0
     merge(either_base, folder, tmp_path / "merged.pth")
@@ -107,7 +98,7 @@ def test_a_lora_is_the_adapter_whatever_its_ranks(either_base, tmp_path, method)
 
 def test_vectors_beside_a_lora_take_the_place_of_the_bases(either_base, tmp_path):
     names = ["ln", "time_maa_x"] if either_base.name == "base6.pth" else ["ln", "w0"]
-    folder = trained(either_base, tmp_path / "adapter", AdapterConfig(r=4, modules_to_save=names))
+    folder = save_random_adapter(either_base, tmp_path / "adapter", AdapterConfig(r=4, modules_to_save=names))
     write_alone(either_base, folder, tmp_path / "lora.st", ADAPTER_TARGETS["st-lora"])
     merge(either_base, folder, tmp_path / "merged.pth")
     merged, found = read_checkpoint(tmp_path / "merged.pth"), stored(tmp_path / "lora.st")[0]
@@ -124,7 +115,7 @@ def test_matrices_beside_a_lora_would_be_added(make_base, random_weights6, tmp_p
     base = make_base(head_size=32)
     if version == 6:
         torch.save(random_weights6, base)
-    folder = trained(base, tmp_path / "adapter", AdapterConfig(r=4, modules_to_save=[name]))
+    folder = save_random_adapter(base, tmp_path / "adapter", AdapterConfig(r=4, modules_to_save=[name]))
     with pytest.raises(UserError, match=rf"it trained blocks\.0\.att\.{name}, a part of the base"):
         write_alone(base, folder, tmp_path / "out.st", ADAPTER_TARGETS["st-lora"])
     assert not list(tmp_path.glob("*out.st*"))
@@ -140,6 +131,10 @@ def test_what_cannot_be_held(make_base, either_base, tmp_path):
         assert not list(tmp_path.glob("*out.st*"))
 
     refused("sizes in the second layer of an RWKV-7", make_base("one.pth", n_layer=1))
-    refused("no place for a learned state", either_base, trained(either_base, tmp_path / "s", AdapterConfig("state")))
-    large = trained(either_base, tmp_path / "large", AdapterConfig(r=4), std=1e5)
+    refused(
+        "no place for a learned state",
+        either_base,
+        save_random_adapter(either_base, tmp_path / "s", AdapterConfig("state")),
+    )
+    large = save_random_adapter(either_base, tmp_path / "large", AdapterConfig(r=4), std=1e5)
     refused("numbers beyond 65,504", either_base, large, to="st-lora")
