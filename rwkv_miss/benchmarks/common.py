@@ -28,16 +28,18 @@ class Table(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def by_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def by_turns(
+    ways: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """The seconds that each of `ways` takes in each of `rounds`, after one that warms up. They take turns, so that
     a busy machine slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name, work in ways.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if i > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_miss.adapters.inject import checkpoint_key, trained_parameters
+from rwkv_miss.export.hf_runtime import quiet_transformers
 from rwkv_miss.model.base import RWKV
 
 
@@ -21,8 +22,9 @@ class Peer(NamedTuple):
 
 def make_peer(model: RWKV) -> Peer:
     """The peer with all values of `model`, an RWKV-7 with MiSS beside every linear, in its dtype."""
-    from peft import MissConfig, PeftModel, get_peft_model
-    from rwkv7_hf import converter
+    with quiet_transformers():
+        from peft import MissConfig, get_peft_model
+        from rwkv7_hf import converter
 
     n_layer, dtype = model.config.n_layer, model.emb.weight.dtype
     ours = trained_parameters(model)
@@ -36,7 +38,6 @@ def make_peer(model: RWKV) -> Peer:
     modules = [path.removesuffix(".weight") for path in paths]
     config = MissConfig(r=len(next(iter(ours.values()))), target_modules=modules)
     adapted: Any = get_peft_model(hf, config, autocast_adapter_dtype=False)
-    assert isinstance(adapted, PeftModel)
     beside: list[Any] = [hf.get_submodule(path) for path in modules]
     for module, D in zip(beside, ours.values(), strict=True):
         module.miss_block["default"].data = D.data.clone()
@@ -45,6 +46,7 @@ def make_peer(model: RWKV) -> Peer:
 
 def peer_step(peer: Peer, tokens: Tensor) -> list[Tensor]:
     """The loss, and the gradients of D. As of our step, tokens (1, T + 1) are inputs and targets."""
-    logits = peer.model(tokens[:, :-1], use_cache=False).logits
+    with quiet_transformers():
+        logits = peer.model(tokens[:, :-1], use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     return [loss.detach(), *torch.autograd.grad(loss, peer.trained)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -73,23 +74,24 @@ def bench_step(thread_count: int) -> Table:
     )
 
 
-def step_times(version: int, dtype: str, sizes: Sizes, rounds: int) -> dict[str, list[float]]:
-    """The seconds of steps, and of their products alone."""
-    model, tokens = _make(version, dtype, sizes), _tokens(sizes)
-    factors = products(lambda: _step(model, tokens))
+def step_and_products(version: int, dtype: str, sizes: Sizes) -> dict[str, Callable[[], object]]:
+    """A step, and its products alone."""
+    model, tokens = make_model(version, dtype, sizes), _tokens(sizes)
+    step = partial(_step, model, tokens)
+    return {"step": step, "products": products(step)}
+
+
+def products(work: Callable[[], object]) -> Callable[[], None]:
+    """The matrix products that `work` does, and nothing else of it, with random factors of the same layout."""
+    with _Recorder() as recorder:
+        work()
+    factors = [(_like(a), _like(b)) for a, b in recorder.factors]
 
     def multiply() -> None:
         for a, b in factors:
             torch.matmul(a, b)
 
-    return by_turns({"step": lambda: _step(model, tokens), "products": multiply}, rounds)
-
-
-def products(work: Callable[[], object]) -> list[tuple[Tensor, Tensor]]:
-    """Two random matrices, or batches of them, for each matrix product that `work` does."""
-    with _Recorder() as recorder:
-        work()
-    return [(_like(a), _like(b)) for a, b in recorder.factors]
+    return multiply
 
 
 class _Recorder(TorchDispatchMode):
@@ -110,36 +112,35 @@ def _like(x: Tensor) -> Tensor:
 
 def _times(version: int, dtype: str, sizes: Sizes, thread_count: int, rounds: int) -> dict[str, float]:
     with threads(thread_count):
-        found = step_times(version, dtype, sizes, rounds)
+        found = by_turns(step_and_products(version, dtype, sizes), rounds)
     medians = {f"{name}_s": statistics.median(seconds) for name, seconds in found.items()}
     return medians | ratios("ratio", found["step"], found["products"])
 
 
 def _peer_times(dtype: str, sizes: Sizes, thread_count: int, rounds: int) -> dict[str, float]:
     with threads(thread_count):
-        model, tokens = _make(7, dtype, sizes), _tokens(sizes)
+        model, tokens = make_model(7, dtype, sizes), _tokens(sizes)
         peer = make_peer(model)
         for mine, other in zip(_step(model, tokens), peer_step(peer, tokens), strict=True):
             difference = (mine.float() - other.float()).norm() / other.float().norm()
             assert difference <= _TOLERANCE[dtype], f"the peer disagrees: {difference:.1e}"
-        ways = {"peer": lambda: peer_step(peer, tokens), "ours": lambda: _step(model, tokens)}
-        found = by_turns(ways, rounds)
+        found = by_turns({"peer": partial(peer_step, peer, tokens), "ours": partial(_step, model, tokens)}, rounds)
     return {"peer_s": statistics.median(found["peer"]), **ratios("peer_ratio", found["peer"], found["ours"])}
 
 
 def _peak(way: str, dtype: str, sizes: Sizes, thread_count: int) -> int:
     with threads(thread_count):
-        model, tokens = _make(7, dtype, sizes), _tokens(sizes)
+        model, tokens = make_model(7, dtype, sizes), _tokens(sizes)
         if way == "ours":
             _step(model, tokens[:, :3])  # what the libraries keep for themselves
-            return peak_bytes(lambda: _step(model, tokens))
+            return peak_bytes(partial(_step, model, tokens))
         peer = make_peer(model)
         peer_step(peer, tokens[:, :3])
-        return peak_bytes(lambda: peer_step(peer, tokens))
+        return peak_bytes(partial(peer_step, peer, tokens))
 
 
-def _make(version: int, dtype: str, sizes: Sizes) -> RWKV:
-    """A model whose gradients are all of a size that rounding leaves alone."""
+def make_model(version: int, dtype: str, sizes: Sizes) -> RWKV:
+    """A model of random weights with MiSS, on the CPU, whose gradients are all of a size that rounding leaves alone."""
     torch.manual_seed(0)
     model = MODELS[version](new_config(version, sizes.n_layer, sizes.n_embd, sizes.vocab_size))
     for name, p in model.named_parameters():
@@ -157,9 +158,13 @@ def _tokens(sizes: Sizes) -> Tensor:
     return torch.randint(1, sizes.vocab_size, (1, sizes.tokens + 1), generator=torch.Generator().manual_seed(0))
 
 
-def _step(model: RWKV, tokens: Tensor) -> list[Tensor]:
-    """The loss, and the gradients of D."""
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    log_prob, _ = batch_log_probs(model, batch | {"seq_start": torch.zeros_like(batch["tokens"], dtype=torch.bool)})
-    loss = -log_prob / batch["targets"].numel()
+def train_on(model: RWKV, batch: dict[str, Any]) -> list[Tensor]:
+    """The mean loss of a batch of `rwkv_miss.data.batches`, and the gradients of D."""
+    log_prob, _ = batch_log_probs(model, batch)
+    loss = -log_prob / batch["step_tokens"]
     return [loss.detach(), *torch.autograd.grad(loss, list(trained_parameters(model).values()))]
+
+
+def _step(model: RWKV, tokens: Tensor) -> list[Tensor]:
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "step_tokens": tokens.shape[1] - 1}
+    return train_on(model, batch | {"seq_start": torch.zeros_like(tokens[:, 1:], dtype=torch.bool)})
