@@ -1,10 +1,10 @@
-"""The benchmark of the engine beside the `rwkv` package, and of the start of a run."""
+"""The benchmark of the engine beside the `rwkv` package."""
 
 from __future__ import annotations
 
 import pytest
 
-from rwkv_miss.benchmarks import generate, start
+from rwkv_miss.benchmarks import generate
 
 
 @pytest.mark.slow
@@ -18,12 +18,3 @@ def test_a_row_for_each_way(monkeypatch):
     assert [row["beside"] for row in rows] == ["rwkv package", "batch of 1", "rwkv package"]
     for row in rows:
         assert row["tokens_per_s"] > 0 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-
-
-@pytest.mark.slow
-def test_the_parts_of_a_start(monkeypatch):
-    for name, value in {"SIZES": (1, 64), "ROUNDS": 1, "RECORDS": 8}.items():
-        monkeypatch.setattr(start, name, value)
-    *parts, whole = start.bench_start(1).rows
-    assert [part["name"] for part in parts] == ["imports", "settings, data, base", "trainer, first step"]
-    assert sum(part["seconds"] for part in parts) == pytest.approx(whole["seconds"]) and whole["goal"] == 6
