@@ -16,10 +16,11 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.emb = torch.nn.Embedding(256, 1)
         self.config = type("Config", (), {"vocab_size": 256})
+        self.head = torch.nn.Identity()
         self.texts = texts
         self.n_begun = 0
 
-    def forward(self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None):
+    def hidden(self, tokens: Tensor, state: State | None = None, seq_start: Tensor | None = None):
         rows = len(tokens)
         begins = torch.ones(rows, dtype=torch.bool) if state is None else torch.zeros(rows, dtype=torch.bool)
         if seq_start is not None:

@@ -1,10 +1,13 @@
-"""What the benchmarks share: threads, bases, and other programs' files where they are installed."""
+"""What the benchmarks share: turns, threads, processes, bases, and other programs' files where they are installed."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +26,33 @@ class Table(NamedTuple):
 
     title: str
     rows: list[dict[str, Any]]
+
+
+def by_turns(
+    ways: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """The seconds that each of `ways` takes in each of `rounds`, after one that warms up. They take turns, so that
+    a busy machine slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, work in ways.items():
+            start = clock()
+            work()
+            if i > 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratios(name: str, above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """The columns `name`, with the median of the rounds' ratios, and `name`_min and `name`_max."""
+    found = sorted(a / b for a, b in zip(above, below, strict=True))
+    return {name: statistics.median(found), f"{name}_min": found[0], f"{name}_max": found[-1]}
+
+
+def apart(function: Callable, *arguments: Any) -> Any:
+    """What the function returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def installed_file(package: str, path: str) -> Path | None:

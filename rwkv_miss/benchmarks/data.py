@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rwkv_miss.benchmarks.common import Table, resident
+from rwkv_miss.benchmarks.common import Table, apart, resident
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.batches import BatchStream
 from rwkv_miss.data.corpus import Corpus, id_dtype, read_tokens
@@ -50,14 +49,9 @@ def bench_data(thread_count: int) -> Table:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"records{suffix}"
             _WRITERS[suffix](path, size)
-            written, row = _apart(_tokenise, path, thread_count, size)
-            rows.append({"name": suffix, "mb": size / 1e6, **row, **_apart(_start, path.parent, written)})
+            written, row = apart(_tokenise, path, thread_count, size)
+            rows.append({"name": suffix, "mb": size / 1e6, **row, **apart(_start, path.parent, written)})
     return Table(f"Files as World tokens, {thread_count} process(es), and a start on them", rows)
-
-
-def _apart(function: Callable, *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def _tokenise(path: Path, cores: int, size: int) -> tuple[dict[str, Any], dict[str, float]]:

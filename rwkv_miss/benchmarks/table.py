@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.benchmarks.data import bench_data
+from rwkv_miss.benchmarks.generate import bench_generate
 from rwkv_miss.benchmarks.head import bench_head
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
 from rwkv_miss.benchmarks.miss import bench_miss
+from rwkv_miss.benchmarks.packing import bench_packing
 from rwkv_miss.benchmarks.quant import bench_quant
 from rwkv_miss.benchmarks.serving import bench_serving
+from rwkv_miss.benchmarks.short import bench_short
+from rwkv_miss.benchmarks.start import bench_start
+from rwkv_miss.benchmarks.step import bench_step
 from rwkv_miss.benchmarks.tokenizer import bench_tokenizer
 from rwkv_miss.benchmarks.wkv7 import bench_wkv7
+from rwkv_miss.doctor import machine
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write
 
 
 class Benchmark(NamedTuple):
@@ -37,6 +46,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "methods": Benchmark(bench_methods, False),
     "quant": Benchmark(bench_quant, False),
     "serving": Benchmark(bench_serving, False),
+    "step": Benchmark(bench_step, False),
+    "packing": Benchmark(bench_packing, False),
+    "generate": Benchmark(bench_generate, False),
+    "start": Benchmark(bench_start, False),
+    "short": Benchmark(bench_short, False),
 }
 
 
@@ -53,3 +67,14 @@ def run_benchmarks(what: str, threads: int) -> Iterator[Table]:
     for name, benchmark in BENCHMARKS.items():
         if what == name or (what == "all" and benchmark.takes_seconds):
             yield benchmark.run(threads)
+
+
+def write_figures(path: Path, threads: int, tables: Sequence[Table]) -> None:
+    """Writes tables as JSON, with the machine on which they were measured.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    figures = {"machine": dict(machine()), "threads": threads, "tables": [table._asdict() for table in tables]}
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(figures, indent=2) + "\n")

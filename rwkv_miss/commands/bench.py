@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_miss.errors import UserError
 
-def run(what: str = "all", threads: int = 1) -> int:
+
+def run(what: str = "all", threads: int = 1, json: str | None = None, against: str | None = None) -> int:
     """Time our kernels and tokenizer against other programs, measure memory, or compare the methods with HF PEFT's.
 
     Args:
@@ -15,18 +18,30 @@ def run(what: str = "all", threads: int = 1) -> int:
             merge (against a plain copy; it writes 9 GB to the folder for temporary files), data (how fast files become
             tokens; it writes 2 GB there; minutes), methods (how far what they compute is from what HF PEFT does), quant
             (memory of quantised bases; it writes 3 GB), serving (requests of many adapters in one batch beside those of
-            one; minutes), or all (of those that take seconds).
+            one; minutes), step (of training, beside its matrix products alone and rwkv7-hf + HF PEFT; minutes, 11 GB
+            of memory), packing (tokens that carry loss in a second, beside padded rows; minutes), generate (beside the
+            rwkv package; minutes), start (of a run, until its first step; minutes), short (ratios that any CPU has, in
+            seconds), or all (of those that take seconds).
         threads: CPU threads that every program gets.
+        json: File to write the figures to as well, with what the machine is.
+        against: What `--what short --json` wrote: the command fails if one of its ratios is 1.5 times as large now.
     """
-    from rwkv_miss.benchmarks.table import run_benchmarks
+    from rwkv_miss.benchmarks.short import check_short
+    from rwkv_miss.benchmarks.table import run_benchmarks, write_figures
 
-    for table in run_benchmarks(what, threads):
+    if against is not None and what != "short":
+        raise UserError(f"bench: against is for --what short, but what is {what}")
+    tables = []
+    for table in run_benchmarks(what, threads) if against is None else [check_short(Path(against))]:
+        tables.append(table)
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
         shown = Table(*(column.replace("_", " ") for column in columns), title=table.title)
         for row in table.rows:
             cells = (row.get(column, "") for column in columns)
             shown.add_row(*(_shown(x) for x in cells))
         Console(markup=False).print(shown)
+    if json is not None:
+        write_figures(Path(json), threads, tables)
     return 0
 
 

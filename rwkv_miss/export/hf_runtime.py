@@ -16,7 +16,7 @@ def log_probs(path: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]
     from rwkv7_hf import RWKV7ForCausalLM
 
     found = []
-    with _quiet_transformers():
+    with quiet_transformers():
         model = RWKV7ForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         if adapter is not None:
             from peft import PeftModel
@@ -29,7 +29,7 @@ def log_probs(path: Path, adapter: Path | None, prompts: Sequence[Sequence[int]]
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """In the context transformers shows no progress, and says nothing of what is deprecated in it."""
     from transformers.utils import logging
 

@@ -30,9 +30,8 @@ Finish = Literal["end", "stop", "max_tokens", "cancelled", "not_finite"]
 """Why a text ended: token `END`, a stop string, `Sampling.max_tokens`, `Engine.cancel`, or logits that are infinite or
 not numbers."""
 
-# The most logits (512 MiB in fp32) and the most tokens, over all its prompts, of one forward pass over prompts.
-_MAX_LOGITS = 2**27
-_MAX_POSITIONS = 8192
+# The most tokens, over all its prompts, of one forward pass over prompts.
+_MAX_POSITIONS = 2048
 
 
 class Piece(NamedTuple):
@@ -116,10 +115,10 @@ class Engine:
     folder)` and `remove(name)` may be called between any two steps.
 
     Args:
-        model: `model(tokens, state, seq_start) -> (logits, State)`, see `rwkv_miss.model.base.RWKV.forward`.
+        model: its `hidden` and its `head` are called, for the logits of the last token alone.
         tokenizer: the one that the model was trained with.
         max_positions: most tokens, all sequences together and padding counted, that one forward reads of prompts;
-            chosen from the size of the vocabulary when not given.
+            2,048 when not given.
         prefix_cache_bytes: how much memory of the model's device may hold states of prompts and of finished texts: a
             prompt that begins with one of these, with the same adapter, is read from there on.
     """
@@ -133,7 +132,7 @@ class Engine:
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
-        self._max_positions: int = max_positions or max(1, min(_MAX_POSITIONS, _MAX_LOGITS // self._vocab_size))
+        self._max_positions = max_positions or _MAX_POSITIONS
         self._added = 0
         self._members: dict[int, _Member] = {}  # all that are present, by number
         self._waiting: list[_Member] = []  # those whose prompts have not been read to the end, in order of arrival
@@ -241,8 +240,8 @@ class Engine:
         pieces = self._leave([member.end("cancelled") for member in cancelled])
         logits, states = [], []
         if self._running:
-            all_logits, state = self._run(self._running, [member.ids[-1:] for member in self._running], self._state)
-            logits.append(all_logits[:, -1])
+            of_running, state = self._run(self._running, [member.ids[-1:] for member in self._running], self._state)
+            logits.append(of_running)
             states.append(state)
         for read in (self._take_kept_prompts, self._read_short_prompts, self._read_long_prompts):
             if found := read():
@@ -290,7 +289,7 @@ class Engine:
         logits, state = self._run(group, tokens, None, torch.arange(width, device=self._device) == starts)
         for member in group:
             member.unread = []
-        return _Read(group, logits[:, -1].clone(), state)  # the clone lets go of the logits of all other positions
+        return _Read(group, logits, state)
 
     def _read_long_prompts(self) -> _Read | None:
         """Reads the same number of tokens of each of the other prompts: as many as the one nearest to its end has left,
@@ -315,7 +314,7 @@ class Engine:
         done = [row for row, member in enumerate(group) if not member.unread]
         if not done:
             return None
-        return _Read([group[row] for row in done], logits[done, -1], _rows(state, done))
+        return _Read([group[row] for row in done], logits[done], _rows(state, done))
 
     def _write(self, logits: Tensor) -> list[Piece]:
         """The next token of each running member, from logits (B, V)."""
@@ -373,9 +372,10 @@ class Engine:
     def _run(
         self, members: list[_Member], tokens: list[list[int]], state: State | None, seq_start: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """The model's logits and state for the rows of `members`."""
+        """The model's logits (B, V) after the last token and its state, for the rows of `members`."""
         with self.adapters.acting([member.adapter for member in members]):
-            return self._model(self._tensor(tokens), state, seq_start)
+            hidden, state = self._model.hidden(self._tensor(tokens), state, seq_start)
+            return self._model.head(hidden[:, -1]), state
 
     @property
     def _device(self) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,15 @@ def test_what_is_not_installed_is_said(nothing_installed):
     assert notes == ["", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
 
 
-def test_the_tables_are_printed(nothing_installed, capsys):
-    assert main(["bench", "--what=all"]) == 0
+def test_the_tables_are_printed_and_written(nothing_installed, capsys, tmp_path):
+    assert main(["bench", "--what=all", f"--json={tmp_path / 'figures.json'}"]) == 0
     printed = capsys.readouterr().out
     assert "WKV-7" in printed and "World tokenizer" in printed and "rwkvtune" in printed
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["machine"]["CPU"] and figures["machine"]["torch"] and figures["threads"] == 1
+    first, second = figures["tables"]
+    assert first["title"].startswith("WKV-7") and second["title"].startswith("World tokenizer")
+    assert first["rows"][0]["ratio"] == 1.0 and second["rows"][0]["mb_per_s"] > 0
 
 
 @pytest.mark.slow

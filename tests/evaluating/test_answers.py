@@ -50,7 +50,7 @@ def test_answers_end_at_the_stops_of_the_template_and_are_compared_without_thoug
 def test_a_question_that_is_answered_is_replaced_at_once():
     said = Scripted(b"long answer\0", b"b\0", b"c\0", b"dd\0", b"e\0")
     rows, done = [], []
-    said.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    said.head.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
     records = [record("q" * (9 - i), "x") for i in range(5)]
     how = {"batch_size": 2, "report": lambda *x: done.append(x)}
     given = answers(said, BYTES, records, OPTIONS, Sampling(max_tokens=20), **how)

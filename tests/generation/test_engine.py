@@ -99,7 +99,7 @@ def test_a_loop_that_is_left_loses_nothing(model):
 
 def test_a_batch_does_not_compute_members_that_have_ended(model):
     shapes = []
-    model.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    model.emb.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(inputs[0].shape)))
     engine = Engine(model, LETTERS)
     lengths = [4, 1, 2, 6]
     for i, n in enumerate(lengths):
@@ -149,7 +149,7 @@ def test_a_cancelled_member_leaves_its_state_and_the_text_held_back():
 def test_prompts_of_very_different_lengths(model, max_positions):
     lengths = [1, 70, 2, 150, 16, 17, 3, 1]
     positions = []
-    model.register_forward_hook(lambda _, inputs, output: positions.append(inputs[0].numel()))
+    model.emb.register_forward_hook(lambda _, inputs, output: positions.append(inputs[0].numel()))
     engine = Engine(model, LETTERS, max_positions)
     for i, n in enumerate(lengths):
         engine.add(prompt_of(n, i), Sampling(max_tokens=5))

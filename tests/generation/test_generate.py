@@ -68,7 +68,7 @@ def test_the_next_turn_stops():
 def test_the_model_is_not_run_after_every_row_has_stopped():
     steps = []
     said = Scripted(b"ab\0", b"\0", b"a" + STOP.encode())
-    said.register_forward_hook(lambda *_: steps.append(1))
+    said.head.register_forward_hook(lambda *_: steps.append(1))
     generate(said, BYTES, ["q", "r", "s"], max_tokens=100, stop=STOPS)
     assert len(steps) == 8  # for each of the 8 bytes of the last
 

@@ -19,7 +19,7 @@ PLENTY = 2**30
 def read_tokens(model) -> list[int]:
     """Grows by the number of positions of each of the model's calls."""
     found: list[int] = []
-    model.register_forward_hook(lambda _, inputs, output: found.append(inputs[0].numel()))
+    model.emb.register_forward_hook(lambda _, inputs, output: found.append(inputs[0].numel()))
     return found
 
 

@@ -153,7 +153,7 @@ def test_an_engine_that_fails_ends_all_requests_and_the_server(model):
         def fail(*_):
             raise MemoryError("no more of it")
 
-        server.service._engine._model.forward = fail
+        server.service._engine._model.hidden = fail
         assert "MemoryError: no more of it" in error_of(running[0].result(), 500)["message"]
         last = running[1].result().text.rstrip().rpartition("\n\n")[2]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_failed"

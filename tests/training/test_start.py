@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from rwkv_miss.config import AdapterConfig, TrainConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.training import strategies
 from rwkv_miss.training.checks import check_run
+from rwkv_miss.training.start import train
 from rwkv_miss.training.watch import Watch
 from tests.processes import free_port, run_process
 from tests.training.runs import adapter, as_arguments, losses, quiet_train
@@ -69,6 +71,16 @@ def test_a_folder_that_cannot_be_written(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match=rf"run: cannot be written in {tmp_path}: Permission denied; give another out"):
         check_run(make_config())
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(make_config, monkeypatch, collects):
+    monkeypatch.setattr("rwkv_miss.training.run.run", lambda *_: gc.isenabled())
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert train(make_config()) is collects is gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_folder_of_hugging_face_is_no_base(make_config, tmp_path):
