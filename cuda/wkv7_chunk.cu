@@ -34,8 +34,8 @@ constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
 constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2, SQUARE = CHUNK * SQUARE_ROW * 2;
 constexpr int SOLVE = CHUNK * SOLVE_ROW * 4;
 constexpr int PAIRS_BYTES = 6 * SQUARE + SOLVE + N * 4;
-constexpr int FORWARD_BYTES = 2 * 6 * INPUT + PAIRS_BYTES;
-constexpr int BACKWARD_BYTES = 2 * 7 * INPUT + 2 * STATE + 2 * INPUT + PAIRS_BYTES;
+constexpr int FORWARD_BYTES = (2 * 6 + 1) * INPUT + PAIRS_BYTES;
+constexpr int BACKWARD_BYTES = (2 * 7 + 4) * INPUT + 2 * STATE + PAIRS_BYTES + 2 * SQUARE;
 
 // The lane's place in a tile of C: rows g and g + 8, columns 2t and 2t + 1.
 struct Lane {
@@ -165,10 +165,12 @@ __device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
 }
 
 // Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
-// of products, and writes the product of all decays of the piece to `ends`.
+// of products, and writes the product of all decays of the piece to `ends`. What rounding takes away from k and b goes
+// to k_rest and b_rest, which may be the places of z and r if these are not needed any more.
 template <bool WITH_R>
 __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
-                                        Shared<float> ends, int rows, const Lane& at, Decays& d) {
+                                        Shared<bf16> k_rest, Shared<bf16> b_rest, Shared<float> ends, int rows,
+                                        const Lane& at, Decays& d) {
     float logs[2][4], before[2][4], totals[4], in_a[2][4], in_r[2][4], in_k[2][4], in_b[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -202,7 +204,13 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
             const auto scale = [&](Shared<bf16> to, const float (&x)[2][4], const float (&by)[2][4]) {
                 write_pair(to + p, pack(x[half][2 * j] * by[j][i], x[half][2 * j + 1] * by[j][i + 1]));
             };
-            scale(a, in_a, d.to_a), scale(k, in_k, d.undo), scale(b, in_b, d.undo);
+            const auto scale_in_two = [&](Shared<bf16> to, Shared<bf16> rest, const float (&x)[2][4]) {
+                const float low = x[half][2 * j] * d.undo[j][i], high = x[half][2 * j + 1] * d.undo[j][i + 1];
+                const unsigned rounded = pack(low, high);
+                write_pair(to + p, rounded);
+                write_pair(rest + p, pack(low - low_of(rounded), high - high_of(rounded)));
+            };
+            scale(a, in_a, d.to_a), scale_in_two(k, k_rest, in_k), scale_in_two(b, b_rest, in_b);
             if (WITH_R) scale(r, in_r, d.to_r);
         }
         if (at.g == 0) {
@@ -213,7 +221,7 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
 }
 
 // The matrices of a piece, rows t and columns s, each 16 x 16: the inverse of 1 - A_ab and A_ak, each as the sum of two
-// of bf16, A_rb and A_rk.
+// of bf16, A_rb and A_rk, which are such a sum where they are given rests.
 struct Pairs {
     Shared<bf16> inverse, inverse_rest, ak, ak_rest, rb, rk;
     Shared<float> solve;
@@ -285,13 +293,20 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
 }
 
 // Computes the matrices of a piece, or of them only the first two, which the state needs; each is one warp's work.
-template <bool WITH_R>
-__device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> r, Shared<bf16> k, Shared<bf16> a,
-                                              Shared<bf16> b, const Lane& at) {
+// rb_rest, and behind it the one of A_rk, is written if WITH_RESTS.
+template <bool WITH_R, bool WITH_RESTS>
+__device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> rb_rest, Shared<bf16> r, Shared<bf16> k,
+                                              Shared<bf16> k_rest, Shared<bf16> a, Shared<bf16> b, Shared<bf16> b_rest,
+                                              const Lane& at) {
 #pragma unroll 1
     for (int which = at.warp; which < (WITH_R ? 4 : 2); which += WARPS) {
-        Block c = {};
+        Block c = {}, rest = {};
         multiply_rows(c, which < 2 ? a : r, which % 2 ? k : b);
+        multiply_rows(rest, which < 2 ? a : r, which % 2 ? k_rest : b_rest);
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) c[j][i] += rest[j][i];
         keep_lower(c, which >= 2, at);
         if (which == 0) {
             write_inverse(pairs, c, at);
@@ -300,6 +315,7 @@ __device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> r
             write_rest(pairs.ak_rest, c, at);
         } else {
             write_square(which == 2 ? pairs.rb : pairs.rk, c, at);
+            if (WITH_RESTS) write_rest(rb_rest + (which - 2) * (SQUARE / 2), c, at);
         }
     }
 }
@@ -449,7 +465,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
                        long long steps, long long heads) {
     if (blockDim.x != THREADS || gridDim.y != 1) __trap();
     DYNAMIC(bf16, stages, 0, 2 * 6 * INPUT / 2);
-    PAIRS(2 * 6 * INPUT)
+    DYNAMIC(bf16, b_rest, 2 * 6 * INPUT, INPUT / 2);
+    PAIRS((2 * 6 + 1) * INPUT)
     const Lane at;
     const Head head(steps, heads);
     State s;
@@ -486,10 +503,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         if (piece.begins()) clear(s);
         {
             Decays unused;
-            prepare<true>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+            prepare<true>(rs, zs, ks, as, bs, zs, b_rest, ends, piece.rows(), at, unused);
         }
         __syncthreads();
-        compute_pairs<true>(pairs, rs, ks, as, bs, at);
+        compute_pairs<true, false>(pairs, rb, rs, ks, zs, as, bs, b_rest, at);
         Block from_a = {}, from_r = {};  // S0 a and S0 r, for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -511,7 +528,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         load_b_transposed<SQUARE_ROW>(square, rb);
         mma(from_r, in_u, square);
         store_values(y + head.row(piece.first()), head.stride, piece.rows(), from_r, at);
+        add_outer(s, in_v, zs);
         add_outer(s, in_v, ks);
+        add_outer(s, in_u, b_rest);
         add_outer(s, in_u, bs);
         decay(s, ends, at);
     }
@@ -533,7 +552,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     DYNAMIC(bf16, gs, 2 * 7 * INPUT + STATE, STATE / 2);               // the gradient of the state after it, decayed
     DYNAMIC(bf16, us, 2 * 7 * INPUT + 2 * STATE, INPUT / 2);           // U
     DYNAMIC(bf16, dus, 2 * 7 * INPUT + 2 * STATE + INPUT, INPUT / 2);  // the gradient of Z
-    PAIRS(2 * 7 * INPUT + 2 * STATE + 2 * INPUT)
+    DYNAMIC(bf16, k_rest, 2 * 7 * INPUT + 2 * STATE + 2 * INPUT, INPUT / 2);
+    DYNAMIC(bf16, b_rest, 2 * 7 * INPUT + 2 * STATE + 3 * INPUT, INPUT / 2);
+    PAIRS(2 * 7 * INPUT + 2 * STATE + 4 * INPUT)
+    DYNAMIC(bf16, rb_rest, BACKWARD_BYTES - 2 * SQUARE, SQUARE);  // and that of A_rk
+    const Shared<bf16> rk_rest = rb_rest + SQUARE / 2;
     const Lane at;
     const Head head(steps, heads);
     State grad;
@@ -603,10 +626,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 if (piece.begins()) clear(s);
                 {
                     Decays unused;
-                    prepare<false>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+                    prepare<false>(rs, zs, ks, as, bs, k_rest, b_rest, ends, piece.rows(), at, unused);
                 }
                 __syncthreads();
-                compute_pairs<false>(pairs, rs, ks, as, bs, at);
+                compute_pairs<false, false>(pairs, rb_rest, rs, ks, k_rest, as, bs, b_rest, at);
                 Block from_a = {}, u = {};
                 unsigned in_v[4], in_u[4];
 #pragma unroll
@@ -620,7 +643,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
                 solve_values(u, from_a, in_v, pairs);
                 as_a(in_u, u);
+                add_outer(s, in_v, k_rest);
                 add_outer(s, in_v, ks);
+                add_outer(s, in_u, b_rest);
                 add_outer(s, in_u, bs);
                 decay(s, ends, at);
                 if (piece.to == CHUNK)
@@ -656,15 +681,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         if (next.t0 >= 0) read(next, stage ^ 1);
         stage ^= 1;
         Decays d;
-        prepare<true>(rs, zs, ks, as, bs, ends, rows, at, d);
+        prepare<true>(rs, zs, ks, as, bs, k_rest, b_rest, ends, rows, at, d);
         __syncthreads();
 
         decay(grad, ends, at);
-        compute_pairs<true>(pairs, rs, ks, as, bs, at);
+        compute_pairs<true, true>(pairs, rb_rest, rs, ks, k_rest, as, bs, b_rest, at);
         Block from_a = {}, du = {}, dvs = {};  // S0 a; G b; G k: for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            unsigned state[4], g[4], rest[4], in_a[4], in_b[4], in_k[4];
+            unsigned state[4], g[4], rest[4], in_a[4], in_b[4], in_k[4], small[4];
             load_a<ROW>(state, s0 + (16 * at.warp * ROW + tile * 16));
             as_a(g, tile_of(grad, tile));
             rest_as_a(rest, tile_of(grad, tile), g);
@@ -675,6 +700,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             load_b_transposed<ROW>(in_b, bs + tile * 16);
             load_b_transposed<ROW>(in_k, ks + tile * 16);
             mma(from_a, state, in_a);
+            load_b_transposed<ROW>(small, b_rest + tile * 16);
+            mma(du, g, small);
+            load_b_transposed<ROW>(small, k_rest + tile * 16);
+            mma(dvs, g, small);
             mma(du, rest, in_b);
             mma(dvs, rest, in_k);
             mma(du, g, in_b);
@@ -689,12 +718,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             solve_values(u, from_a, in_v, pairs);
             write_values(us, u, at);
             load_a_transposed<ROW>(in_dy, dys + 16 * at.warp);
+            load_b<SQUARE_ROW>(square, rb_rest);
+            mma(du, in_dy, square);
             load_b<SQUARE_ROW>(square, rb);
             mma(du, in_dy, square);
             times_inverse<false>(dzeta, du, pairs);
             write_values(dus, dzeta, at);
             as_a(in_dz, dzeta);
             rest_as_a(dz_rest, dzeta, in_dz);
+            load_b<SQUARE_ROW>(square, rk_rest);
+            mma(dvs, in_dy, square);
             load_b<SQUARE_ROW>(square, rk);
             mma(dvs, in_dy, square);
             load_b<SQUARE_ROW>(square, ak_rest);
@@ -716,6 +749,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             multiply_rows(c, which < 2 ? dus : dys, which % 2 ? vs : us);
             keep_lower(c, which >= 2, at);
             write_square(which == 0 ? inverse : which == 1 ? ak : which == 2 ? rb : rk, c, at);
+            if (which < 2) write_rest(which == 0 ? inverse_rest : ak_rest, c, at);
         }
         // For the warp's keys: what goes through the states before and after the piece.
         Block to_a = {}, to_r = {}, to_b = {}, to_k = {};
@@ -744,13 +778,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         Block in_b = {}, in_k = {};  // what goes through the matrices
         {
             unsigned key[4], x[4];
-            load_b<ROW>(key, bs + 16 * at.warp);
             load_a<SQUARE_ROW>(x, inverse);
+            load_b<ROW>(key, b_rest + 16 * at.warp);
+            mma(to_a, x, key);
+            load_b<ROW>(key, bs + 16 * at.warp);
+            mma(to_a, x, key);
+            load_a<SQUARE_ROW>(x, inverse_rest);
             mma(to_a, x, key);
             load_a<SQUARE_ROW>(x, rb);
             mma(to_r, x, key);
-            load_b<ROW>(key, ks + 16 * at.warp);
             load_a<SQUARE_ROW>(x, ak);
+            load_b<ROW>(key, k_rest + 16 * at.warp);
+            mma(to_a, x, key);
+            load_b<ROW>(key, ks + 16 * at.warp);
+            mma(to_a, x, key);
+            load_a<SQUARE_ROW>(x, ak_rest);
             mma(to_a, x, key);
             load_a<SQUARE_ROW>(x, rk);
             mma(to_r, x, key);

@@ -34,14 +34,17 @@ def to_two_bf16(x: Tensor) -> Tensor:
 
 @dataclass
 class _Chunk:
-    """What forward and backward compute alike from a chunk's inputs; rows are steps. ends: the product of all decays;
-    passes: 1 where the state before the chunk is seen after it; first and last: (.., 16, 1), 1 for the steps that see
-    the state before the chunk, and for those that the state after it sees."""
+    """What forward and backward compute alike from a chunk's inputs; rows are steps. k2, b2: k and b as the sum of two
+    bfloat16; ends: the product of all decays; passes: 1 where the state before the chunk is seen after it; first and
+    last: (.., 16, 1), 1 for the steps that see the state before the chunk, and for those that the state after it
+    sees."""
 
     a: Tensor
     r: Tensor
     k: Tensor
     b: Tensor
+    k2: Tensor
+    b2: Tensor
     to_a: Tensor
     to_r: Tensor
     undo: Tensor
@@ -57,7 +60,9 @@ class _Chunk:
     rk: Tensor
 
 
-def _prepare(r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tensor, rnd: Rounding) -> _Chunk:
+def _prepare(
+    r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tensor, rnd: Rounding, split: Rounding
+) -> _Chunk:
     document = starts.long().cumsum(-1)[:, None]  # (B, 1, 16)
     same = document[..., :, None] == document[..., None, :]
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(-1)
@@ -66,15 +71,16 @@ def _prepare(r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tens
     to_a, to_r, undo = (c - g).exp(), c.exp(), (-c).exp()
     first = (document == 0)[..., None].to(g.dtype)
     last = (document == document[..., -1:])[..., None].to(g.dtype)
-    a, r, k, b = rnd(a * to_a), rnd(r * to_r), rnd(k * undo), rnd(b * undo)
+    k, b = k * undo, b * undo
+    a, r, k, b, k2, b2 = rnd(a * to_a), rnd(r * to_r), rnd(k), rnd(b), split(k), split(b)
     zero = torch.zeros((), dtype=g.dtype)
-    ab, ak = (torch.where(before, a @ x.mT, zero) for x in (b, k))
-    rb, rk = (torch.where(until, r @ x.mT, zero) for x in (b, k))
+    ab, ak = (torch.where(before, a @ x.mT, zero) for x in (b2, k2))
+    rb, rk = (torch.where(until, r @ x.mT, zero) for x in (b2, k2))
     eye = torch.eye(CHUNK, dtype=g.dtype).expand(ab.shape)
     inverse = torch.linalg.solve_triangular(-ab, eye, upper=False, unitriangular=True)
     passes = (document[..., -1:] == 0)[..., None].to(g.dtype)
-    return _Chunk(a, r, k, b, to_a, to_r, undo, to_r[..., -1:, :], passes, first, last, before, until, inverse,
-                  ak, rnd(rb), rnd(rk))  # fmt: skip
+    return _Chunk(a, r, k, b, k2, b2, to_a, to_r, undo, to_r[..., -1:, :], passes, first, last, before, until, inverse,
+                  ak, rb, rk)  # fmt: skip
 
 
 def wkv7_chunk_model(
@@ -118,15 +124,15 @@ def wkv7_chunk_model(
         return rnd(split(x.inverse) @ split(rhs))
 
     def after(x: _Chunk, v: Tensor, u: Tensor, s0: Tensor) -> Tensor:
-        return (s0 * x.passes + (v * x.last).mT @ x.k + (u * x.last).mT @ x.b) * x.ends
+        return (s0 * x.passes + (v * x.last).mT @ x.k2 + (u * x.last).mT @ x.b2) * x.ends
 
     y, kept = [], []
     for i in range(len(r)):
         if i % every == 0:
             kept.append(checkpoint(state))
-        x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+        x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
         u = values(x, v[i], state)
-        y.append((x.r * x.first) @ rnd(state).mT + x.rk @ v[i] + x.rb @ u)
+        y.append((x.r * x.first) @ rnd(state).mT + rnd(x.rk) @ v[i] + rnd(x.rb) @ u)
         state = after(x, v[i], u, state)
     if dy is None or dlast is None:
         return [steps(y), state]
@@ -139,22 +145,23 @@ def wkv7_chunk_model(
         of = range(segment * every, min((segment + 1) * every, len(r)))
         for i in of:
             states.append(rnd(s0))
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
             s0 = after(x, v[i], values(x, v[i], s0), s0)
         for i in reversed(of):
             s0 = states.pop()
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
             u = values(x, v[i], s0)
             grad = grad * x.ends
             g1 = rnd(grad)
-            du = x.rb.mT @ dy[i] + (x.b * x.last) @ split(grad).mT
+            du = split(x.rb).mT @ dy[i] + (x.b2 * x.last) @ split(grad).mT
             dzeta = split(x.inverse).mT @ split(du)
             dz_ = rnd(dzeta)
-            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ split(grad).mT + split(x.ak).mT @ split(dzeta)
+            dv = split(x.rk).mT @ dy[i] + (x.k2 * x.last) @ split(grad).mT + split(x.ak).mT @ split(dzeta)
             zero = torch.zeros((), dtype=dtype)
-            dab, dak = (rnd(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
+            dab2, dak2 = (split(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
+            dab, dak = rnd(dab2), rnd(dak2)
             drb, drk = (rnd(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))
-            da = (dz_ * x.first) @ s0 + dab @ x.b + dak @ x.k
+            da = (dz_ * x.first) @ s0 + dab2 @ x.b2 + dak2 @ x.k2
             dr = (dy[i] * x.first) @ s0 + drb @ x.b + drk @ x.k
             to_b, to_k = (u * x.last) @ g1, (v[i] * x.last) @ g1
             in_b, in_k = dab.mT @ x.a + drb.mT @ x.r, dak.mT @ x.a + drk.mT @ x.r
