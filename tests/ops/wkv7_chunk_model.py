@@ -34,17 +34,14 @@ def to_two_bf16(x: Tensor) -> Tensor:
 
 @dataclass
 class _Chunk:
-    """What forward and backward compute alike from a chunk's inputs; rows are steps. k2, b2: k and b as the sum of two
-    bfloat16; ends: the product of all decays; passes: 1 where the state before the chunk is seen after it; first and
-    last: (.., 16, 1), 1 for the steps that see the state before the chunk, and for those that the state after it
-    sees."""
+    """What forward and backward compute alike from a chunk's inputs; rows are steps. ends: the product of all decays;
+    passes: 1 where the state before the chunk is seen after it; first and last: (.., 16, 1), 1 for the steps that see
+    the state before the chunk, and for those that the state after it sees."""
 
     a: Tensor
     r: Tensor
     k: Tensor
     b: Tensor
-    k2: Tensor
-    b2: Tensor
     to_a: Tensor
     to_r: Tensor
     undo: Tensor
@@ -71,16 +68,15 @@ def _prepare(
     to_a, to_r, undo = (c - g).exp(), c.exp(), (-c).exp()
     first = (document == 0)[..., None].to(g.dtype)
     last = (document == document[..., -1:])[..., None].to(g.dtype)
-    k, b = k * undo, b * undo
-    a, r, k, b, k2, b2 = rnd(a * to_a), rnd(r * to_r), rnd(k), rnd(b), split(k), split(b)
+    a, r, k, b = rnd(a * to_a), rnd(r * to_r), split(k * undo), split(b * undo)
     zero = torch.zeros((), dtype=g.dtype)
-    ab, ak = (torch.where(before, a @ x.mT, zero) for x in (b2, k2))
-    rb, rk = (torch.where(until, r @ x.mT, zero) for x in (b2, k2))
+    ab, ak = (torch.where(before, a @ x.mT, zero) for x in (b, k))
+    rb, rk = (torch.where(until, r @ x.mT, zero) for x in (b, k))
     eye = torch.eye(CHUNK, dtype=g.dtype).expand(ab.shape)
-    inverse = torch.linalg.solve_triangular(-ab, eye, upper=False, unitriangular=True)
+    inverse = split(torch.linalg.solve_triangular(-ab, eye, upper=False, unitriangular=True))
     passes = (document[..., -1:] == 0)[..., None].to(g.dtype)
-    return _Chunk(a, r, k, b, k2, b2, to_a, to_r, undo, to_r[..., -1:, :], passes, first, last, before, until, inverse,
-                  ak, rb, rk)  # fmt: skip
+    return _Chunk(a, r, k, b, to_a, to_r, undo, to_r[..., -1:, :], passes, first, last, before, until, inverse,
+                  split(ak), split(rb), split(rk))  # fmt: skip
 
 
 def wkv7_chunk_model(
@@ -120,11 +116,11 @@ def wkv7_chunk_model(
         return torch.stack(x).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_steps]
 
     def values(x: _Chunk, v: Tensor, s0: Tensor) -> Tensor:
-        rhs = (x.a * x.first) @ rnd(s0).mT + split(x.ak) @ v
-        return rnd(split(x.inverse) @ split(rhs))
+        rhs = (x.a * x.first) @ rnd(s0).mT + x.ak @ v
+        return rnd(x.inverse @ split(rhs))
 
     def after(x: _Chunk, v: Tensor, u: Tensor, s0: Tensor) -> Tensor:
-        return (s0 * x.passes + (v * x.last).mT @ x.k2 + (u * x.last).mT @ x.b2) * x.ends
+        return (s0 * x.passes + (v * x.last).mT @ x.k + (u * x.last).mT @ x.b) * x.ends
 
     y, kept = [], []
     for i in range(len(r)):
@@ -132,7 +128,7 @@ def wkv7_chunk_model(
             kept.append(checkpoint(state))
         x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
         u = values(x, v[i], state)
-        y.append((x.r * x.first) @ rnd(state).mT + rnd(x.rk) @ v[i] + rnd(x.rb) @ u)
+        y.append((x.r * x.first) @ rnd(state).mT + x.rk @ v[i] + x.rb @ u)
         state = after(x, v[i], u, state)
     if dy is None or dlast is None:
         return [steps(y), state]
@@ -153,15 +149,14 @@ def wkv7_chunk_model(
             u = values(x, v[i], s0)
             grad = grad * x.ends
             g1 = rnd(grad)
-            du = split(x.rb).mT @ dy[i] + (x.b2 * x.last) @ split(grad).mT
-            dzeta = split(x.inverse).mT @ split(du)
+            du = x.rb.mT @ dy[i] + (x.b * x.last) @ split(grad).mT
+            dzeta = x.inverse.mT @ split(du)
             dz_ = rnd(dzeta)
-            dv = split(x.rk).mT @ dy[i] + (x.k2 * x.last) @ split(grad).mT + split(x.ak).mT @ split(dzeta)
+            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ split(grad).mT + x.ak.mT @ split(dzeta)
             zero = torch.zeros((), dtype=dtype)
-            dab2, dak2 = (split(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
-            dab, dak = rnd(dab2), rnd(dak2)
-            drb, drk = (rnd(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))
-            da = (dz_ * x.first) @ s0 + dab2 @ x.b2 + dak2 @ x.k2
+            dab, dak = (split(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
+            drb, drk = (split(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))
+            da = (dz_ * x.first) @ s0 + dab @ x.b + dak @ x.k
             dr = (dy[i] * x.first) @ s0 + drb @ x.b + drk @ x.k
             to_b, to_k = (u * x.last) @ g1, (v[i] * x.last) @ g1
             in_b, in_k = dab.mT @ x.a + drb.mT @ x.r, dak.mT @ x.a + drk.mT @ x.r
