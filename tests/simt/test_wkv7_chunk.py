@@ -37,9 +37,9 @@ def exact(inputs, state, start, weights) -> list[Tensor]:
     return run(WKV7.reference, [x.double() for x in inputs], state.double(), start, weights)
 
 
-def check(inputs, state, start, weights, tolerance=TOLERANCE, seed=0) -> list[Tensor]:
+def check(inputs, state, start, weights, seed=0) -> list[Tensor]:
     mine = run_chunk(kernels(inputs[0].shape[3]), inputs, state, start, weights, seed)
-    WKV7.assert_close(mine, exact(inputs, state, start, weights), tolerance)
+    WKV7.assert_close(mine, exact(inputs, state, start, weights), TOLERANCE)
     return mine
 
 
@@ -88,21 +88,11 @@ def zeros(inputs: list[Tensor]) -> None:
         inputs[i][:, 1::3] = 0
 
 
-@pytest.mark.parametrize(
-    ("change", "tolerance"),
-    [
-        (equal_keys, TOLERANCE),
-        (near_equal_keys, 1e-2),  # what a step writes nearly cancels: roundings of its key do not
-        (strongest_decay, TOLERANCE),
-        (weakest_decay, TOLERANCE),
-        (outliers, TOLERANCE),
-        (zeros, TOLERANCE),
-    ],
-)
-def test_hard_inputs(change, tolerance):
+@pytest.mark.parametrize("change", [equal_keys, near_equal_keys, strongest_decay, weakest_decay, outliers, zeros])
+def test_hard_inputs(change):
     inputs, state, _ = make_case(100, batch=1)
     change(inputs)
-    check(inputs, state, None, WKV7.make_weights(inputs, state), tolerance)
+    check(inputs, state, None, WKV7.make_weights(inputs, state))
 
 
 def test_the_model_without_roundings_is_the_op():
@@ -120,7 +110,7 @@ def test_rounds_where_the_model_rounds():
         inputs, state, odd_starts(100), *weights, rnd=to_bf16, split=to_two_bf16, checkpoint=to_bf16, every=4
     )
     rounded = [x.bfloat16() if y.dtype == BF16 else x for x, y in zip(model, mine, strict=True)]
-    WKV7.assert_close(mine, rounded, 1e-3)
+    WKV7.assert_close(mine, rounded, 5e-4)
 
 
 @pytest.mark.parametrize("where", [[0], [15], [16], [17], [31, 32, 33], [63, 64], [69], list(range(70))])
