@@ -1,5 +1,6 @@
-"""The errors in bfloat16 against float64 of WKV-7's kernels, ours in the emulator of tests/simt and fla-core's in Triton's
+"""The errors in bfloat16 against float64 of WKV-7's kernels: ours in the emulator of tests/simt, fla-core's in Triton's
 interpreter, on the same inputs.
+
 
 `TRITON_INTERPRET=1 python -m tests.ops.wkv7_errors` prints the table of docs/kernels.md.
 """
