@@ -34,9 +34,9 @@ constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
 constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2;
 constexpr int SQUARE = CHUNK * SQUARE_ROW * 2 + 32;  // two neighbouring ones, written at once, differ in their banks
 constexpr int SOLVE = CHUNK * SOLVE_ROW * 4;
-constexpr int PAIRS_BYTES = 6 * SQUARE + SOLVE + N * 4;
-constexpr int FORWARD_BYTES = 2 * 6 * INPUT + PAIRS_BYTES;
-constexpr int BACKWARD_BYTES = 2 * 7 * INPUT + 2 * STATE + 2 * INPUT + PAIRS_BYTES;
+constexpr int PAIRS_BYTES = 8 * SQUARE + SOLVE + N * 4;
+constexpr int FORWARD_BYTES = (2 * 6 + 1) * INPUT + PAIRS_BYTES;
+constexpr int BACKWARD_BYTES = (2 * 7 + 4) * INPUT + 2 * STATE + PAIRS_BYTES;
 
 // The lane's place in a tile of C: rows g and g + 8, columns 2t and 2t + 1.
 struct Lane {
@@ -173,10 +173,12 @@ __device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
 }
 
 // Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
-// of products, and writes the product of all decays of the piece to `ends`.
+// of products, and writes the product of all decays of the piece to `ends`. What rounding takes away from k and b goes
+// to k_rest and b_rest, which may be the places of z and r if these are not needed any more.
 template <bool WITH_R>
 __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
-                                        Shared<float> ends, int rows, const Lane& at, Decays& d) {
+                                        Shared<bf16> k_rest, Shared<bf16> b_rest, Shared<float> ends, int rows,
+                                        const Lane& at, Decays& d) {
     float logs[2][4], before[2][4], totals[4], in_a[2][4], in_r[2][4], in_k[2][4], in_b[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -210,7 +212,13 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
             const auto scale = [&](Shared<bf16> to, const float (&x)[2][4], const float (&by)[2][4]) {
                 write_pair(to + p, pack(x[half][2 * j] * by[j][i], x[half][2 * j + 1] * by[j][i + 1]));
             };
-            scale(a, in_a, d.to_a), scale(k, in_k, d.undo), scale(b, in_b, d.undo);
+            const auto scale_in_two = [&](Shared<bf16> to, Shared<bf16> rest, const float (&x)[2][4]) {
+                const float low = x[half][2 * j] * d.undo[j][i], high = x[half][2 * j + 1] * d.undo[j][i + 1];
+                const unsigned rounded = pack(low, high);
+                write_pair(to + p, rounded);
+                write_pair(rest + p, pack(low - low_of(rounded), high - high_of(rounded)));
+            };
+            scale(a, in_a, d.to_a), scale_in_two(k, k_rest, in_k), scale_in_two(b, b_rest, in_b);
             if (WITH_R) scale(r, in_r, d.to_r);
         }
         if (at.g == 0) {
@@ -220,12 +228,24 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
     }
 }
 
-// The matrices of a piece, rows t and columns s, each 16 x 16: the inverse of 1 - A_ab and A_ak, each as the sum of two
-// of bf16, A_rb and A_rk.
+// The matrices of a piece, rows t and columns s, each 16 x 16 and the sum of two of bf16: the inverse of 1 - A_ab, A_ak,
+// A_rb and A_rk. What rounding took away stands REST behind the rounded ones.
+enum Which { INVERSE, AK, RB, RK };
+constexpr int REST = SQUARE / 2;
 struct Pairs {
-    Shared<bf16> inverse, inverse_rest, ak, ak_rest, rb, rk;
+    Shared<bf16> squares;
     Shared<float> solve;
+    __device__ Shared<bf16> of(int which) const { return squares + which * 2 * REST; }
 };
+
+// One of a piece's matrices as B, or its transpose.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_square(unsigned (&x)[4], Shared<bf16> square) {
+    if constexpr (TRANSPOSED)
+        load_b_transposed<SQUARE_ROW>(x, square);
+    else
+        load_b<SQUARE_ROW>(x, square);
+}
 
 // c += x y^T, over rows of N
 __device__ __forceinline__ void multiply_rows(Block& c, Shared<bf16> x, Shared<bf16> y) {
@@ -245,19 +265,16 @@ __device__ __forceinline__ void keep_lower(Block& c, bool with_diagonal, const L
         for (int i = 0; i < 4; i++)
             if (at.g + i / 2 * 8 < 8 * j + 2 * at.t + i % 2 + (with_diagonal ? 0 : 1)) c[j][i] = 0.0f;
 }
-// Writes a block, rounded; and to `rest` what the rounding took away.
 __device__ __forceinline__ void write_square(Shared<bf16> to, const Block& c, const Lane& at) {
-    unsigned x[4];
-    as_a(x, c);
-#pragma unroll
-    for (int i = 0; i < 4; i++) write_pair(to + ((at.g + i % 2 * 8) * SQUARE_ROW + i / 2 * 8 + 2 * at.t), x[i]);
-}
-__device__ __forceinline__ void write_rest(Shared<bf16> to, const Block& c, const Lane& at) {
     unsigned x[4], rest[4];
     as_a(x, c);
     rest_as_a(rest, c, x);
 #pragma unroll
-    for (int i = 0; i < 4; i++) write_pair(to + ((at.g + i % 2 * 8) * SQUARE_ROW + i / 2 * 8 + 2 * at.t), rest[i]);
+    for (int i = 0; i < 4; i++) {
+        const int p = (at.g + i % 2 * 8) * SQUARE_ROW + i / 2 * 8 + 2 * at.t;
+        write_pair(to + p, x[i]);
+        write_pair(to + (p + REST), rest[i]);
+    }
 }
 
 // Writes the inverse of 1 - A for the strictly lower A of a warp, by substitution in fp32: lane j computes column j, so
@@ -283,7 +300,7 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
         x[t] = sums[0] + sums[1];
     }
     // Lanes from 16 on have the same columns: they write what the rounding took away.
-    const Shared<bf16> to = (lane < 16 ? pairs.inverse : pairs.inverse_rest) + column;
+    const Shared<bf16> to = pairs.of(INVERSE) + (column + (lane < 16 ? 0 : REST));
 #pragma unroll
     for (int t = 0; t < CHUNK; t++) {
         const unsigned rounded = pack(x[t], 0.0f);
@@ -294,21 +311,22 @@ __device__ __forceinline__ void write_inverse(const Pairs& pairs, const Block& c
 
 // Computes the matrices of a piece, or of them only the first two, which the state needs; each is one warp's work.
 template <bool WITH_R>
-__device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> r, Shared<bf16> k, Shared<bf16> a,
-                                              Shared<bf16> b, const Lane& at) {
+__device__ __forceinline__ void compute_pairs(const Pairs& pairs, Shared<bf16> r, Shared<bf16> k, Shared<bf16> k_rest,
+                                              Shared<bf16> a, Shared<bf16> b, Shared<bf16> b_rest, const Lane& at) {
 #pragma unroll 1
-    for (int which = at.warp; which < (WITH_R ? 4 : 2); which += WARPS) {
-        Block c = {};
-        multiply_rows(c, which < 2 ? a : r, which % 2 ? k : b);
-        keep_lower(c, which >= 2, at);
-        if (which == 0) {
+    for (int which = at.warp; which <= (WITH_R ? RK : AK); which += WARPS) {
+        Block c = {}, rest = {};
+        multiply_rows(c, which < RB ? a : r, which % 2 ? k : b);
+        multiply_rows(rest, which < RB ? a : r, which % 2 ? k_rest : b_rest);
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) c[j][i] += rest[j][i];
+        keep_lower(c, which >= RB, at);
+        if (which == INVERSE)
             write_inverse(pairs, c, at);
-        } else if (which == 1) {
-            write_square(pairs.ak, c, at);
-            write_rest(pairs.ak_rest, c, at);
-        } else {
-            write_square(which == 2 ? pairs.rb : pairs.rk, c, at);
-        }
+        else
+            write_square(pairs.of(which), c, at);
     }
 }
 
@@ -387,32 +405,32 @@ __device__ __forceinline__ void add_outer(State& s, const unsigned (&x)[4], Shar
     }
 }
 
-// The values' U^T = Z^T (inverse)^T, or with TRANSPOSED Z^T inverse, where both are sums of two of bf16
+// c += x m, or with TRANSPOSED x m^T, for one of the matrices of a piece.
 template <bool TRANSPOSED>
-__device__ __forceinline__ void times_inverse(Block& u, const Block& z, const Pairs& pairs) {
-    unsigned rounded[4], rest[4], inverse[4], inverse_rest[4];
-    as_a(rounded, z);
-    rest_as_a(rest, z, rounded);
-    if constexpr (TRANSPOSED) {
-        load_b_transposed<SQUARE_ROW>(inverse, pairs.inverse);
-        load_b_transposed<SQUARE_ROW>(inverse_rest, pairs.inverse_rest);
-    } else {
-        load_b<SQUARE_ROW>(inverse, pairs.inverse);
-        load_b<SQUARE_ROW>(inverse_rest, pairs.inverse_rest);
-    }
-    mma(u, rounded, inverse_rest);
-    mma(u, rest, inverse);
-    mma(u, rounded, inverse);
+__device__ __forceinline__ void times_square(Block& c, const unsigned (&x)[4], Shared<bf16> m) {
+    unsigned square[4], rest[4];
+    load_square<TRANSPOSED>(square, m);
+    load_square<TRANSPOSED>(rest, m + REST);
+    mma(c, x, rest);
+    mma(c, x, square);
+}
+// The same for the sum of x and x_rest.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void times_square(Block& c, const unsigned (&x)[4], const unsigned (&x_rest)[4],
+                                             Shared<bf16> m) {
+    unsigned square[4];
+    load_square<TRANSPOSED>(square, m);
+    mma(c, x_rest, square);
+    times_square<TRANSPOSED>(c, x, m);
 }
 
 // u += U^T of the warp's values, from S0 a, which becomes Z^T, and V^T
 __device__ __forceinline__ void solve_values(Block& u, Block& from_a, const unsigned (&in_v)[4], const Pairs& pairs) {
-    unsigned square[4];
-    load_b_transposed<SQUARE_ROW>(square, pairs.ak_rest);
-    mma(from_a, in_v, square);
-    load_b_transposed<SQUARE_ROW>(square, pairs.ak);
-    mma(from_a, in_v, square);
-    times_inverse<true>(u, from_a, pairs);
+    unsigned in_z[4], z_rest[4];
+    times_square<true>(from_a, in_v, pairs.of(AK));
+    as_a(in_z, from_a);
+    rest_as_a(z_rest, from_a, in_z);
+    times_square<true>(u, in_z, z_rest, pairs.of(INVERSE));
 }
 
 // Rounds the warp's 16 values of 16 steps and turns them round: pair i is of step g + i / 2 * 8, values 2t and 2t + 1
@@ -439,16 +457,11 @@ __device__ __forceinline__ void store_values(io* to, long long stride, int rows,
     }
 }
 
-#define PAIRS(first)                                                                                               \
-    DYNAMIC(bf16, inverse, (first), SQUARE / 2);                                                                   \
-    DYNAMIC(bf16, inverse_rest, (first) + SQUARE, SQUARE / 2);                                                     \
-    DYNAMIC(bf16, ak, (first) + 2 * SQUARE, SQUARE / 2);                                                           \
-    DYNAMIC(bf16, ak_rest, (first) + 3 * SQUARE, SQUARE / 2);                                                      \
-    DYNAMIC(bf16, rb, (first) + 4 * SQUARE, SQUARE / 2);                                                           \
-    DYNAMIC(bf16, rk, (first) + 5 * SQUARE, SQUARE / 2);                                                           \
-    DYNAMIC(float, solve, (first) + 6 * SQUARE, SOLVE / 4);                                                        \
-    DYNAMIC(float, ends, (first) + 6 * SQUARE + SOLVE, N);                                                         \
-    const Pairs pairs = {inverse, inverse_rest, ak, ak_rest, rb, rk, solve};
+#define PAIRS(first)                                       \
+    DYNAMIC(bf16, squares, (first), 8 * SQUARE / 2);       \
+    DYNAMIC(float, solve, (first) + 8 * SQUARE, SOLVE / 4); \
+    DYNAMIC(float, ends, (first) + 8 * SQUARE + SOLVE, N); \
+    const Pairs pairs = {squares, solve};
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     wkv7_chunk_forward(const io* __restrict__ r, const io* __restrict__ z, const io* __restrict__ k,
@@ -458,7 +471,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
                        long long steps, long long heads) {
     if (blockDim.x != THREADS || gridDim.y != 1) __trap();
     DYNAMIC(bf16, stages, 0, 2 * 6 * INPUT / 2);
-    PAIRS(2 * 6 * INPUT)
+    DYNAMIC(bf16, b_rest, 2 * 6 * INPUT, INPUT / 2);
+    PAIRS((2 * 6 + 1) * INPUT)
     const Lane at;
     const Head head(steps, heads);
     State s;
@@ -495,10 +509,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         if (piece.begins()) clear(s);
         {
             Decays unused;
-            prepare<true>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+            prepare<true>(rs, zs, ks, as, bs, zs, b_rest, ends, piece.rows(), at, unused);
         }
         __syncthreads();
-        compute_pairs<true>(pairs, rs, ks, as, bs, at);
+        compute_pairs<true>(pairs, rs, ks, zs, as, bs, b_rest, at);
         Block from_a = {}, from_r = {};  // S0 a and S0 r, for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
@@ -510,17 +524,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
             mma(from_r, state, in_r);
         }
         __syncthreads();
-        unsigned in_v[4], in_u[4], square[4];
+        unsigned in_v[4], in_u[4];
         load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
         Block u = {};
         solve_values(u, from_a, in_v, pairs);
         as_a(in_u, u);
-        load_b_transposed<SQUARE_ROW>(square, rk);
-        mma(from_r, in_v, square);
-        load_b_transposed<SQUARE_ROW>(square, rb);
-        mma(from_r, in_u, square);
+        times_square<true>(from_r, in_v, pairs.of(RK));
+        times_square<true>(from_r, in_u, pairs.of(RB));
         store_values(y + head.row(piece.first()), head.stride, piece.rows(), from_r, at);
+        add_outer(s, in_v, zs);
         add_outer(s, in_v, ks);
+        add_outer(s, in_u, b_rest);
         add_outer(s, in_u, bs);
         decay(s, ends, at);
     }
@@ -542,7 +556,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     DYNAMIC(bf16, gs, 2 * 7 * INPUT + STATE, STATE / 2);               // the gradient of the state after it, decayed
     DYNAMIC(bf16, us, 2 * 7 * INPUT + 2 * STATE, INPUT / 2);           // U
     DYNAMIC(bf16, dus, 2 * 7 * INPUT + 2 * STATE + INPUT, INPUT / 2);  // the gradient of Z
-    PAIRS(2 * 7 * INPUT + 2 * STATE + 2 * INPUT)
+    DYNAMIC(bf16, k_rest, 2 * 7 * INPUT + 2 * STATE + 2 * INPUT, INPUT / 2);
+    DYNAMIC(bf16, b_rest, 2 * 7 * INPUT + 2 * STATE + 3 * INPUT, INPUT / 2);
+    PAIRS(2 * 7 * INPUT + 2 * STATE + 4 * INPUT)
     const Lane at;
     const Head head(steps, heads);
     State grad;
@@ -612,10 +628,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 if (piece.begins()) clear(s);
                 {
                     Decays unused;
-                    prepare<false>(rs, zs, ks, as, bs, ends, piece.rows(), at, unused);
+                    prepare<false>(rs, zs, ks, as, bs, k_rest, b_rest, ends, piece.rows(), at, unused);
                 }
                 __syncthreads();
-                compute_pairs<false>(pairs, rs, ks, as, bs, at);
+                compute_pairs<false>(pairs, rs, ks, k_rest, as, bs, b_rest, at);
                 Block from_a = {}, u = {};
                 unsigned in_v[4], in_u[4];
 #pragma unroll
@@ -629,7 +645,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
                 solve_values(u, from_a, in_v, pairs);
                 as_a(in_u, u);
+                add_outer(s, in_v, k_rest);
                 add_outer(s, in_v, ks);
+                add_outer(s, in_u, b_rest);
                 add_outer(s, in_u, bs);
                 decay(s, ends, at);
                 if (piece.to == CHUNK)
@@ -665,15 +683,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         if (next.t0 >= 0) read(next, stage ^ 1);
         stage ^= 1;
         Decays d;
-        prepare<true>(rs, zs, ks, as, bs, ends, rows, at, d);
+        prepare<true>(rs, zs, ks, as, bs, k_rest, b_rest, ends, rows, at, d);
         __syncthreads();
 
         decay(grad, ends, at);
-        compute_pairs<true>(pairs, rs, ks, as, bs, at);
+        compute_pairs<true>(pairs, rs, ks, k_rest, as, bs, b_rest, at);
         Block from_a = {}, du = {}, dvs = {};  // S0 a; G b; G k: for the warp's values
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            unsigned state[4], g[4], rest[4], in_a[4], in_b[4], in_k[4];
+            unsigned state[4], g[4], rest[4], in_a[4], in_b[4], in_k[4], small[4];
             load_a<ROW>(state, s0 + (16 * at.warp * ROW + tile * 16));
             as_a(g, tile_of(grad, tile));
             rest_as_a(rest, tile_of(grad, tile), g);
@@ -684,6 +702,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             load_b_transposed<ROW>(in_b, bs + tile * 16);
             load_b_transposed<ROW>(in_k, ks + tile * 16);
             mma(from_a, state, in_a);
+            load_b_transposed<ROW>(small, b_rest + tile * 16);
+            mma(du, g, small);
+            load_b_transposed<ROW>(small, k_rest + tile * 16);
+            mma(dvs, g, small);
             mma(du, rest, in_b);
             mma(dvs, rest, in_k);
             mma(du, g, in_b);
@@ -692,25 +714,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         __syncthreads();
 
         {
-            unsigned in_v[4], in_dy[4], in_dz[4], dz_rest[4], square[4];
+            unsigned in_v[4], in_dy[4], in_du[4], du_rest[4], in_dz[4], dz_rest[4];
             load_a_transposed<ROW>(in_v, vs + 16 * at.warp);
             Block u = {}, dzeta = {};
             solve_values(u, from_a, in_v, pairs);
             write_values(us, u, at);
             load_a_transposed<ROW>(in_dy, dys + 16 * at.warp);
-            load_b<SQUARE_ROW>(square, rb);
-            mma(du, in_dy, square);
-            times_inverse<false>(dzeta, du, pairs);
+            times_square<false>(du, in_dy, pairs.of(RB));
+            as_a(in_du, du);
+            rest_as_a(du_rest, du, in_du);
+            times_square<false>(dzeta, in_du, du_rest, pairs.of(INVERSE));
             write_values(dus, dzeta, at);
             as_a(in_dz, dzeta);
             rest_as_a(dz_rest, dzeta, in_dz);
-            load_b<SQUARE_ROW>(square, rk);
-            mma(dvs, in_dy, square);
-            load_b<SQUARE_ROW>(square, ak_rest);
-            mma(dvs, in_dz, square);
-            load_b<SQUARE_ROW>(square, ak);
-            mma(dvs, dz_rest, square);
-            mma(dvs, in_dz, square);
+            times_square<false>(dvs, in_dy, pairs.of(RK));
+            times_square<false>(dvs, in_dz, dz_rest, pairs.of(AK));
             store_values(dv + from, head.stride, rows, dvs, at);
             add_outer(grad, in_dy, rs);
             add_outer(grad, in_dz, as);
@@ -720,11 +738,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
 
         // The gradients of the four matrices take their places; each is one warp's work.
 #pragma unroll 1
-        for (int which = at.warp; which < 4; which += WARPS) {
+        for (int which = at.warp; which <= RK; which += WARPS) {
             Block c = {};
-            multiply_rows(c, which < 2 ? dus : dys, which % 2 ? vs : us);
-            keep_lower(c, which >= 2, at);
-            write_square(which == 0 ? inverse : which == 1 ? ak : which == 2 ? rb : rk, c, at);
+            multiply_rows(c, which < RB ? dus : dys, which % 2 ? vs : us);
+            keep_lower(c, which >= RB, at);
+            write_square(pairs.of(which), c, at);
         }
         // For the warp's keys: what goes through the states before and after the piece.
         Block to_a = {}, to_r = {}, to_b = {}, to_k = {};
@@ -753,26 +771,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         Block in_b = {}, in_k = {};  // what goes through the matrices
         {
             unsigned key[4], x[4];
-            load_b<ROW>(key, bs + 16 * at.warp);
-            load_a<SQUARE_ROW>(x, inverse);
-            mma(to_a, x, key);
-            load_a<SQUARE_ROW>(x, rb);
-            mma(to_r, x, key);
-            load_b<ROW>(key, ks + 16 * at.warp);
-            load_a<SQUARE_ROW>(x, ak);
-            mma(to_a, x, key);
-            load_a<SQUARE_ROW>(x, rk);
-            mma(to_r, x, key);
-            load_b<ROW>(key, as + 16 * at.warp);
-            load_a_transposed<SQUARE_ROW>(x, inverse);
-            mma(in_b, x, key);
-            load_a_transposed<SQUARE_ROW>(x, ak);
-            mma(in_k, x, key);
-            load_b<ROW>(key, rs + 16 * at.warp);
-            load_a_transposed<SQUARE_ROW>(x, rb);
-            mma(in_b, x, key);
-            load_a_transposed<SQUARE_ROW>(x, rk);
-            mma(in_k, x, key);
+            const auto add = [&](Block& to, int which, Shared<bf16> y, Shared<bf16> y_rest) {
+                load_a<SQUARE_ROW>(x, pairs.of(which));
+                load_b<ROW>(key, y_rest + 16 * at.warp);
+                mma(to, x, key);
+                load_b<ROW>(key, y + 16 * at.warp);
+                mma(to, x, key);
+                load_a<SQUARE_ROW>(x, pairs.of(which) + REST);
+                mma(to, x, key);
+            };
+            add(to_a, INVERSE, bs, b_rest);
+            add(to_a, AK, ks, k_rest);
+            add(to_r, RB, bs, b_rest);
+            add(to_r, RK, ks, k_rest);
+            const auto add_transposed = [&](Block& to, int which, Shared<bf16> y) {
+                load_b<ROW>(key, y + 16 * at.warp);
+                load_a_transposed<SQUARE_ROW>(x, pairs.of(which) + REST);
+                mma(to, x, key);
+                load_a_transposed<SQUARE_ROW>(x, pairs.of(which));
+                mma(to, x, key);
+            };
+            add_transposed(in_b, INVERSE, as);
+            add_transposed(in_k, AK, as);
+            add_transposed(in_b, RB, rs);
+            add_transposed(in_k, RK, rs);
         }
         // The gradient of the log of a decay: of what passes it from rows before to rows after it.
         Block through, later, inside, before, after;
@@ -782,13 +804,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             for (int half = 0; half < 2; half++) {
                 const int p = place(at, j, half);
                 const unsigned xa = read_pair(as + p), xr = read_pair(rs + p), xk = read_pair(ks + p),
-                               xb = read_pair(bs + p);
+                               xb = read_pair(bs + p), k_low = read_pair(k_rest + p), b_low = read_pair(b_rest + p);
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int i = 2 * half + e;
                     const auto of = [&](unsigned pair) { return e ? high_of(pair) : low_of(pair); };
-                    through[j][i] = of(xk) * to_k[j][i] + of(xb) * to_b[j][i];
-                    inside[j][i] = of(xr) * to_r[j][i] - of(xk) * in_k[j][i] - of(xb) * in_b[j][i];
+                    const float key = of(xk) + of(k_low), factor = of(xb) + of(b_low);
+                    through[j][i] = key * to_k[j][i] + factor * to_b[j][i];
+                    inside[j][i] = of(xr) * to_r[j][i] - key * in_k[j][i] - factor * in_b[j][i];
                     later[j][i] = inside[j][i] + of(xa) * to_a[j][i];
                 }
             }

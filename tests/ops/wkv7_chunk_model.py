@@ -57,7 +57,9 @@ class _Chunk:
     rk: Tensor
 
 
-def _prepare(r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tensor, rnd: Rounding) -> _Chunk:
+def _prepare(
+    r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tensor, rnd: Rounding, split: Rounding
+) -> _Chunk:
     document = starts.long().cumsum(-1)[:, None]  # (B, 1, 16)
     same = document[..., :, None] == document[..., None, :]
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(-1)
@@ -66,15 +68,15 @@ def _prepare(r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tens
     to_a, to_r, undo = (c - g).exp(), c.exp(), (-c).exp()
     first = (document == 0)[..., None].to(g.dtype)
     last = (document == document[..., -1:])[..., None].to(g.dtype)
-    a, r, k, b = rnd(a * to_a), rnd(r * to_r), rnd(k * undo), rnd(b * undo)
+    a, r, k, b = rnd(a * to_a), rnd(r * to_r), split(k * undo), split(b * undo)
     zero = torch.zeros((), dtype=g.dtype)
     ab, ak = (torch.where(before, a @ x.mT, zero) for x in (b, k))
     rb, rk = (torch.where(until, r @ x.mT, zero) for x in (b, k))
     eye = torch.eye(CHUNK, dtype=g.dtype).expand(ab.shape)
-    inverse = torch.linalg.solve_triangular(-ab, eye, upper=False, unitriangular=True)
+    inverse = split(torch.linalg.solve_triangular(-ab, eye, upper=False, unitriangular=True))
     passes = (document[..., -1:] == 0)[..., None].to(g.dtype)
     return _Chunk(a, r, k, b, to_a, to_r, undo, to_r[..., -1:, :], passes, first, last, before, until, inverse,
-                  ak, rnd(rb), rnd(rk))  # fmt: skip
+                  split(ak), split(rb), split(rk))  # fmt: skip
 
 
 def wkv7_chunk_model(
@@ -114,8 +116,8 @@ def wkv7_chunk_model(
         return torch.stack(x).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_steps]
 
     def values(x: _Chunk, v: Tensor, s0: Tensor) -> Tensor:
-        rhs = (x.a * x.first) @ rnd(s0).mT + split(x.ak) @ v
-        return rnd(split(x.inverse) @ split(rhs))
+        rhs = (x.a * x.first) @ rnd(s0).mT + x.ak @ v
+        return rnd(x.inverse @ split(rhs))
 
     def after(x: _Chunk, v: Tensor, u: Tensor, s0: Tensor) -> Tensor:
         return (s0 * x.passes + (v * x.last).mT @ x.k + (u * x.last).mT @ x.b) * x.ends
@@ -124,7 +126,7 @@ def wkv7_chunk_model(
     for i in range(len(r)):
         if i % every == 0:
             kept.append(checkpoint(state))
-        x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+        x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
         u = values(x, v[i], state)
         y.append((x.r * x.first) @ rnd(state).mT + x.rk @ v[i] + x.rb @ u)
         state = after(x, v[i], u, state)
@@ -139,21 +141,21 @@ def wkv7_chunk_model(
         of = range(segment * every, min((segment + 1) * every, len(r)))
         for i in of:
             states.append(rnd(s0))
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
             s0 = after(x, v[i], values(x, v[i], s0), s0)
         for i in reversed(of):
             s0 = states.pop()
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd)
+            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
             u = values(x, v[i], s0)
             grad = grad * x.ends
             g1 = rnd(grad)
             du = x.rb.mT @ dy[i] + (x.b * x.last) @ split(grad).mT
-            dzeta = split(x.inverse).mT @ split(du)
+            dzeta = x.inverse.mT @ split(du)
             dz_ = rnd(dzeta)
-            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ split(grad).mT + split(x.ak).mT @ split(dzeta)
+            dv = x.rk.mT @ dy[i] + (x.k * x.last) @ split(grad).mT + x.ak.mT @ split(dzeta)
             zero = torch.zeros((), dtype=dtype)
-            dab, dak = (rnd(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
-            drb, drk = (rnd(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))
+            dab, dak = (split(torch.where(x.before, dz_ @ w.mT, zero)) for w in (u, v[i]))
+            drb, drk = (split(torch.where(x.until, dy[i] @ w.mT, zero)) for w in (u, v[i]))
             da = (dz_ * x.first) @ s0 + dab @ x.b + dak @ x.k
             dr = (dy[i] * x.first) @ s0 + drb @ x.b + drk @ x.k
             to_b, to_k = (u * x.last) @ g1, (v[i] * x.last) @ g1
