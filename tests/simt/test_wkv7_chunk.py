@@ -110,7 +110,7 @@ def test_rounds_where_the_model_rounds():
         inputs, state, odd_starts(100), *weights, rnd=to_bf16, split=to_two_bf16, checkpoint=to_bf16, every=4
     )
     rounded = [x.bfloat16() if y.dtype == BF16 else x for x, y in zip(model, mine, strict=True)]
-    WKV7.assert_close(mine, rounded, 1e-3)
+    WKV7.assert_close(mine, rounded, 5e-4)
 
 
 @pytest.mark.parametrize("where", [[0], [15], [16], [17], [31, 32, 33], [63, 64], [69], list(range(70))])
