@@ -69,28 +69,40 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 __device__ __forceinline__ float low_of(unsigned x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_of(unsigned x) { return __uint_as_float(x & 0xffff0000u); }
 
-// Where a lane's row begins in a 16 x 16 tile whose rows are `stride` apart, for the four loads below.
-__device__ __forceinline__ int by_rows(int stride) { return threadIdx.x % 16 * stride + threadIdx.x % 32 / 16 * 8; }
-__device__ __forceinline__ int by_columns(int stride) {
-    return (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * stride + threadIdx.x / 8 % 2 * 8;
+// Where a row begins in a matrix in shared memory whose rows are STRIDE elements apart. The 8 neighbouring rows whose 16
+// bytes are read at once must lie in different banks. An odd multiple of 16 bytes sees to that. A STRIDE of 16 elements
+// above a multiple of 32 does so if the later 4 of each 8 rows are moved by 16 bytes; then 32 bytes of 4 neighbouring
+// rows, which lanes read 8 by 8, lie in different banks too.
+template <int STRIDE>
+__device__ __forceinline__ int row_at(int row) {
+    return row * STRIDE + (STRIDE % 32 == 16 ? (row & 4) * 2 : 0);
+}
+// Where a lane's row begins in a 16 x 16 tile, for the four loads below.
+template <int STRIDE>
+__device__ __forceinline__ int by_rows() {
+    return row_at<STRIDE>(threadIdx.x % 16) + threadIdx.x % 32 / 16 * 8;
+}
+template <int STRIDE>
+__device__ __forceinline__ int by_columns() {
+    return row_at<STRIDE>(threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) + threadIdx.x / 8 % 2 * 8;
 }
 // A 16 x 16 tile as A, or as B (two tiles of 8 columns, one behind the other), from a matrix in shared memory that has
 // its elements as they are (m rows of k, k rows of n), or from its transpose.
 template <int STRIDE>
 __device__ __forceinline__ void load_a(unsigned (&x)[4], Shared<bf16> tile) {
-    load_matrices<false>(x, tile + by_rows(STRIDE));
+    load_matrices<false>(x, tile + by_rows<STRIDE>());
 }
 template <int STRIDE>
 __device__ __forceinline__ void load_a_transposed(unsigned (&x)[4], Shared<bf16> tile) {
-    load_matrices<true>(x, tile + by_columns(STRIDE));
+    load_matrices<true>(x, tile + by_columns<STRIDE>());
 }
 template <int STRIDE>
 __device__ __forceinline__ void load_b(unsigned (&x)[4], Shared<bf16> tile) {
-    load_matrices<true>(x, tile + by_rows(STRIDE));
+    load_matrices<true>(x, tile + by_rows<STRIDE>());
 }
 template <int STRIDE>
 __device__ __forceinline__ void load_b_transposed(unsigned (&x)[4], Shared<bf16> tile) {
-    load_matrices<false>(x, tile + by_columns(STRIDE));
+    load_matrices<false>(x, tile + by_columns<STRIDE>());
 }
 
 // A 16 x 16 tile of C: the left and the right 8 columns.

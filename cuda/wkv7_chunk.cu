@@ -21,8 +21,8 @@ constexpr int SAVE_EVERY = 64;  // a multiple of CHUNK, up to 64
 constexpr int WARPS = N / 16, THREADS = 32 * WARPS;
 constexpr int REPLAYED = SAVE_EVERY / CHUNK - 1;  // chunks of a segment that are worked on again
 constexpr int TILES = N / 16;                     // of 16 values or keys in a row of N
-constexpr int ROW = N + 8;  // elements between rows of N in shared memory, of which no 8 neighbours share a bank
-constexpr int SQUARE_ROW = 24, SOLVE_ROW = 20;  // the same for rows of 16, of bf16 and of fp32
+constexpr int ROW = N + 16;                     // elements between rows of N in shared memory, for row_at
+constexpr int SQUARE_ROW = 24, SOLVE_ROW = 24;  // the same for rows of 16, of bf16 and of fp32
 static_assert(N == 32 || N == 64, "HEAD_SIZE: 32 or 64");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
@@ -31,7 +31,8 @@ constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the
 constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
 
 // Sizes in shared memory, in bytes.
-constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2, SQUARE = CHUNK * SQUARE_ROW * 2;
+constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2;
+constexpr int SQUARE = CHUNK * SQUARE_ROW * 2 + 32;  // two neighbouring ones, written at once, differ in their banks
 constexpr int SOLVE = CHUNK * SOLVE_ROW * 4;
 constexpr int PAIRS_BYTES = 8 * SQUARE + SOLVE + N * 4;
 constexpr int FORWARD_BYTES = (2 * 6 + 1) * INPUT + PAIRS_BYTES;
@@ -97,6 +98,12 @@ struct Piece {
     }
 };
 
+// The row of a thread's group of 8 elements, when rows of N are copied. A warp writes 8 groups at once, at N = 32 two
+// rows: these lie in different banks if there is one row between them.
+__device__ __forceinline__ int copied_row(int group) {
+    const int row = group / (N / 8);
+    return N == 32 ? (row & ~3) | (row & 1) << 1 | (row & 2) >> 1 : row;
+}
 // Begins to copy a piece's rows of its inputs, each to its place in a stage; rows that it has too few are zeros. The
 // whole block takes part. from: where the piece's first row stands.
 template <int COUNT>
@@ -105,11 +112,12 @@ __device__ __forceinline__ void copy_rows(Shared<bf16> stage, const io* const (&
     constexpr int GROUPS = N / 8;
 #pragma unroll
     for (int n = 0; n < CHUNK * GROUPS / THREADS; n++) {
-        const int i = threadIdx.x + n * THREADS, row = i / GROUPS, column = i % GROUPS * 8;
+        const int i = threadIdx.x + n * THREADS, row = copied_row(i), column = i % GROUPS * 8;
         const bool zeros = row >= rows;
         const long long at = from + (zeros ? 0 : row * stride) + column;
 #pragma unroll
-        for (int x = 0; x < COUNT; x++) copy(stage + (x * (INPUT / 2) + row * ROW + column), inputs[x] + at, zeros);
+        for (int x = 0; x < COUNT; x++)
+            copy(stage + (x * (INPUT / 2) + row_at<ROW>(row) + column), inputs[x] + at, zeros);
     }
 }
 
@@ -152,7 +160,7 @@ __device__ __forceinline__ void sum_rows(const float (&x)[2][4], float (&sums)[2
 
 // Where the lane's pair of row g (half 0) or g + 8 (half 1) and tile j of the warp's 16 keys stands.
 __device__ __forceinline__ int place(const Lane& at, int j, int half) {
-    return (at.g + 8 * half) * ROW + 16 * at.warp + 8 * j + 2 * at.t;
+    return row_at<ROW>(at.g + 8 * half) + 16 * at.warp + 8 * j + 2 * at.t;
 }
 // Keys are in another order where they are multiplied than in memory, so that a lane's four of 16 are neighbours in
 // memory: of tile j, columns 2t and 2t + 1 are keys 4t + 2j and 4t + 2j + 1. Where the lane's four keys stand in a row.
@@ -176,11 +184,11 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
     for (int half = 0; half < 2; half++) {
         const int row = at.g + 8 * half;
         float x[4];
-        read_four(z + row * ROW, at, x);
-        read_four(a + row * ROW, at, in_a[half]);
-        if (WITH_R) read_four(r + row * ROW, at, in_r[half]);
-        read_four(k + row * ROW, at, in_k[half]);
-        read_four(b + row * ROW, at, in_b[half]);
+        read_four(z + row_at<ROW>(row), at, x);
+        read_four(a + row_at<ROW>(row), at, in_a[half]);
+        if (WITH_R) read_four(r + row_at<ROW>(row), at, in_r[half]);
+        read_four(k + row_at<ROW>(row), at, in_k[half]);
+        read_four(b + row_at<ROW>(row), at, in_b[half]);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             const float small = exp2_of(-LOG2_E * fabsf(x[q]));
@@ -354,7 +362,7 @@ __device__ __forceinline__ void store_rounded(const State& s, P to, const Lane& 
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-            WRITE_AS(unsigned, to + ((16 * at.warp + at.g + 8 * half) * STRIDE + 8 * j + 2 * at.t)) =
+            WRITE_AS(unsigned, to + (row_at<STRIDE>(16 * at.warp + at.g + 8 * half) + 8 * j + 2 * at.t)) =
                 pack(s[j][2 * half], s[j][2 * half + 1]);
 }
 __device__ __forceinline__ void load_rounded(State& s, Shared<bf16> from, const Lane& at) {
@@ -362,7 +370,7 @@ __device__ __forceinline__ void load_rounded(State& s, Shared<bf16> from, const 
     for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const unsigned pair = read_pair(from + ((16 * at.warp + at.g + 8 * half) * ROW + 8 * j + 2 * at.t));
+            const unsigned pair = read_pair(from + (row_at<ROW>(16 * at.warp + at.g + 8 * half) + 8 * j + 2 * at.t));
             s[j][2 * half] = low_of(pair), s[j][2 * half + 1] = high_of(pair);
         }
 }
@@ -436,7 +444,8 @@ __device__ __forceinline__ void write_values(Shared<bf16> to, const Block& c, co
     unsigned x[4];
     by_steps(x, c);
 #pragma unroll
-    for (int i = 0; i < 4; i++) write_pair(to + ((at.g + i / 2 * 8) * ROW + 16 * at.warp + i % 2 * 8 + 2 * at.t), x[i]);
+    for (int i = 0; i < 4; i++)
+        write_pair(to + (row_at<ROW>(at.g + i / 2 * 8) + 16 * at.warp + i % 2 * 8 + 2 * at.t), x[i]);
 }
 __device__ __forceinline__ void store_values(io* to, long long stride, int rows, const Block& c, const Lane& at) {
     unsigned x[4];
@@ -568,8 +577,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         const bool zeros = piece.begins();
 #pragma unroll
         for (int n = 0; n < N * N / 8 / THREADS; n++) {
-            const int i = threadIdx.x + n * THREADS;
-            copy(s0 + (i / (N / 8) * ROW + i % (N / 8) * 8), from + i * 8, zeros);
+            const int i = threadIdx.x + n * THREADS, row = copied_row(i), column = i % (N / 8) * 8;
+            copy(s0 + (row_at<ROW>(row) + column), from + row * N + column, zeros);
         }
     };
     const auto last_chunk = [&](long long segment) {  // where the last chunk of the segment that begins there begins
@@ -688,7 +697,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             rest_as_a(rest, tile_of(grad, tile), g);
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                write_pair(gs + ((16 * at.warp + at.g + i % 2 * 8) * ROW + tile * 16 + i / 2 * 8 + 2 * at.t), g[i]);
+                write_pair(gs + (row_at<ROW>(16 * at.warp + at.g + i % 2 * 8) + tile * 16 + i / 2 * 8 + 2 * at.t), g[i]);
             load_b_transposed<ROW>(in_a, as + tile * 16);
             load_b_transposed<ROW>(in_b, bs + tile * 16);
             load_b_transposed<ROW>(in_k, ks + tile * 16);
@@ -816,7 +825,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         for (int half = 0; half < 2; half++) {
             const int row = at.g + 8 * half;
             float x[4], drs[4], dzs[4], das[4], dks[4], dbs[4];
-            read_four(zs + row * ROW, at, x);
+            read_four(zs + row_at<ROW>(row), at, x);
 #pragma unroll
             for (int q = 0; q < 4; q++) {
                 const int j = q / 2, i = 2 * half + q % 2;

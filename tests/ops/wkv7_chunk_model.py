@@ -60,7 +60,7 @@ class _Chunk:
 def _prepare(
     r: Tensor, g: Tensor, k: Tensor, a: Tensor, b: Tensor, starts: Tensor, rnd: Rounding, split: Rounding
 ) -> _Chunk:
-    document = starts.long().cumsum(-1)[:, None]  # (B, 1, 16)
+    document = starts.long().cumsum(-1)[..., None, :]  # (.., B, 1, 16)
     same = document[..., :, None] == document[..., None, :]
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool).tril(-1)
     before, until = lower & same, (lower | torch.eye(CHUNK, dtype=torch.bool)) & same
@@ -111,6 +111,8 @@ def wkv7_chunk_model(
     r, _, k, v, a, b = map(chunks, inputs)
     starts = torch.zeros(batch, n_steps, dtype=torch.bool) if seq_start is None else seq_start
     starts = pad(starts, (0, tail)).view(batch, -1, CHUNK).transpose(0, 1)
+    of_all = vars(_prepare(r, g, k, a, b, starts, rnd, split)).values()
+    prepared = [_Chunk(*x) for x in zip(*(x.unbind() for x in of_all), strict=True)]
 
     def steps(x: list[Tensor]) -> Tensor:
         return torch.stack(x).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :n_steps]
@@ -126,7 +128,7 @@ def wkv7_chunk_model(
     for i in range(len(r)):
         if i % every == 0:
             kept.append(checkpoint(state))
-        x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
+        x = prepared[i]
         u = values(x, v[i], state)
         y.append((x.r * x.first) @ rnd(state).mT + x.rk @ v[i] + x.rb @ u)
         state = after(x, v[i], u, state)
@@ -141,11 +143,11 @@ def wkv7_chunk_model(
         of = range(segment * every, min((segment + 1) * every, len(r)))
         for i in of:
             states.append(rnd(s0))
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
+            x = prepared[i]
             s0 = after(x, v[i], values(x, v[i], s0), s0)
         for i in reversed(of):
             s0 = states.pop()
-            x = _prepare(r[i], g[i], k[i], a[i], b[i], starts[i], rnd, split)
+            x = prepared[i]
             u = values(x, v[i], s0)
             grad = grad * x.ends
             g1 = rnd(grad)

@@ -10,7 +10,7 @@
 //
 // Kernels declare shared arrays with SHARED, take pointers into them as Shared<T>, and access both these and global
 // memory with READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses, which harness.py replaces by
-// lines of the source.
+// lines of the source. With -DSIMT_BANKS, banks.h counts bank conflicts.
 #pragma once
 #include <dlfcn.h>
 #include <execinfo.h>
@@ -25,6 +25,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -54,6 +55,7 @@ struct Thread {
     const char* operation;  // the name of that barrier
     unsigned order;         // the number of __syncwarps that it has passed
     unsigned shuffles;      // the number of shuffles that it has reached
+    unsigned met;           // how often it has waited for others
     jmp_buf where;
     ucontext_t start;
     std::unique_ptr<char[]> stack{new char[STACK]};
@@ -94,6 +96,7 @@ static void wait(State state, const char* operation, int line) {
     me.state = state;
     me.operation = operation;
     me.line = line;
+    me.met++;
     if (!_setjmp(me.where)) _longjmp(scheduler, 1);
 }
 
@@ -145,6 +148,7 @@ static std::vector<std::vector<Shadow*>> copies;  // by thread: what it has begu
 // A shared array, of any type of element.
 struct Memory {
     const char* name;
+    int64_t first = 0;  // byte of shared memory at which it begins
     std::vector<Shadow> shadow;
     explicit Memory(const char* name, size_t n) : name(name), shadow(n) { all().push_back(this); }
     static std::vector<Memory*>& all() {
@@ -184,8 +188,9 @@ struct Memory {
 
 static int64_t dynamic_bytes;  // how much dynamic shared memory the kernel that ran last has named
 
-static void take(int64_t first, int64_t size) {
+static void take(Memory& array, int64_t first, int64_t size) {
     if (first % 16) fail("not aligned: dynamic shared memory from byte %ld on", long(first));
+    array.first = first;
     dynamic_bytes = std::max(dynamic_bytes, first + size);
 }
 
@@ -202,12 +207,21 @@ struct Shared {
     Shared operator+(int64_t n) const { return {array, at + n}; }
 };
 
+#ifdef SIMT_BANKS
+}  // namespace simt
+#include "banks.h"
+namespace simt {
+#endif
+
 // The value of type V at p, after the checks of the access.
 template <class V, class T>
 V& access(Shared<T> p, bool write) {
     p.array->touch(p.at, sizeof(V) / sizeof(T), write);
     if (p.at * sizeof(T) % alignof(V))
         fail("not aligned: %s[%ld], %zu bytes", p.array->name, long(p.at), sizeof(V));
+#ifdef SIMT_BANKS
+    banks::note(p.array->first + p.at * int64_t(sizeof(T)), sizeof(V));
+#endif
     return *reinterpret_cast<V*>(&p.array->data[p.at]);
 }
 template <class V, class T>
@@ -270,6 +284,7 @@ static void run_block() {
     for (int i = 0; i < count; i++) {
         Thread& x = threads[i];
         x.state = READY, x.begun = false, x.line = 0, x.operation = "", x.order = 0, x.shuffles = 0;
+        x.met = 0;
         getcontext(&x.start);
         x.start.uc_stack.ss_sp = x.stack.get();
         x.start.uc_stack.ss_size = STACK;
@@ -296,8 +311,11 @@ static void run_block() {
         release_warps();
         if (ready) continue;
         for (int k = 0; k < count; k++) ready = ready || threads[k].state == READY;
-        if (!ready && !release_block()) return;
+        if (!ready && !release_block()) break;
     }
+#ifdef SIMT_BANKS
+    banks::finish_block();
+#endif
 }
 
 }  // namespace simt
@@ -309,7 +327,7 @@ using Shared = simt::Shared<T>;
     const Shared<type> name { &name##_array, 0 }
 #define DYNAMIC(type, name, first, count) \
     SHARED(type, name, count);            \
-    simt::take(first, (count) * sizeof(type))
+    simt::take(name##_array, first, (count) * sizeof(type))
 #define READ_AS(V, p) (simt::access<const V>(p, false))
 #define WRITE_AS(V, p) (simt::access<V>(p, true))
 

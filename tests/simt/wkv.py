@@ -15,12 +15,40 @@ from tests.ops.cases import WKV6, WKV7, WkvCase
 from tests.simt.harness import build_once, guarded, guarded_copy, launch
 
 FP32, BF16 = torch.float32, torch.bfloat16
+Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes a tensor of that shape and dtype."""
 
 
 def load_kernels(wkv: WkvCase, n: int, dtype: torch.dtype) -> ctypes.CDLL:
     """The op's kernels for the emulator, for one head size and dtype."""
     program = PROGRAMS[wkv.name]
     return build_once(program.source, *program.variants[dtype, n])
+
+
+def _arguments(
+    wkv: WkvCase,
+    inputs: list[Tensor],
+    state: Tensor,
+    seq_start: Tensor | None,
+    weights: list[Tensor | None],
+    allocate: Allocate,
+) -> dict[str, Tensor | int | None]:
+    """What the kernels of all ops take, by the parameters' names."""
+    shape = inputs[0].shape
+    named = {
+        **{x: allocate(y.shape, y.dtype).copy_(y) for x, y in zip(wkv.inputs, inputs, strict=True) if y.dim() == 4},
+        **{f"d{x}": allocate(shape, y.dtype) for x, y in zip(wkv.inputs, inputs, strict=True)},
+        "y": allocate(shape, inputs[0].dtype),
+        "dy": allocate(shape, inputs[0].dtype).copy_(weights[0]),
+        "state_in": guarded_copy(state),
+        "state_out": guarded(state.shape, FP32),
+        "seq_start": None if seq_start is None else guarded_copy(seq_start.to(torch.uint8)),
+        "grad_state": None if weights[1] is None else guarded_copy(weights[1]),
+        "dstate": guarded(state.shape, FP32),
+        "steps": shape[1],
+    }
+    # More than the inputs' heads if `allocate` leaves room for more.
+    return named | {"heads": named["r"].stride(1) // shape[3]}
 
 
 def run_kernels(
@@ -31,7 +59,7 @@ def run_kernels(
     seq_start: Tensor | None,
     weights: list[Tensor | None],
     seed: int,
-    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = guarded,
+    allocate: Allocate = guarded,
 ) -> list[Tensor]:
     """Runs the three kernels of an op.
 
@@ -45,20 +73,8 @@ def run_kernels(
         What `cases.run` returns: y, the last state, the gradients of the inputs and of the first state.
     """
     batch, n_steps, n_head, n = shape = inputs[0].shape
-    named = {
-        **{x: allocate(y.shape, y.dtype).copy_(y) for x, y in zip(wkv.inputs, inputs, strict=True) if y.dim() == 4},
-        **{f"d{x}": allocate(shape, y.dtype) for x, y in zip(wkv.inputs, inputs, strict=True)},
-        "y": allocate(shape, inputs[0].dtype),
-        "dy": allocate(shape, inputs[0].dtype).copy_(weights[0]),
-        "state_in": guarded_copy(state),
-        "state_out": guarded(state.shape, FP32),
-        "saved_states": guarded((batch, n_head, -(-n_steps // SAVE_EVERY), n, n), FP32),
-        "seq_start": None if seq_start is None else guarded_copy(seq_start.to(torch.uint8)),
-        "grad_state": None if weights[1] is None else guarded_copy(weights[1]),
-        "dstate": guarded(state.shape, FP32),
-        "steps": n_steps,
-    }
-    named["heads"] = named["r"].stride(1) // n  # more than n_head if `allocate` leaves room for more
+    named = _arguments(wkv, inputs, state, seq_start, weights, allocate)
+    named["saved_states"] = guarded((batch, n_head, -(-n_steps // SAVE_EVERY), n, n), FP32)
     if wkv is WKV7:
         named |= {x: allocate(shape, FP32) for x in ("saved_u", "du")}
     else:
@@ -79,24 +95,13 @@ def run_chunk(
     seq_start: Tensor | None,
     weights: list[Tensor | None],
     seed: int,
-    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = guarded,
+    allocate: Allocate = guarded,
 ) -> list[Tensor]:
     """`run_kernels` for the two kernels of cuda/wkv7_chunk.cu."""
-    batch, n_steps, n_head, n = shape = inputs[0].shape
-    named = {x: allocate(shape, BF16).copy_(y) for x, y in zip("rzkvab", inputs, strict=True)}
-    named |= {x: allocate(shape, BF16) for x in ("y", *(f"d{x}" for x in "rzkvab"))}
-    named |= {
-        "dy": allocate(shape, BF16).copy_(weights[0]),
-        "state_in": guarded_copy(state),
-        "state_out": guarded(state.shape, FP32),
-        "saved_states": guarded((batch, n_head, -(-n_steps // CHUNK_SAVE_EVERY), n, n), BF16),
-        "scratch": guarded((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n), BF16),
-        "seq_start": None if seq_start is None else guarded_copy(seq_start.to(torch.uint8)),
-        "grad_state": None if weights[1] is None else guarded_copy(weights[1]),
-        "dstate": guarded(state.shape, FP32),
-        "steps": n_steps,
-    }
-    named["heads"] = named["r"].stride(1) // n  # more than n_head if `allocate` leaves room for more
+    batch, n_steps, n_head, n = inputs[0].shape
+    named = _arguments(WKV7, inputs, state, seq_start, weights, allocate)
+    named["saved_states"] = guarded((batch, n_head, -(-n_steps // CHUNK_SAVE_EVERY), n, n), BF16)
+    named["scratch"] = guarded((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n), BF16)
     for i, (kernel, parameters) in enumerate(PROGRAMS["wkv7_chunk"].kernels.items()):
         launch(library, kernel, (batch * n_head, 1), 2 * n, [named[x] for x in parameters.split()], seed + i)
     return [named[x].clone() for x in ("y", "state_out", *(f"d{x}" for x in "rzkvab"), "dstate")]

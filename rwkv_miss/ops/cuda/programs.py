@@ -23,8 +23,8 @@ CHUNK_HEAD_SIZES = (32, 64)
 
 def _chunk_shared(n: int) -> dict[str, int]:
     """FORWARD_BYTES and BACKWARD_BYTES of cuda/wkv7_chunk.cu for a head size."""
-    rows, state, pairs = 16 * (n + 8) * 2, n * (n + 8) * 2, 8 * 16 * 24 * 2 + 16 * 20 * 4 + n * 4
-    return {"wkv7_chunk_forward": 13 * rows + pairs, "wkv7_chunk_backward": 18 * rows + 2 * state + pairs}
+    row, pairs = (n + 16) * 2, 8 * (16 * 24 * 2 + 32) + 16 * 24 * 4 + n * 4
+    return {"wkv7_chunk_forward": 13 * 16 * row + pairs, "wkv7_chunk_backward": (18 * 16 + 2 * n) * row + pairs}
 
 
 # CONTRIBUTING.md says how to add a program. In the names of parameters dx is the gradient of x.

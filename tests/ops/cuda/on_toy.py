@@ -11,6 +11,7 @@ import torch
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cuda import driver, kernel
 from tests.ops.cuda import toy
+from tests.ops.cuda.mistakes import swapped_arguments, wrong_block
 from tests.ops.cuda.stub_fixtures import STREAM
 from tests.ops.cuda.toy import THREADS, TOY, squared_relu
 
@@ -93,10 +94,6 @@ def test_a_gpu_that_it_is_not_written_for_is_said(gpu, monkeypatch, forgetful):
         squared_relu(draw(5)[0])
 
 
-def swapped_arguments(grid, block, arguments):
-    return grid, block, [arguments[1], arguments[0], *arguments[2:]]
-
-
 def small_size(grid, block, arguments):
     return grid, block, [*arguments[:-1], arguments[-1] - 1]
 
@@ -107,10 +104,6 @@ def large_size(grid, block, arguments):
 
 def small_grid(grid, block, arguments):
     return (grid[0] - 1, grid[1]), block, arguments
-
-
-def wrong_block(grid, block, arguments):
-    return grid, block // 2, arguments
 
 
 @pytest.mark.parametrize(
