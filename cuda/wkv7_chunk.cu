@@ -228,8 +228,8 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
     }
 }
 
-// The matrices of a piece, rows t and columns s, each 16 x 16 and the sum of two of bf16: the inverse of 1 - A_ab, A_ak,
-// A_rb and A_rk. What rounding took away stands REST behind the rounded ones.
+// The matrices of a piece, rows t and columns s, each 16 x 16 and the sum of two of bf16: the inverse of 1 - A_ab,
+// A_ak, A_rb and A_rk. What rounding took away stands REST behind the rounded ones.
 enum Which { INVERSE, AK, RB, RK };
 constexpr int REST = SQUARE / 2;
 struct Pairs {

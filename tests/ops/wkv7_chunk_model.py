@@ -166,7 +166,7 @@ def wkv7_chunk_model(
             through = x.k * to_k + x.b * to_b
             inside = x.r * dr - x.k * in_k - x.b * in_b
             decay = (x.before.to(dtype) @ through) + own.mT @ inside + x.before.to(dtype).mT @ (x.a * da)
-            decay = decay + x.passes * x.first * (s0 * grad).sum(-2, keepdim=True)
+            decay = decay + x.passes * x.first * (s0 * g1).sum(-2, keepdim=True)
             grads.append([x.to_r * dr, decay, x.undo * (in_k + to_k), dv, x.to_a * da, x.undo * (in_b + to_b)])
             grad = grad * x.passes + (dy[i] * x.first).mT @ x.r + (dz_ * x.first).mT @ x.a
 
