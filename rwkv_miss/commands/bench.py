@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def run(what: str = "all", threads: int = 1) -> int:
+def run(what: str = "all", threads: int = 1, markdown: bool = False) -> int:
     """Time our kernels and tokenizer against other programs, measure memory, or compare the methods with HF PEFT's.
 
     Args:
@@ -15,17 +15,23 @@ def run(what: str = "all", threads: int = 1) -> int:
             merge (against a plain copy; it writes 9 GB to the folder for temporary files), data (how fast files become
             tokens; it writes 2 GB there; minutes), methods (how far what they compute is from what HF PEFT does), quant
             (memory of quantised bases; it writes 3 GB), serving (requests of many adapters in one batch beside those of
-            one; minutes), or all (of those that take seconds).
+            one; minutes), launches (the kernels that a training step launches on a GPU and the bytes that they move,
+            counted without one), fits (which model fits on which GPU; minutes), or all (of those that take seconds).
         threads: CPU threads that every program gets.
+        markdown: Print the tables as Markdown, as docs/performance.md has them.
     """
     from rwkv_miss.benchmarks.table import run_benchmarks
 
     for table in run_benchmarks(what, threads):
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
-        shown = Table(*(column.replace("_", " ") for column in columns), title=table.title)
-        for row in table.rows:
-            cells = (row.get(column, "") for column in columns)
-            shown.add_row(*(_shown(x) for x in cells))
+        names = [column.replace("_", " ") for column in columns]
+        rows = [[_shown(row.get(column, "")) for column in columns] for row in table.rows]
+        if markdown:
+            print(table.title, "", *(f"| {' | '.join(x)} |" for x in (names, ["---"] * len(names), *rows)), sep="\n")
+            continue
+        shown = Table(*names, title=table.title)
+        for cells in rows:
+            shown.add_row(*cells)
         Console(markup=False).print(shown)
     return 0
 
