@@ -29,9 +29,7 @@ def bench_launches(thread_count: int) -> Table:
     """
     rows = []
     for version, shape in SHAPES:
-        config = PlanConfig(
-            shape=shape, version=version, batch_size=ROWS, ctx_len=LENGTH, adapter=AdapterConfig(r=32)
-        )
+        config = PlanConfig(shape=shape, version=version, batch_size=ROWS, ctx_len=LENGTH, adapter=AdapterConfig(r=32))
         rows += layer_rows(find_base(config), config, f"RWKV-{version} {shape.upper()}")
     return Table(f"One layer in a step of MiSS, r 32, bf16, {ROWS} rows of {LENGTH:,} tokens; KB for each token", rows)
 
