@@ -33,7 +33,7 @@ def bench_fits(thread_count: int) -> Table:
     Returns:
         A table with a row for each of `METHODS` and `SHAPES` and each form of the base: method; model; base; for each
         of the method's ways, without and with gradient checkpointing, the GiB and the smallest of `CARDS` that has as
-        much; and the GiB that each further row takes on one GPU.
+        much; and the GiB that each of 8 further rows takes on one GPU.
     """
     rows = [
         fits_row(method, shape, quant)
@@ -53,10 +53,10 @@ def fits_row(method: str, shape: str, quant: str) -> dict[str, str]:
     base = find_base(alone)
     for checkpointing, note in ((False, ""), (True, ", checkpointing")):
         alone = replace(alone, gradient_checkpointing=checkpointing)
-        for way in METHODS[method][1]:
-            row[way + note] = cell(memory(base, replace(alone, **WAYS[way])).device)
-        few, many = (memory(base, replace(alone, batch_size=n)).device for n in (8, 16))
-        row["further row" + note] = f"{(many - few) / 8 / 2**30:.2f}"
+        found = {way: memory(base, replace(alone, **WAYS[way])).device for way in METHODS[method][1]}
+        row |= {way + note: cell(found[way]) if way in found else "" for way in WAYS}
+        more = memory(base, replace(alone, batch_size=9)).device
+        row["further row" + note] = f"{(more - found['1 GPU']) / 8 / 2**30:.2f}"
     return row
 
 
