@@ -1,22 +1,34 @@
-"""Checks and times the CUDA kernels on this machine's GPU; see gpu_check.sh. Status 1 where a check fails."""
+"""Checks and times the CUDA kernels on this machine's GPU; see gpu_check.sh. Status 1 where a check fails, 2 where
+the arguments are wrong."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from rwkv_miss.config import AdapterConfig, ModelConfig
+from rwkv_miss.config import AdapterConfig, ModelConfig, PlanConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.files import atomic_write, check_name
+from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.ops import wkv6, wkv7
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
 from rwkv_miss.ops.cuda.programs import HEAD_SIZES, PROGRAMS
+from rwkv_miss.ops.dispatch import unusable
+from rwkv_miss.planning.launches import Trace
+from rwkv_miss.planning.shapes import find_base
 
 # The largest relative error in norm allowed: in fp32 sums are taken in another order, bf16 outputs are rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
@@ -32,6 +44,37 @@ SIZES = {
     "wkv6": ModelConfig(6, 12, 768, 12, 64, 2688, 65536, {"maa": 32, "decay": 64}),
     "wkv7": ModelConfig(7, 12, 768, 12, 64, 3072, 65536, {"w": 64, "a": 64, "v": 32, "g": 128}),
 }
+# Released RWKV-7 models whose training steps are measured, on 8 rows of 1,024 tokens.
+STEPS = ("0.4b", "1.5b")
+# What is in the names of the kernels of the recurrence (ours, fla-core's) and of cuBLAS's matrix products.
+RECURRENCE = (*(kernel for name in ("wkv6", "wkv7", "wkv7_chunk") for kernel in PROGRAMS[name].kernels),)
+RECURRENCE += ("chunk_", "dplr", "wy_repr", "wy_fast", "wu_fwd")
+PRODUCTS = ("gemm", "gemv", "nvjet", "cutlass", "splitk")
+
+
+class Report:
+    """What was found, as a table and as records for a file, until the time is over.
+
+    Args:
+        seconds: how long to go on; what has begun by then is finished.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.table = Table("what", "result", title="CUDA kernels")
+        self.records: list[dict[str, Any]] = []
+        self._end = time.monotonic() + seconds
+
+    def add(self, what: str, result: str, **values: Any) -> None:
+        """A row; `values` are its figures for programs."""
+        self.table.add_row(what, result)
+        self.records.append({"what": what, "result": result, **values})
+
+    def has_time(self, what: str) -> bool:
+        """False once the time is over; then `what` is said to be skipped."""
+        if time.monotonic() < self._end:
+            return True
+        self.add(what, "skipped: the time is over; --minutes gives more")
+        return False
 
 
 def inputs(
@@ -100,7 +143,48 @@ def training_step(sizes: ModelConfig, backend: str, B: int, T: int, device: str)
     return lambda: loss_sum(model, batch)[0].backward()
 
 
-def check_compiling(name: str, table: Table) -> bool:
+def bandwidth() -> float:
+    """The bytes a second that a copy of 1 GiB reads and writes."""
+    x = torch.empty(2**28, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / (milliseconds(lambda: y.copy_(x)) / 1000)
+
+
+def moved_bytes(op: str, backend: str, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """The bytes of the tensors that the kernels read and write, N = 64, bf16: of a forward that keeps nothing, and of
+    forward and backward."""
+    B, T, H = shape
+    shapes = [(B, T, H, 64)] * 4 + ([(H, 64)] if op == "wkv6" else [(B, T, H, 64)] * 2)
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    tensors.append(torch.empty(B, H, 64, 64, device="meta"))
+    starts, dy = torch.empty(B, T, dtype=torch.bool, device="meta"), torch.empty_like(tensors[0])
+    with Trace() as alone, torch.no_grad():
+        OPS[op](*tensors, seq_start=starts, backend=backend)
+    with Trace() as both:
+        run(op, backend, tensors, starts, dy)
+    return tuple(sum(y.bytes for y in trace.operations if y.kind == "recurrence") for trace in (alone, both))
+
+
+def part_of(kernel: str) -> str:
+    """Which part of a step a kernel of that name computes."""
+    if any(x in kernel for x in RECURRENCE):
+        return "wkv"
+    return "products" if any(x in kernel.lower() for x in PRODUCTS) else "rest"
+
+
+def gpu_milliseconds(step: Callable[[], object]) -> dict[str, float]:
+    """The GPU's time in each part of a step."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    found = Counter(wkv=0.0, products=0.0, rest=0.0)
+    for x in profiler.events():
+        if x.device_type == torch.autograd.DeviceType.CUDA:
+            found[part_of(x.name)] += x.time_range.elapsed_us() / 1000
+    return dict(found)
+
+
+def check_compiling(name: str, report: Report) -> bool:
     program = PROGRAMS[name]
     architectures = [x for x in ARCHITECTURES if x >= program.oldest]
     names = ", ".join(f"sm_{10 * major + minor}" for major, minor in architectures)
@@ -109,69 +193,122 @@ def check_compiling(name: str, table: Table) -> bool:
         for capability in architectures:
             compile_source(program.source, program.variants[torch.bfloat16, 64], capability)
         took = f"{time.perf_counter() - began:.1f} s"
-        table.add_row(f"NVRTC {'.'.join(map(str, version()))}, {name}.cu for {names}", took)
+        report.add(f"NVRTC {'.'.join(map(str, version()))}, {name}.cu for {names}", took)
         return True
     except CompileError as error:
-        table.add_row(f"compiling {name}.cu", f"failed: {error}")
+        report.add(f"compiling {name}.cu", f"failed: {error}")
         return False
 
 
-def check_results(op: str, table: Table) -> bool:
+def check_results(op: str, report: Report) -> bool:
     right = True
     for backend, (dtype, tolerance), N in product(KERNELS[op], TOLERANCE.items(), HEAD_SIZES):
+        name = str(dtype).removeprefix("torch.")
+        what = f"{op}, {backend}, N {N}, {name}, worst relative error"
+        if not report.has_time(what):
+            continue
         error = worst_error(op, N, dtype, backend)
         right &= error <= tolerance
         mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
-        name = str(dtype).removeprefix("torch.")
-        table.add_row(f"{op}, {backend}, N {N}, {name}, worst relative error", f"{error:.1e}{mark}")
+        report.add(what, f"{error:.1e}{mark}", error=error)
     return right
 
 
-def add_time(op: str, backends: tuple[str, ...], shape: tuple[int, int, int], table: Table) -> None:
-    """The op alone, in bf16 with N = 64; shape: B, T, H."""
+def add_time(op: str, backend: str, shape: tuple[int, int, int], peak: float, report: Report) -> None:
+    """The op alone, in bf16 with N = 64; shape: B, T, H. peak: `bandwidth()`."""
     B, T, H = shape
+    what = f"{op}, {backend}: B{B} T{T} H{H} N64 bf16, forward / with backward"
+    if not report.has_time(what):
+        return
     tensors, starts, dy = inputs(op, B, T, H, 64, torch.bfloat16, "cuda")
-    for backend in backends:
-        with torch.no_grad():
-            forward = milliseconds(lambda b=backend: OPS[op](*tensors, seq_start=starts, backend=b))
-        both = milliseconds(lambda b=backend: run(op, b, tensors, starts, dy))
-        what = f"{op}, {backend}: B{B} T{T} H{H} N64 bf16, forward / with backward"
-        table.add_row(what, f"{forward:.2f} / {both:.2f} ms")
+    with torch.no_grad():
+        forward = milliseconds(lambda: OPS[op](*tensors, seq_start=starts, backend=backend))
+    both = milliseconds(lambda: run(op, backend, tensors, starts, dy))
+    values: dict[str, Any] = {"forward_ms": forward, "both_ms": both}
+    result = f"{forward:.2f} / {both:.2f} ms"
+    if backend in KERNELS[op]:
+        moved = moved_bytes(op, backend, shape)
+        values["bandwidth"] = [size / (ms / 1000) / peak for size, ms in zip(moved, (forward, both), strict=True)]
+        result += ", {:.0%} / {:.0%} of a copy's bandwidth".format(*values["bandwidth"])
+    report.add(what, result, **values)
 
 
-def add_times(op: str, table: Table) -> None:
-    add_time(op, (*KERNELS[op], "torch"), (8, 1024, 32), table)
-    for shape in SHAPES:
-        add_time(op, KERNELS[op], shape, table)
+def add_times(op: str, peak: float, report: Report) -> None:
     for backend in (*KERNELS[op], "torch"):
-        took = milliseconds(training_step(SIZES[op], backend, 8, 1024, "cuda"))
-        table.add_row(f"{op}, {backend}: training step, 0.1B, B8 T1024 bf16", f"{took:.1f} ms")
+        add_time(op, backend, (8, 1024, 32), peak, report)
+    for shape, backend in product(SHAPES, KERNELS[op]):
+        add_time(op, backend, shape, peak, report)
+    for backend in (*KERNELS[op], "torch"):
+        what = f"{op}, {backend}: training step, 0.1B, B8 T1024 bf16"
+        if report.has_time(what):
+            took = milliseconds(training_step(SIZES[op], backend, 8, 1024, "cuda"))
+            report.add(what, f"{took:.1f} ms", ms=took)
 
 
-def main() -> int:
-    table = Table("what", "result", title="CUDA kernels")
+def add_step(shape: str, backend: str, report: Report) -> None:
+    """A training step of a released RWKV-7's shape, MiSS r = 32, and the GPU's time in its parts."""
+    what = f"wkv7, {backend}: training step, {shape.upper()}, B8 T1024 bf16"
+    if reason := unusable("wkv7", backend, torch.device("cuda", 0), torch.bfloat16, 64):
+        report.add(what, f"skipped: {reason}")
+        return
+    if not report.has_time(what):
+        return
+    try:
+        step = training_step(infer_config(find_base(PlanConfig(shape=shape)).tensors, shape), backend, 8, 1024, "cuda")
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        ms = milliseconds(step)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        parts = gpu_milliseconds(step)
+    except torch.OutOfMemoryError:
+        report.add(what, "skipped: it does not fit into this GPU's memory")
+        return
+    speed = 8 * 1024 / (ms / 1000)
+    shown = ", ".join(f"{part} {took:.1f}" for part, took in parts.items())
+    result = f"{speed:,.0f} tokens/s, {memory:.1f} GiB; of the GPU's ms: {shown}"
+    report.add(what, result, ms=ms, tokens_per_s=speed, memory_gib=memory, gpu_ms=parts)
+
+
+def main(json_file: Path | None = None, minutes: float = 8.0) -> int:
+    if json_file:
+        check_name(json_file, "the results' file")
+    report = Report(60 * minutes)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         gpu = torch.cuda.get_device_properties(0)
-        table.add_row("GPU", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}")
+        report.add("GPU", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}")
+        peak = bandwidth()
+        report.add("a copy of 1 GiB", f"{peak / 1e9:,.0f} GB/s", bytes_per_s=peak)
     right = True
     for op in OPS:
         for name in PROGRAMS:
             if name.startswith(op):
-                right &= check_compiling(name, table)
+                right &= check_compiling(name, report)
         if on_gpu:
             try:
-                right &= check_results(op, table)
-                add_times(op, table)
+                right &= check_results(op, report)
+                add_times(op, peak, report)
             except UserError as error:
-                table.add_row(f"{op} on the GPU", f"failed: {error}")
+                report.add(f"{op} on the GPU", f"failed: {error}")
                 right = False
         else:
-            table.add_row(f"{op} against the reference", "skipped: torch finds no GPU")
-            table.add_row(f"{op}: times of the kernels and of a training step", "skipped: torch finds no GPU")
-    Console(markup=False).print(table)
+            report.add(f"{op} against the reference", "skipped: torch finds no GPU")
+            report.add(f"{op}: times of the kernels and of a training step", "skipped: torch finds no GPU")
+    for shape, backend in product(STEPS if on_gpu else (), (*KERNELS["wkv7"], "fla")):
+        add_step(shape, backend, report)
+    Console(markup=False).print(report.table)
+    if json_file:
+        with atomic_write(json_file) as part:
+            part.write_text(json.dumps({"right": right, "results": report.records}, indent=1) + "\n")
     return int(not right)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description="Check and time the CUDA kernels on this machine's GPU.")
+    parser.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="also write the results there")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after so long (8 if not given)")
+    try:
+        sys.exit(main(**vars(parser.parse_args())))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

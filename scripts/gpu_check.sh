@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds every kernel, checks it against the reference, times it and a training step, and prints one table.
+# Builds every kernel, checks it against the reference, times it and training steps, and prints one table;
+# --json FILE writes it to a file too. What does not begin within --minutes (8) is skipped and named.
 # Without a GPU it compiles what it can and says what it skipped.
 set -eu
 . "$(dirname -- "$0")/env.sh"

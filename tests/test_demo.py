@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -94,12 +95,15 @@ def test_scripts_refuse_what_they_do_not_understand(sh, script, arguments, messa
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_gpu_check_runs_to_its_end(sh):
-    done = sh("gpu_check.sh")
+def test_gpu_check_runs_to_its_end(sh, tmp_path):
+    done = sh("gpu_check.sh", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     for op in ("wkv6", "wkv7"):
         assert f"{op}.cu for sm_75" in done.stdout
         assert f"{op} against the reference" in done.stdout or f"{op}, cuda: training step, 0.1B" in done.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["right"] is True
+    wrong = sh("gpu_check.sh", "--json", str(tmp_path / ("x" * 300)))
+    assert wrong.returncode == 2 and "cannot be the name of the results' file" in wrong.stderr
 
 
 def test_the_data_is_what_make_data_makes(tmp_path):

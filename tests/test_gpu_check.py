@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,9 +48,15 @@ def as_on_a_gpu(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "OPS", {name: on_cpu(op) for name, op in gpu_check.OPS.items()})
     monkeypatch.setattr(gpu_check, "SIZES", TINY)
     monkeypatch.setattr(gpu_check, "worst_error", lambda op, N, dtype, _: error(op, N, dtype, "cpu"))
-    monkeypatch.setattr(gpu_check, "inputs", lambda op, *x: inputs(op, 2, 40, 2, x[3], x[4], "cpu"))
+    monkeypatch.setattr(gpu_check, "inputs", lambda op, *x: inputs(op, 2, 40, 2, *x[3:5], "cpu"))
     monkeypatch.setattr(gpu_check, "training_step", lambda sizes, *_: step(sizes, "cpu", 2, 8, "cpu"))
     monkeypatch.setattr(gpu_check, "milliseconds", lambda f: (f(), 1.5)[1])
+    monkeypatch.setattr(gpu_check, "bandwidth", lambda: 4e12)
+    monkeypatch.setattr(gpu_check, "infer_config", lambda tensors, shape: TINY["wkv7"])
+    monkeypatch.setattr(gpu_check, "unusable", lambda op, backend, *_: "no fla here" if backend == "fla" else None)
+    monkeypatch.setattr(gpu_check, "gpu_milliseconds", lambda f: (f(), {"wkv": 1.0, "products": 2.0, "rest": 3.0})[1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
     return gpu_check
 
 
@@ -63,8 +71,9 @@ def test_without_a_gpu_it_says_what_it_skipped(gpu_check, monkeypatch, capsys):
         assert sum(f"{op} against the reference" in x or f"{op}: times" in x for x in skipped) == 2
 
 
-def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys):
-    assert as_on_a_gpu.main() == 0
+def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys, tmp_path):
+    file = tmp_path / "results.json"
+    assert as_on_a_gpu.main(file) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("a GPU, sm_90" in line for line in lines)
     for op in ("wkv6", "wkv7"):
@@ -74,6 +83,55 @@ def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys):
         for backend in (*as_on_a_gpu.KERNELS[op], "torch"):
             assert any(f"{op}, {backend}: B8" in line and "1.50 / 1.50 ms" in line for line in lines)
             assert any(f"{op}, {backend}: training step" in line and "1.5 ms" in line for line in lines)
+    for shape, backend in product(("0.4B", "1.5B"), ("cuda", "cuda_scalar", "fla")):
+        (line,) = [line for line in lines if f"wkv7, {backend}: training step, {shape}" in line]
+        said = "5,461,333 tokens/s, 3.0 GiB; of the GPU's ms: wkv 1.0, products 2.0, rest 3.0"
+        assert ("skipped: no fla here" if backend == "fla" else said) in line
+    written = json.loads(file.read_text())
+    found = {x["what"]: x for x in written["results"]}
+    assert written["right"] is True
+    # By hand, of bf16 with N = 64: r z k v a b and y of each token and head, a first and a last state of fp32, a
+    # document's mark for each token; in 1.5 ms of 4e12 bytes a second.
+    moved = 7 * 8 * 4096 * 64 * 128 + 2 * 8 * 64 * 64**2 * 4 + 8 * 4096
+    line = found["wkv7, cuda: B8 T4096 H64 N64 bf16, forward / with backward"]
+    assert line["bandwidth"][0] == pytest.approx(moved / 1.5e-3 / 4e12) and line["both_ms"] == 1.5
+    step = found["wkv7, cuda: training step, 1.5B, B8 T1024 bf16"]
+    assert step["gpu_ms"] == {"wkv": 1.0, "products": 2.0, "rest": 3.0} and step["memory_gib"] == 3
+
+
+def test_nothing_begins_when_the_time_is_over(as_on_a_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(as_on_a_gpu, "run", None)
+    assert as_on_a_gpu.main(minutes=0) == 0
+    lines = capsys.readouterr().out.splitlines()
+    skipped = [line for line in lines if "skipped: the time is over" in line]
+    assert len(skipped) == 3 * 4 + 3 * 5 + 2 + 5 + 4  # errors, ops, torch's ops, steps of 0.1B, of 0.4B and 1.5B
+
+
+def test_a_step_that_does_not_fit(as_on_a_gpu, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(as_on_a_gpu, "training_step", full)
+    report = as_on_a_gpu.Report(60)
+    as_on_a_gpu.add_step("1.5b", "cuda", report)
+    assert report.records[-1]["result"] == "skipped: it does not fit into this GPU's memory"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("wkv7_chunk_backward", "wkv"),
+        ("wkv6_forward", "wkv"),
+        ("chunk_dplr_bwd_kernel_dhu", "wkv"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "products"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "products"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::AddFunctor>", "rest"),
+        ("Memcpy DtoD (Device -> Device)", "rest"),
+    ],
+)
+def test_the_part_of_a_kernel(gpu_check, kernel, part):
+    assert gpu_check.part_of(kernel) == part
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from rwkv_miss.benchmarks.common import Table
 from rwkv_miss.benchmarks.data import bench_data
+from rwkv_miss.benchmarks.fits import bench_fits
 from rwkv_miss.benchmarks.generate import bench_generate
 from rwkv_miss.benchmarks.head import bench_head
+from rwkv_miss.benchmarks.launches import bench_launches
 from rwkv_miss.benchmarks.memory import bench_memory
 from rwkv_miss.benchmarks.merge import bench_merge
 from rwkv_miss.benchmarks.methods import bench_methods
@@ -51,6 +53,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "generate": Benchmark(bench_generate, False),
     "start": Benchmark(bench_start, False),
     "short": Benchmark(bench_short, False),
+    "launches": Benchmark(bench_launches, False),
+    "fits": Benchmark(bench_fits, False),
 }
 
 

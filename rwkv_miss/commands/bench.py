@@ -9,7 +9,9 @@ from rich.table import Table
 from rwkv_miss.errors import UserError
 
 
-def run(what: str = "all", threads: int = 1, json: str | None = None, against: str | None = None) -> int:
+def run(
+    what: str = "all", threads: int = 1, json: str | None = None, against: str | None = None, markdown: bool = False
+) -> int:
     """Time our kernels and tokenizer against other programs, measure memory, or compare the methods with HF PEFT's.
 
     Args:
@@ -21,10 +23,12 @@ def run(what: str = "all", threads: int = 1, json: str | None = None, against: s
             one; minutes), step (of training, beside its matrix products alone and rwkv7-hf + HF PEFT; minutes, 11 GB
             of memory), packing (tokens that carry loss in a second, beside padded rows; minutes), generate (beside the
             rwkv package; minutes), start (of a run, until its first step; minutes), short (ratios that any CPU has, in
-            seconds), or all (of those that take seconds).
+            seconds), launches (the kernels that a training step launches on a GPU and the bytes that they move,
+            counted without one), fits (which model fits on which GPU; minutes), or all (of those that take seconds).
         threads: CPU threads that every program gets.
         json: File to write the figures to as well, with what the machine is.
         against: What `--what short --json` wrote: the command fails if one of its ratios is 1.5 times as large now.
+        markdown: Print the tables as Markdown, as docs/performance.md has them.
     """
     from rwkv_miss.benchmarks.short import check_short
     from rwkv_miss.benchmarks.table import run_benchmarks, write_figures
@@ -35,10 +39,14 @@ def run(what: str = "all", threads: int = 1, json: str | None = None, against: s
     for table in run_benchmarks(what, threads) if against is None else [check_short(Path(against))]:
         tables.append(table)
         columns = list(dict.fromkeys(key for row in table.rows for key in row))
-        shown = Table(*(column.replace("_", " ") for column in columns), title=table.title)
-        for row in table.rows:
-            cells = (row.get(column, "") for column in columns)
-            shown.add_row(*(_shown(x) for x in cells))
+        names = [column.replace("_", " ") for column in columns]
+        rows = [[_shown(row.get(column, "")) for column in columns] for row in table.rows]
+        if markdown:
+            print(table.title, "", *(f"| {' | '.join(x)} |" for x in (names, ["---"] * len(names), *rows)), sep="\n")
+            continue
+        shown = Table(*names, title=table.title)
+        for cells in rows:
+            shown.add_row(*cells)
         Console(markup=False).print(shown)
     if json is not None:
         write_figures(Path(json), threads, tables)

@@ -88,7 +88,7 @@ def _on_line(points: Mapping[int, Phases], x: int) -> Phases:
     }
 
 
-class _WithoutValues(TorchDispatchMode):
+class WithoutValues(TorchDispatchMode):
     """Lets operations run on the meta device whose results depend on values: what is read back is zeros, so that each
     row is one document, and a mask chooses everything, as if every token carried loss."""
 
@@ -117,7 +117,7 @@ def _measure(base: Base, config: TrainConfig, keeps_gradients: bool) -> Phases:
     optimizer, _ = optim.configure(optim.parameter_groups(model, alone), 1, alone)
     for group in optimizer.param_groups:
         group["foreach"] = config.wkv_backend != "cpu"  # what PyTorch chooses on a GPU
-    with Live("activations") as live, _WithoutValues():
+    with Live("activations") as live, WithoutValues():
         _mark(model, live)
         for p in trained:
             p.grad = torch.empty_like(p)
@@ -125,7 +125,7 @@ def _measure(base: Base, config: TrainConfig, keeps_gradients: bool) -> Phases:
         live.label(_states(optimizer), "optimizer state")
         live.label((p.grad for p in trained if p.grad is not None), "gradients")
         live.enter("forward")
-        batch = _batch(config)
+        batch = batch_of(config)
         state = _state(model, config) if config.window_len else None
         log_probs, _ = batch_log_probs(model, batch, state, config.chunk_len, "none" if is_in_pieces else "sum")
         loss = -log_probs.sum()
@@ -175,7 +175,7 @@ def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
-def _batch(config: TrainConfig) -> dict[str, Tensor]:
+def batch_of(config: TrainConfig) -> dict[str, Tensor]:
     """A micro-batch of `rwkv_miss.data.batches`."""
     shape = config.batch_size, min(config.ctx_len, config.window_len or config.ctx_len)
     tokens, targets = (torch.empty(shape, dtype=torch.int64, device="meta") for _ in range(2))

@@ -19,6 +19,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.ops.cuda import driver, kernel
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.dispatch import choose
+from rwkv_miss.planning.launches import Trace
 from tests.helpers import loss_sum
 from tests.model import test_chunks as models
 from tests.ops.cases import WKV6, WKV7, WkvCase, odd_starts, run
@@ -62,6 +63,14 @@ def test_agrees_with_the_reference(wkv, session, n, dtype, n_steps, starts, pois
 def test_a_packed_row_of_a_whole_model_is_its_documents_alone(version, session):
     models.test_a_document_in_a_packed_row_is_the_document_alone(version, "cuda", FP32, 1e-6)
     assert len(session.launches) == 3 * 3 * 8  # layers, kernels, rows
+
+
+@pytest.mark.parametrize("version", models.VERSIONS)
+def test_a_step_launches_as_many_kernels_as_are_counted(version, session):
+    model = models.adapted(version, FP32, "cuda")
+    with Trace() as trace:
+        loss_sum(model, models.packed_batch())[0].backward()
+    assert sum(x.launches for x in trace.operations if "_cuda" in x.name) == len(session.launches) > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
