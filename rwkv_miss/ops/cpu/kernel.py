@@ -21,21 +21,26 @@ def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
-def call(source: Path, function: str, arguments: Sequence[Tensor | int | None]) -> None:
+def call(source: Path, function: str, arguments: Sequence[Tensor | int | float | None]) -> None:
     """Calls a function of a C++ file (declared `extern "C"`, without a result), and returns when it has run.
 
     Args:
         source: a file for which `library_or_reason` found a library.
         arguments: in the order of the function's parameters. A contiguous tensor is passed as a pointer to its data,
-            None as a null pointer, an int as an int64_t.
+            None as a null pointer, an int as an int64_t, a float as a float.
     """
     library, reason = library_or_reason(source)
     assert library is not None, reason
-    getattr(library, function)(*map(_as_c, arguments))
+    called = getattr(library, function)
+    if called.argtypes is None:
+        called.argtypes = [_TYPES.get(type(x), ctypes.c_void_p) for x in arguments]
+    called(*[x if x is None or type(x) in _TYPES else _address(x) for x in arguments])
 
 
-def _as_c(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
-    if isinstance(x, int):
-        return ctypes.c_int64(x)
-    assert x is None or x.is_contiguous()
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+# Of parameters that are no pointers.
+_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
+
+
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous()
+    return x.data_ptr()
