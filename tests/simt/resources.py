@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cuda.bindings import nvrtc
 
+from rwkv_miss.ops.cuda import fused
 from rwkv_miss.ops.cuda.nvrtc import SOURCES
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.cuda.wkv import launch_shape
@@ -29,7 +30,7 @@ def _wkv_threads(n: int) -> int:
 
 
 # For each program the function from the head size to the threads of a block.
-THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads, "wkv7_chunk": lambda n: 2 * n}
+THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads, "wkv7_chunk": lambda n: 2 * n, "fused": lambda n: fused.THREADS}
 
 
 @dataclass(frozen=True)
