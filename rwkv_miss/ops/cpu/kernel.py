@@ -21,21 +21,23 @@ def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
-def call(source: Path, function: str, arguments: Sequence[Tensor | int | None]) -> None:
+def call(source: Path, function: str, arguments: Sequence[Tensor | int | float | None]) -> None:
     """Calls a function of a C++ file (declared `extern "C"`, without a result), and returns when it has run.
 
     Args:
         source: a file for which `library_or_reason` found a library.
         arguments: in the order of the function's parameters. A contiguous tensor is passed as a pointer to its data,
-            None as a null pointer, an int as an int64_t.
+            None as a null pointer, an int as an int64_t, a float as a float.
     """
     library, reason = library_or_reason(source)
     assert library is not None, reason
     getattr(library, function)(*map(_as_c, arguments))
 
 
-def _as_c(x: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+def _as_c(x: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
     if isinstance(x, int):
         return ctypes.c_int64(x)
+    if isinstance(x, float):
+        return ctypes.c_float(x)
     assert x is None or x.is_contiguous()
     return ctypes.c_void_p(None if x is None else x.data_ptr())
