@@ -1,16 +1,16 @@
 // What RWKV computes between its matrix products, forward and backward: each op is one pass over memory, where a chain
 // of small operations has one for each of them. dx is the gradient of x. The formulas are those of
 // rwkv_miss/ops/fused_torch.py. B batch, T steps, C channels, H heads of N, C = H N, N a multiple of 8 up to 256.
-//     token_mix        out_i = x + (prev - x) (mix_i + extra_i) for each of `mixes`; prev is x of the step before, `last`
-//                      at a sequence's first step, and 0 where a document begins
-//     wkv7_arguments   k_out = k (1 + (s - 1) k_a), minus_kk = -kk and kk_rate = kk s, with s = sigmoid(a) and kk = k k_k
-//                      over its norm in the head; v_out = v + (v_first - v) sigmoid(nu), if there is a v_first
+//     token_mix        out_i = x + (prev - x) (mixes_i + extra_i) for i < n_mixes; prev is x of the step before,
+//                      `last` at a sequence's first step, and 0 where a document begins
+//     wkv7_arguments   k_out = k (1 + (s - 1) k_a), minus_kk = -kk, kk_rate = kk s, with s = sigmoid(a) and kk = k k_k over
+//                      its norm in the head; v_out = v + (v_first - v) sigmoid(nu), if there is a v_first
 //     wkv7_output      out = (norm(y) weight + bias + (sum over the head of r k r_k) v) g
 //     wkv6_output      out = (norm(y) weight + bias) g sigmoid(g); norm: less the head's mean, over its deviation
 //     relu_squared     out = relu(x)^2
 //     gated            out = sigmoid(gate) x
-// Tensors are (B, T, C) and the model's parameters (C); but last is (B, C), mix (mixes, C), extra (mixes, B, T, C), and
-// seq_start uint8 (B, T), or null where no document begins. All is computed in fp32 and rounded once. A tensor that is
+// Tensors are (B, T, C) and the model's parameters (C); but last is (B, C), mixes (n_mixes, C), extra (n_mixes, B, T, C),
+// and seq_start uint8 (B, T), or null where no document begins. All is computed in fp32 and rounded once. A tensor that is
 // not there is null, and so is a gradient that is not wanted.
 //
 // Launch: blocks of THREADS threads. The last two ops: one thread for each WIDTH of `count` elements. The others: grid
@@ -94,10 +94,10 @@ __device__ __forceinline__ void load_previous(const io* x, const io* last, const
     if (begins(seq_start, row)) clear(previous);
     else at.load(t ? x : last, t ? row - 1 : sequence, previous);
 }
-__device__ __forceinline__ void load_share(const io* mix, const io* extra, int i, long long row, long long rows,
+__device__ __forceinline__ void load_share(const io* mixes, const io* extra, int i, long long row, long long rows,
                                            const Place& at, Values& share) {
     Values added;
-    at.load(mix, i, share);
+    at.load(mixes, i, share);
     at.load(extra, i * rows + row, added);
 #pragma unroll
     for (int c = 0; c < WIDTH; c++) share[c] += added[c];
@@ -105,10 +105,10 @@ __device__ __forceinline__ void load_share(const io* mix, const io* extra, int i
 
 extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     token_mix_forward(const io* __restrict__ x, const io* __restrict__ last,
-                      const unsigned char* __restrict__ seq_start, const io* __restrict__ mix,
+                      const unsigned char* __restrict__ seq_start, const io* __restrict__ mixes,
                       const io* __restrict__ extra, io* __restrict__ out0, io* __restrict__ out1,
                       io* __restrict__ out2, io* __restrict__ out3, io* __restrict__ out4, io* __restrict__ out5,
-                      long long batch, long long steps, long long channels, long long mixes) {
+                      long long batch, long long steps, long long channels, long long n_mixes) {
     const long long rows = batch * steps;
     const Place at(rows, channels / WIDTH, WIDTH);
     io* const outs[MAX_MIXES] = {out0, out1, out2, out3, out4, out5};
@@ -120,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         if (++t == steps) sequence++, t = 0;
 #pragma unroll
         for (int i = 0; i < MAX_MIXES; i++) {
-            if (i == mixes) break;
+            if (i == n_mixes) break;
             Values share, out;
-            load_share(mix, extra, i, row, rows, at, share);
+            load_share(mixes, extra, i, row, rows, at, share);
 #pragma unroll
             for (int c = 0; c < WIDTH; c++) out[c] = now[c] + (previous[c] - now[c]) * share[c];
             at.store(outs[i], row, out);
@@ -130,25 +130,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     }
 }
 
-// With m_i = mix_i + extra_i, dx of step t is the sum of dout_i (1 - m_i) at t and, unless a document or a sequence
-// begins at t + 1, of dout_i m_i at t + 1. The gradients of mix and extra are dout_i (prev - x). The rows are taken
+// With m_i = mixes_i + extra_i, dx of step t is the sum of dout_i (1 - m_i) at t and, unless a document or a sequence
+// begins at t + 1, of dout_i m_i at t + 1. The gradients of mixes and extra are dout_i (prev - x). The rows are taken
 // backwards, so that what a step hands on to the one before it is at hand.
 extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     token_mix_backward(const io* __restrict__ x, const io* __restrict__ last,
-                       const unsigned char* __restrict__ seq_start, const io* __restrict__ mix,
+                       const unsigned char* __restrict__ seq_start, const io* __restrict__ mixes,
                        const io* __restrict__ extra, const io* __restrict__ dout0, const io* __restrict__ dout1,
                        const io* __restrict__ dout2, const io* __restrict__ dout3, const io* __restrict__ dout4,
                        const io* __restrict__ dout5, io* __restrict__ dx, io* __restrict__ dlast,
-                       float* __restrict__ dmix, io* __restrict__ dextra, long long batch, long long steps,
-                       long long channels, long long mixes) {
+                       float* __restrict__ dmixes, io* __restrict__ dextra, long long batch, long long steps,
+                       long long channels, long long n_mixes) {
     const long long rows = batch * steps;
     const Place at(rows, channels / WIDTH, WIDTH);
     const io* const douts[MAX_MIXES] = {dout0, dout1, dout2, dout3, dout4, dout5};
     Values sums[MAX_MIXES] = {}, from_next = {};
-    // The step behind the block's last, of the same sequence, is another block's: what it hands on is computed here too.
+    // The step behind the block's last, of the same sequence, is another block's: what it hands on is computed here
+    // too.
     long long row = at.end % steps ? at.end : at.end - 1, sequence = row / steps, t = row % steps;
     for (; row >= at.first; row--) {
-        const bool mine = row < at.end, differences = mine && (dmix || dextra);
+        const bool mine = row < at.end, differences = mine && (dmixes || dextra);
         Values difference, now, own = {}, to_previous = {};
         if (differences) {
             load_previous(x, last, seq_start, row, sequence, t, at, difference);
@@ -158,10 +159,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         }
 #pragma unroll
         for (int i = 0; i < MAX_MIXES; i++) {
-            if (i == mixes) break;
+            if (i == n_mixes) break;
             Values share, d;
             at.load(douts[i], row, d);
-            load_share(mix, extra, i, row, rows, at, share);
+            load_share(mixes, extra, i, row, rows, at, share);
 #pragma unroll
             for (int c = 0; c < WIDTH; c++) {
                 own[c] += d[c] * (1.0f - share[c]);
@@ -187,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     }
 #pragma unroll
     for (int i = 0; i < MAX_MIXES; i++)
-        if (i < mixes) at.store_part(dmix, blockIdx.x * mixes + i, sums[i]);
+        if (i < n_mixes) at.store_part(dmixes, blockIdx.x * n_mixes + i, sums[i]);
 }
 
 // ---- wkv7_arguments
@@ -354,8 +355,8 @@ __device__ __forceinline__ void output_forward(const io* y, const io* r, const i
     }
 }
 
-// With m = dout gate and p = m weight, dy = (p - mean of p - norm(y) (mean of p norm(y))) / deviation. With d the sum of
-// m v over the head, the gradients of r, k, v are d k r_k, d r r_k, m (sum of r k r_k).
+// With m = dout gate and p = m weight, dy = (p - mean of p - norm(y) (mean of p norm(y))) / deviation. With d the sum
+// of m v over the head, the gradients of r, k, v are d k r_k, d r r_k, m (sum of r k r_k).
 template <bool IS_7>
 __device__ __forceinline__ void output_backward(const io* y, const io* r, const io* k, const io* v, const io* g,
                                                 const io* weight, const io* bias, const io* r_k, long long eps,

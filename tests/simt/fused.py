@@ -31,7 +31,7 @@ def draw(
     shapes = dict.fromkeys(op.tensors, (batch, n_steps, n_head, n))
     if op is TOKEN_MIX:
         full = (batch, n_steps, n)
-        shapes = {"x": full, "last": (batch, n), "seq_start": full[:2], "mix": (n_head, n), "extra": (n_head, *full)}
+        shapes = {"x": full, "last": (batch, n), "seq_start": full[:2], "mixes": (n_head, n), "extra": (n_head, *full)}
     elif op not in (RELU_SQUARED, GATED):
         shapes |= dict.fromkeys(op.parameters, (n_head * n,)) | {"r_k": (n_head, n), "g": (batch, n_steps, n_head * n)}
     arguments = [torch.randn(shapes[x], generator=generator).to(dtype) for x in op.tensors]
@@ -82,7 +82,7 @@ def run_kernels(
         lower[f"d{key}"] = guarded(shape, dtype)
     for i, (part, named) in enumerate((("forward", outputs), ("backward", {**upper, **lower}))):
         named = {**given, **named, **sizes}
-        name, (x_blocks, y_blocks) = f"{op.name}_{part}", grid(op, named)
+        name, (x_blocks, y_blocks) = f"{op.name}_{part}", grid(named)
         values = [named[key] for key in PROGRAM.kernels[name].split()]
         launch(library, name, (blocks or x_blocks, y_blocks), THREADS, values, seed + i)
     made = {key: y for key, y in (outputs | lower).items() if y is not None}

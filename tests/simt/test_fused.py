@@ -128,8 +128,8 @@ def test_nothing_crosses_a_border(begin, end, value):
         changed[..., 0, begin:end, :] = x[..., 0, begin:end, :]
         return changed
 
-    x, last, starts, mix, extra = arguments
-    changed = [others(x), torch.full_like(last, value), starts, mix, others(extra)]
+    x, last, starts, mixes, extra = arguments
+    changed = [others(x), torch.full_like(last, value), starts, mixes, others(extra)]
     found = run_kernels(TOKEN_MIX, load_kernels(FP32), changed, [others(x) for x in grads], wanted)
     assert not found.pop("dlast")[0].any()
     for name, y in found.items():

@@ -65,11 +65,11 @@ PROGRAMS = {
         SOURCES / "fused.cu",
         {
             "token_mix_forward": (
-                "x last seq_start mix extra out0 out1 out2 out3 out4 out5 batch steps channels mixes"
+                "x last seq_start mixes extra out0 out1 out2 out3 out4 out5 batch steps channels n_mixes"
             ),
             "token_mix_backward": (
-                "x last seq_start mix extra dout0 dout1 dout2 dout3 dout4 dout5 dx dlast dmix dextra"
-                " batch steps channels mixes"
+                "x last seq_start mixes extra dout0 dout1 dout2 dout3 dout4 dout5 dx dlast dmixes dextra"
+                " batch steps channels n_mixes"
             ),
             "wkv7_arguments_forward": "k v v_first a nu k_k k_a k_out v_out minus_kk kk_rate rows heads n",
             "wkv7_arguments_backward": (
