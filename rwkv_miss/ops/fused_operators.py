@@ -3,7 +3,7 @@ its gradients, with their fake parts (shapes alone)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -157,18 +157,21 @@ def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Seque
         left, like = iter(grads), op.like(*arguments)
         named = dict(zip(op.arguments, arguments, strict=True))
         named |= {f"d{name}": None if y is None else next(left) for name, y in zip(op.outputs, like, strict=True)}
-        made = [y.new_empty(y.shape) if needed else None for y, needed in zip(arguments, needs, strict=False)]
-        # Gradients of parameters, which are made in parts and summed.
-        parts = {
-            i: y.new_empty((-(-x.shape[:2].numel() // own.part_rows), *y.shape), dtype=torch.float32)
-            for i, y in enumerate(made)
-            if y is not None and op.arguments[i] in op.parameters
+        made = {
+            name: y.new_empty(y.shape) if needed else None
+            for name, y, needed in zip(op.tensors, arguments, needs, strict=False)
+            if name != "seq_start"
         }
-        named |= {f"d{op.arguments[i]}": parts.get(i, y) for i, y in enumerate(made) if op.arguments[i] != "seq_start"}
+        # Gradients of parameters are made in parts and summed.
+        n_parts = -(-x.shape[:2].numel() // own.part_rows)
+        parts = {
+            name: y.new_empty((n_parts, *y.shape), dtype=torch.float32)
+            for name, y in made.items()
+            if y is not None and name in op.parameters
+        }
+        named |= {f"d{name}": y for name, y in (made | parts).items()}
         own.launch(f"{op.name}_backward", named | op.sizes(*arguments) | {"part_rows": own.part_rows})
-        for i, part in parts.items():
-            made[i] = part.sum(0).to(arguments[i].dtype)
-        return _there(made)
+        return _there([parts[name].sum(0).to(x.dtype) if name in parts else y for name, y in made.items()])
 
     def fake_backward(*given: Any) -> list[Tensor]:
         *arguments, _, needs = given
@@ -208,5 +211,5 @@ def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Seque
     return call
 
 
-def _there(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+def _there(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     return [x for x in tensors if x is not None]
