@@ -3,15 +3,15 @@
 // rwkv_miss/ops/fused_torch.py. B batch, T steps, C channels, H heads of N, C = H N, N a multiple of 8 up to 256.
 //     token_mix        out_i = x + (prev - x) (mixes_i + extra_i) for i < n_mixes; prev is x of the step before,
 //                      `last` at a sequence's first step, and 0 where a document begins
-//     wkv7_arguments   k_out = k (1 + (s - 1) k_a), minus_kk = -kk, kk_rate = kk s, with s = sigmoid(a) and kk = k k_k over
+//     wkv7_arguments   k_out = k (1 + (s - 1) k_a), minus_kk = -kk, kk_rate = kk s, with s = sigmoid(a), kk = k k_k over
 //                      its norm in the head; v_out = v + (v_first - v) sigmoid(nu), if there is a v_first
 //     wkv7_output      out = (norm(y) weight + bias + (sum over the head of r k r_k) v) g
 //     wkv6_output      out = (norm(y) weight + bias) g sigmoid(g); norm: less the head's mean, over its deviation
 //     relu_squared     out = relu(x)^2
 //     gated            out = sigmoid(gate) x
-// Tensors are (B, T, C) and the model's parameters (C); but last is (B, C), mixes (n_mixes, C), extra (n_mixes, B, T, C),
-// and seq_start uint8 (B, T), or null where no document begins. All is computed in fp32 and rounded once. A tensor that is
-// not there is null, and so is a gradient that is not wanted.
+// Tensors are (B, T, C), parameters of the model (C); but last is (B, C), mixes (n_mixes, C), extra (n_mixes, B, T, C),
+// and seq_start uint8 (B, T), or null where no document begins. All is computed in fp32 and rounded once. A tensor that
+// is not there is null, and so is a gradient that is not wanted.
 //
 // Launch: blocks of THREADS threads. The last two ops: one thread for each WIDTH of `count` elements. The others: grid
 // (any number of blocks, which share the B T rows; as many as the heads need, see Place). A thread has WIDTH channels,

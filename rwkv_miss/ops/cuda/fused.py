@@ -18,7 +18,7 @@ PART_ROWS = 16
 # Threads of a block, and neighbours that each has: THREADS and WIDTH of cuda/fused.cu.
 THREADS, WIDTH = 128, 8
 # About as many blocks as the largest GPUs run at once.
-_BLOCKS = 2048
+BLOCKS = 2048
 _WIDEST_HEAD = 32 * WIDTH
 _PARTS = {f"d{name}" for op in OPS for name in op.parameters}
 
@@ -75,4 +75,4 @@ def grid(arguments: Arguments) -> tuple[int, int]:
     lanes = 1 << (n // WIDTH - 1).bit_length()  # threads of a head
     columns = -(-heads // (THREADS // lanes))
     parts = [len(x) for name, x in arguments.items() if name in _PARTS and isinstance(x, Tensor)]
-    return parts[0] if parts else min(rows, -(-_BLOCKS // columns)), columns
+    return parts[0] if parts else min(rows, -(-BLOCKS // columns)), columns
