@@ -76,10 +76,14 @@ class ChannelMixBase(nn.Module, ABC):
         """x (B, T, C) and the previous token's x (B, C) -> the output (B, T, C) and the last token's x (B, C)."""
 
 
-def token_shift(x: Tensor, last: Tensor, seq_start: Tensor | None) -> Tensor:
-    """x_{t-1} for every t: `last` (B, C) before the first token, zero where a document starts. (B, T, C)."""
-    shifted = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
-    return shifted if seq_start is None else shifted.masked_fill(seq_start.unsqueeze(-1), 0)
+def stacked(*vectors: Tensor) -> Tensor:
+    """n vectors (1, 1, C) as (n, C)."""
+    return torch.cat(vectors).flatten(1)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x weight + bias, as one product: (B, T, r), (r, C), (1, 1, C) -> (B, T, C)."""
+    return torch.addmm(bias[0], x.flatten(0, 1), weight).view(*x.shape[:2], -1)
 
 
 def vector(n: int) -> nn.Parameter:

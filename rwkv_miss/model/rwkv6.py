@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, matrix, token_shift, vector
+from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, affine, matrix, stacked, vector
 from rwkv_miss.model.documents import run_from
 from rwkv_miss.model.initial_values import orthogonal, shift
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.ops import wkv6
+from rwkv_miss.ops.fused import gated, relu_squared, token_mix, wkv6_output
 
 # A step of r, k, v, w that leaves the state as it is: decay 1, nothing written.
 _PADDING = (0.0, 0.0, 0.0, -1e4)
@@ -49,16 +49,18 @@ class TimeMix(TimeMixBase):
         """See `TimeMixBase`; layer 0 passes nothing on."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, self.head_size)
-        xx = token_shift(x, last, context.seq_start) - x
-        low = torch.tanh(torch.addcmul(x, xx, self.time_maa_x) @ self.time_maa_w1)  # (B, T, 5 L)
+        (x_x,) = token_mix(x, last, context.seq_start, stacked(self.time_maa_x))
+        low = torch.tanh(x_x @ self.time_maa_w1)  # (B, T, 5 L)
         low = low.view(B * T, 5, -1).transpose(0, 1)  # (5, B T, L): for w, k, v, r, g
-        m_w, m_k, m_v, m_r, m_g = (low @ self.time_maa_w2).view(5, B, T, C).unbind(0)
-        x_w = x + xx * (self.time_maa_w + m_w)
-        r = self.receptance(x + xx * (self.time_maa_r + m_r))
-        k = self.key(x + xx * (self.time_maa_k + m_k))
-        v = self.value(x + xx * (self.time_maa_v + m_v))
-        g = F.silu(self.gate(x + xx * (self.time_maa_g + m_g)))
-        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2  # decay exp(-exp(w))
+        extra = (low @ self.time_maa_w2).view(5, B, T, C)
+        mixes = stacked(self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        x_w, x_k, x_v, x_r, x_g = token_mix(x, last, context.seq_start, mixes, extra)
+        r = self.receptance(x_r)
+        k = self.key(x_k)
+        v = self.value(x_v)
+        g = self.gate(x_g)
+        low = torch.tanh(x_w @ self.time_decay_w1)
+        w = affine(low, self.time_decay_w2, self.time_decay)  # the decay is exp(-exp(w))
 
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
 
@@ -67,8 +69,8 @@ class TimeMix(TimeMixBase):
             return wkv6(r, k, v, w, self.time_faaaa, state, starts, context.wkv_backend)
 
         y, wkv = run_from(op, (r, k, v, w), _PADDING, wkv, self.time_state, context.seq_start)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * g), x[:, -1], wkv, None
+        y = wkv6_output(y, g, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        return self.output(y), x[:, -1], wkv, None
 
 
 class ChannelMix(ChannelMixBase):
@@ -80,10 +82,8 @@ class ChannelMix(ChannelMixBase):
         self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
-        xx = token_shift(x, last, context.seq_start) - x
-        k = torch.relu(self.key(torch.addcmul(x, xx, self.time_maa_k))).square()
-        r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r)))
-        return r * self.value(k), x[:, -1]
+        x_k, x_r = token_mix(x, last, context.seq_start, stacked(self.time_maa_k, self.time_maa_r))
+        return gated(self.receptance(x_r), self.value(relu_squared(self.key(x_k)))), x[:, -1]
 
 
 class RWKV6(RWKV):

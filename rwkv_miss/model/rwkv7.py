@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, matrix, token_shift, vector
+from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, affine, matrix, stacked, vector
 from rwkv_miss.model.documents import run_from
 from rwkv_miss.model.initial_values import head_zigzag, orthogonal, shift
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.ops import wkv7
+from rwkv_miss.ops.fused import relu_squared, token_mix, wkv7_arguments, wkv7_output
 
 # A step of r, z, k, v, a, b that leaves the state as it is: decay 1, nothing removed or written.
 _PADDING = (0.0, -1e4, 0.0, 0.0, 0.0, 0.0)
@@ -48,38 +48,28 @@ class TimeMix(TimeMixBase):
     def forward(
         self, x: Tensor, context: Context, last: Tensor, wkv: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `TimeMixBase`; layer 0 passes on its values (B, T, C)."""
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, self.head_size)
-        xx = token_shift(x, last, context.seq_start) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            torch.addcmul(x, xx, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        )
-        r = self.receptance(x_r)
-        k = self.key(x_k)
-        v = self.value(x_v)
-        z = self.w0 + torch.tanh(x_w @ self.w1) @ self.w2  # the decay is exp(-e^{-0.5} sigmoid(z))
-        a = torch.sigmoid(self.a0 + (x_a @ self.a1) @ self.a2)  # in-context learning rate
+        """See `TimeMixBase`; layer 0 passes on its values (B, T, H, N)."""
+        heads = (*x.shape[:2], self.n_head, self.head_size)
+        mixes = stacked(self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        x_r, x_w, x_k, x_v, x_a, x_g = token_mix(x, last, context.seq_start, mixes)
+        r = self.receptance(x_r).view(heads)
+        k = self.key(x_k).view(heads)
+        v = self.value(x_v).view(heads)
+        z = affine(torch.tanh(x_w @ self.w1), self.w2, self.w0)  # the decay is exp(-e^{-0.5} sigmoid(z))
+        a = affine(x_a @ self.a1, self.a2, self.a0).view(heads)  # the in-context learning rate is sigmoid(a)
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
         v_first = context.first
-        if v_first is None:
-            v_first = v
-        else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + (x_v @ self.v1) @ self.v2)
-        kk = F.normalize((k * self.k_k).view(heads), dim=-1, p=2.0, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-
-        r, k, v, a = r.view(heads), k.view(heads), v.view(heads), a.view(heads)
+        nu = None if v_first is None else affine(x_v @ self.v1, self.v2, self.v0).view(heads)
+        k, v, minus_kk, kk_rate = wkv7_arguments(k, v, v_first, a, nu, self.k_k, self.k_a)
 
         def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
             r, z, k, v, a, b = x
             return wkv7(r, z, k, v, a, b, state, starts, context.wkv_backend)
 
-        inputs = (r, z.view(heads), k, v, -kk, kk * a)
+        inputs = (r, z.view(heads), k, v, minus_kk, kk_rate)
         y, wkv = run_from(op, inputs, _PADDING, wkv, self.time_state, context.seq_start)
-        y = self.ln_x(y.reshape(B * T, C)).view(heads)
-        y = y + (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
-        return self.output(y.view(B, T, C) * g), x[:, -1], wkv, v_first
+        y = wkv7_output(y, r, k, v, g, self.ln_x.weight, self.ln_x.bias, self.r_k, self.ln_x.eps)
+        return self.output(y), x[:, -1], wkv, v if v_first is None else v_first
 
 
 class ChannelMix(ChannelMixBase):
@@ -90,9 +80,8 @@ class ChannelMix(ChannelMixBase):
         self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
-        xx = token_shift(x, last, context.seq_start) - x
-        k = torch.relu(self.key(torch.addcmul(x, xx, self.x_k))).square()
-        return self.value(k), x[:, -1]
+        (x_k,) = token_mix(x, last, context.seq_start, stacked(self.x_k))
+        return self.value(relu_squared(self.key(x_k))), x[:, -1]
 
 
 class RWKV7(RWKV):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.base import ChannelMixBase, Context, token_shift, vector
+from rwkv_miss.model.base import ChannelMixBase, Context, stacked, vector
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.model.rwkv7 import RWKV7
+from rwkv_miss.ops.fused import relu_squared, token_mix
 
 
 class DeepChannelMix(ChannelMixBase):
@@ -23,8 +24,8 @@ class DeepChannelMix(ChannelMixBase):
         self.s_emb = nn.Embedding(config.vocab_size, config.dim_ffn)
 
     def forward(self, x: Tensor, context: Context, last: Tensor) -> tuple[Tensor, Tensor]:
-        xx = token_shift(x, last, context.seq_start) - x
-        k = torch.relu(self.key(torch.addcmul(x, xx, self.x_k))).square()
+        (x_k,) = token_mix(x, last, context.seq_start, stacked(self.x_k))
+        k = relu_squared(self.key(x_k))
         return self.value(k * self.s_emb(context.tokens)), x[:, -1]
 
 
