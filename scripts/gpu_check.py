@@ -14,9 +14,11 @@ from torch import Tensor
 
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.ops import wkv6, wkv7
+from rwkv_miss.ops import fused, wkv6, wkv7
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
 from rwkv_miss.ops.cuda.programs import HEAD_SIZES, PROGRAMS
+from rwkv_miss.ops.fused_operators import OPS as FUSED
+from rwkv_miss.ops.fused_operators import FusedOp
 
 # The largest relative error in norm allowed: in fp32 sums are taken in another order, bf16 outputs are rounded.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
@@ -64,8 +66,29 @@ def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
     tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend.startswith("cuda") else "cpu")
     found = run(op, backend, tensors, starts, dy)
     exact = run(op, "reference", [x.cpu().double() for x in tensors], starts.cpu(), dy.cpu().double())
-    errors = [(f.cpu().double() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]
-    return torch.stack(errors).max().item()  # NaN if one of them is
+    return largest(found, exact)
+
+
+def fused_error(op: FusedOp, dtype: torch.dtype, device: str) -> float:
+    """The same for what lies between matrix products, against its formula in float64."""
+    from tests.simt.fused import differentiable, draw, exact, make_grads
+
+    arguments = draw(op, 2, 257, 3, 64, dtype)
+    grads, wanted = make_grads(op, arguments), differentiable(op, arguments)
+    there = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+    if reason := fused.KERNELS[device].unusable(op, there[0].device, dtype, 64):
+        raise UserError(f"{op.name}: {reason}")
+    leaves = [x.requires_grad_() for x, name in zip(there, op.arguments, strict=True) if name in wanted]
+    outputs = getattr(fused, op.name)(*there)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    found = [*outputs, *torch.autograd.grad(outputs, leaves, [x.to(device) for x in grads])]
+    return largest(found, [*exact(op, arguments, grads, wanted).values()])
+
+
+def largest(found: list[Tensor], right: list[Tensor]) -> float:
+    """The largest relative error in norm; NaN if one of them is."""
+    errors = [(x.cpu().double() - y).norm() / y.norm() for x, y in zip(found, right, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 def milliseconds(f: Callable[[], object]) -> float:
@@ -102,12 +125,13 @@ def training_step(sizes: ModelConfig, backend: str, B: int, T: int, device: str)
 
 def check_compiling(name: str, table: Table) -> bool:
     program = PROGRAMS[name]
+    options = program.variants.get((torch.bfloat16, 64)) or program.variants[torch.bfloat16]
     architectures = [x for x in ARCHITECTURES if x >= program.oldest]
     names = ", ".join(f"sm_{10 * major + minor}" for major, minor in architectures)
     try:
         began = time.perf_counter()
         for capability in architectures:
-            compile_source(program.source, program.variants[torch.bfloat16, 64], capability)
+            compile_source(program.source, options, capability)
         took = f"{time.perf_counter() - began:.1f} s"
         table.add_row(f"NVRTC {'.'.join(map(str, version()))}, {name}.cu for {names}", took)
         return True
@@ -119,12 +143,22 @@ def check_compiling(name: str, table: Table) -> bool:
 def check_results(op: str, table: Table) -> bool:
     right = True
     for backend, (dtype, tolerance), N in product(KERNELS[op], TOLERANCE.items(), HEAD_SIZES):
-        error = worst_error(op, N, dtype, backend)
-        right &= error <= tolerance
-        mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
-        name = str(dtype).removeprefix("torch.")
-        table.add_row(f"{op}, {backend}, N {N}, {name}, worst relative error", f"{error:.1e}{mark}")
+        right &= add_error(f"{op}, {backend}, N {N}", dtype, worst_error(op, N, dtype, backend), tolerance, table)
     return right
+
+
+def check_fused(table: Table) -> bool:
+    right = True
+    for op, (dtype, tolerance) in product(FUSED, TOLERANCE.items()):
+        right &= add_error(op.name, dtype, fused_error(op, dtype, "cuda"), tolerance, table)
+    return right
+
+
+def add_error(what: str, dtype: torch.dtype, error: float, tolerance: float, table: Table) -> bool:
+    """Whether the error is not above the tolerance."""
+    mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
+    table.add_row(f"{what}, {str(dtype).removeprefix('torch.')}, worst relative error", f"{error:.1e}{mark}")
+    return error <= tolerance
 
 
 def add_time(op: str, backends: tuple[str, ...], shape: tuple[int, int, int], table: Table) -> None:
@@ -154,7 +188,15 @@ def main() -> int:
     if on_gpu:
         gpu = torch.cuda.get_device_properties(0)
         table.add_row("GPU", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}")
-    right = True
+    right = check_compiling("fused", table)
+    if on_gpu:
+        try:
+            right &= check_fused(table)
+        except UserError as error:
+            table.add_row("fused on the GPU", f"failed: {error}")
+            right = False
+    else:
+        table.add_row("fused against the formulas", "skipped: torch finds no GPU")
     for op in OPS:
         for name in PROGRAMS:
             if name.startswith(op):

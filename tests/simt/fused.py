@@ -41,6 +41,12 @@ def draw(
     return [None if x in without else y for x, y in named.items()] + ([EPS] if "eps" in op.arguments else [])
 
 
+def differentiable(op: FusedOp, arguments: Sequence[Any]) -> list[str]:
+    """The arguments that have gradients."""
+    named = zip(op.arguments, arguments, strict=True)
+    return [name for name, x in named if isinstance(x, Tensor) and name != "seq_start"]
+
+
 def make_grads(op: FusedOp, arguments: Sequence[Any]) -> list[Tensor]:
     """A gradient for each output that is there."""
     generator = torch.Generator().manual_seed(7)

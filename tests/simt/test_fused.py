@@ -21,7 +21,7 @@ from rwkv_miss.ops.fused_operators import (
     FusedOp,
 )
 from tests.simt import coverage, fused
-from tests.simt.fused import PROGRAM, assert_close, draw, exact, load_kernels, make_grads, run_kernels
+from tests.simt.fused import PROGRAM, assert_close, differentiable, draw, exact, load_kernels, make_grads, run_kernels
 from tests.simt.harness import CUDA, SimtError, build
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -29,11 +29,6 @@ FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: 2e-6, BF16: 4e-3}
 INF, NAN = float("inf"), float("nan")
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda x: x.name)
-
-
-def differentiable(op: FusedOp, arguments: Sequence[Any]) -> list[str]:
-    named = zip(op.arguments, arguments, strict=True)
-    return [name for name, x in named if isinstance(x, Tensor) and name != "seq_start"]
 
 
 def check(

@@ -123,6 +123,7 @@ def test_nothing_to_do_launches_nothing(case, shape, session, poisoned):
 def test_a_whole_model_launches_them_in_every_layer(version, session):
     """on_stub.py compares the losses and the gradients of the same models."""
     model = models.adapted(version, FP32, "cuda")
+    model.gradient_checkpointing = False
     loss_sum(model, models.packed_batch(), models.first_state(model))[0].backward()
     names = [x.kernel for x in session.launches if x.kernel in PROGRAMS["fused"].kernels]
     own = {
