@@ -123,17 +123,16 @@ def test_nothing_to_do_launches_nothing(case, shape, session, poisoned):
 def test_a_whole_model_launches_them_in_every_layer(version, session):
     """on_stub.py compares the losses and the gradients of the same models."""
     model = models.adapted(version, FP32, "cuda")
-    model.gradient_checkpointing = False
-    loss_sum(model, models.packed_batch(), models.first_state(model))[0].backward()
+    loss_sum(model, models.packed_batch())[0].backward()
     names = [x.kernel for x in session.launches if x.kernel in PROGRAMS["fused"].kernels]
     own = {
         6: {"token_mix": 3, "wkv6_output": 1, "relu_squared": 1, "gated": 1},
         7: {"token_mix": 2, "wkv7_arguments": 1, "wkv7_output": 1, "relu_squared": 1},
     }[version]
     layers = len(model.blocks)
-    assert {x: names.count(x) for x in names} == {
-        f"{x}_{part}": layers * count for x, count in own.items() for part in ("forward", "backward")
-    }
+    expected = {f"{x}_{part}": layers * count for x, count in own.items() for part in ("forward", "backward")}
+    expected["token_mix_backward"] -= {6: 2, 7: 1}[version]  # nothing is trained below the first layer's time mix
+    assert {x: names.count(x) for x in names} == expected
 
 
 @pytest.mark.parametrize(
