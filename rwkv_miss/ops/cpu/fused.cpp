@@ -32,7 +32,12 @@ struct Rows {
     }
 };
 
-float sigmoid(float x) { return 1.0f / (1.0f + exp_lanes(-x)); }
+// In a loop of its own: GCC makes two of what is computed from exp's result, and that for exp's bounds, done for every
+// lane and then not used, takes many times as long where it has products below 1e-38.
+template <class T>
+void sigmoids(const T* x, float* __restrict__ to, int64_t n) {
+    LANES to[i] = 1.0f / (1.0f + exp_lanes(-to_float(x[i])));
+}
 
 void add(const float* from, float* to, int64_t n) { LANES to[i] += from[i]; }
 
@@ -176,29 +181,30 @@ void arguments_forward(const T* k, const T* v, const T* v_first, const T* a, con
                        int64_t threads) {
     for_parts(rows, 16, heads * n, threads, [&](Part part) {
         Rows own(2, n);
-        float *__restrict__ kk = own[0], *__restrict__ squares = own[1];
+        float *__restrict__ kk = own[0], *__restrict__ buffer = own[1];
         for (int64_t at = part.begin * heads * n; at < part.end * heads * n; at += n) {
             const int64_t channel = at % (heads * n);
             const T *k1 = k + at, *a1 = a + at, *kk1 = k_k + channel, *ka1 = k_a + channel;
             LANES {
                 kk[i] = to_float(k1[i]) * to_float(kk1[i]);
-                squares[i] = kk[i] * kk[i];
+                buffer[i] = kk[i] * kk[i];
             }
-            const float scale = 1.0f / std::max(std::sqrt(own.total(squares)), EPS);
+            const float scale = 1.0f / std::max(std::sqrt(own.total(buffer)), EPS);
             T *k2 = k_out + at, *minus = minus_kk + at, *rated = kk_rate + at;
+            sigmoids(a1, buffer, n);
             LANES {
-                const float rate = sigmoid(to_float(a1[i]));
                 const float unit = kk[i] * scale;
-                from_float(to_float(k1[i]) * (1.0f + (rate - 1.0f) * to_float(ka1[i])), k2[i]);
+                from_float(to_float(k1[i]) * (1.0f + (buffer[i] - 1.0f) * to_float(ka1[i])), k2[i]);
                 from_float(-unit, minus[i]);
-                from_float(unit * rate, rated[i]);
+                from_float(unit * buffer[i], rated[i]);
             }
             if (v_out) {
                 const T *v1 = v + at, *first = v_first + at, *nu1 = nu + at;
                 T* v2 = v_out + at;
+                sigmoids(nu1, buffer, n);
                 LANES {
                     const float x = to_float(v1[i]);
-                    from_float(x + (to_float(first[i]) - x) * sigmoid(to_float(nu1[i])), v2[i]);
+                    from_float(x + (to_float(first[i]) - x) * buffer[i], v2[i]);
                 }
             }
         }
@@ -212,7 +218,7 @@ void arguments_backward(const T* k, const T* v, const T* v_first, const T* a, co
                         int64_t part_rows, int64_t threads) {
     const int64_t width = heads * n;
     for_parts(rows, part_rows, width, threads, [&](Part part) {
-        Rows own(8, n), sums_kk(1, width), sums_ka(1, width);
+        Rows own(6, n), sums_kk(1, width), sums_ka(1, width);
         float *__restrict__ kk = own[0], *__restrict__ products = own[1], *__restrict__ rate = own[2];
         float *__restrict__ dkk = own[3], *__restrict__ by_k = own[4], *__restrict__ result = own[5];
         for (int64_t at = part.begin * width; at < part.end * width; at += n) {
@@ -225,8 +231,8 @@ void arguments_backward(const T* k, const T* v, const T* v_first, const T* a, co
             }
             const float norm = std::sqrt(own.total(products));
             const float scale = 1.0f / std::max(norm, EPS);
+            sigmoids(a1, rate, n);
             LANES {
-                rate[i] = sigmoid(to_float(a1[i]));
                 kk[i] *= scale;
                 dkk[i] = to_float(drated[i]) * rate[i] - to_float(dminus[i]);
                 products[i] = kk[i] * dkk[i];
@@ -248,11 +254,12 @@ void arguments_backward(const T* k, const T* v, const T* v_first, const T* a, co
             if (dk_a) add(products, sums_ka[0] + channel, n);
             if (dv_out) {
                 const T *v1 = v + at, *first = v_first + at, *nu1 = nu + at, *d = dv_out + at;
+                sigmoids(nu1, rate, n);
                 LANES {
-                    const float share = sigmoid(to_float(nu1[i])), dy = to_float(d[i]);
-                    dkk[i] = dy * share;
+                    const float dy = to_float(d[i]);
+                    dkk[i] = dy * rate[i];
                     kk[i] = dy - dkk[i];
-                    result[i] = dkk[i] * (1.0f - share) * (to_float(first[i]) - to_float(v1[i]));
+                    result[i] = dkk[i] * (1.0f - rate[i]) * (to_float(first[i]) - to_float(v1[i]));
                 }
                 if (dv) write_row(kk, dv + at, n);
                 if (dv_first) write_row(dkk, dv_first + at, n);
@@ -372,16 +379,17 @@ void output6_forward(const T* y, const T* g, const T* weight, const T* bias, flo
                      int64_t heads, int64_t n, int64_t threads) {
     const int64_t width = heads * n;
     for_parts(rows, 16, width, threads, [&](Part part) {
-        Rows own(2, n);
-        float* __restrict__ normed = own[1];
+        Rows own(3, n);
+        float *__restrict__ normed = own[1], *__restrict__ open = own[2];
         for (int64_t at = part.begin * width; at < part.end * width; at += n) {
             const int64_t channel = at % width;
             normalise(own, y + at, own[0], normed, eps, n);
             const T *g1 = g + at, *w1 = weight + channel, *b1 = bias + channel;
             T* out1 = out + at;
+            sigmoids(g1, open, n);
             LANES {
-                const float gate = to_float(g1[i]);
-                from_float((normed[i] * to_float(w1[i]) + to_float(b1[i])) * gate * sigmoid(gate), out1[i]);
+                const float x = normed[i] * to_float(w1[i]) + to_float(b1[i]);
+                from_float(x * to_float(g1[i]) * open[i], out1[i]);
             }
         }
     });
@@ -400,8 +408,9 @@ void output6_backward(const T* y, const T* g, const T* weight, const T* bias, fl
             const int64_t channel = at % width;
             const Norm norm = normalise(own, y + at, own[0], normed, eps, n);
             const T *g1 = g + at, *d1 = dout + at, *w1 = weight + channel, *b1 = bias + channel;
+            sigmoids(g1, products, n);
             LANES {
-                const float gate = to_float(g1[i]), d = to_float(d1[i]), open = sigmoid(gate);
+                const float gate = to_float(g1[i]), d = to_float(d1[i]), open = products[i];
                 const float x = normed[i] * to_float(w1[i]) + to_float(b1[i]);
                 by_g[i] = d * x * open * (1.0f + gate * (1.0f - open));
                 e[i] = d * gate * open;
@@ -456,26 +465,29 @@ void relu_backward(const T* x, const T* dout, T* dx, int64_t count, int64_t thre
 template <class T>
 void gated_forward(const T* gate, const T* x, T* out, int64_t count, int64_t threads) {
     for_pieces(count, threads, [=](int64_t begin, int64_t n) {
-        const T *g1 = gate + begin, *x1 = x + begin;
+        Rows own(1, n);
+        float* __restrict__ open = own[0];
+        sigmoids(gate + begin, open, n);
+        const T* x1 = x + begin;
         T* out1 = out + begin;
-        LANES from_float(sigmoid(to_float(g1[i])) * to_float(x1[i]), out1[i]);
+        LANES from_float(open[i] * to_float(x1[i]), out1[i]);
     });
 }
 
 template <class T>
 void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, int64_t count, int64_t threads) {
     for_pieces(count, threads, [=](int64_t begin, int64_t n) {
-        const T *g1 = gate + begin, *x1 = x + begin, *d1 = dout + begin;
+        Rows own(1, n);
+        float* __restrict__ open = own[0];
+        sigmoids(gate + begin, open, n);
+        const T *x1 = x + begin, *d1 = dout + begin;
         if (dgate) {
             T* to = dgate + begin;
-            LANES {
-                const float open = sigmoid(to_float(g1[i]));
-                from_float(to_float(d1[i]) * to_float(x1[i]) * open * (1.0f - open), to[i]);
-            }
+            LANES from_float(to_float(d1[i]) * to_float(x1[i]) * open[i] * (1.0f - open[i]), to[i]);
         }
         if (dx) {
             T* to = dx + begin;
-            LANES from_float(to_float(d1[i]) * sigmoid(to_float(g1[i])), to[i]);
+            LANES from_float(to_float(d1[i]) * open[i], to[i]);
         }
     });
 }
