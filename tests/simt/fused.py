@@ -72,9 +72,7 @@ def run_kernels(
     rows = x.shape[:2].numel()
     sizes, like = op.sizes(*arguments), dict(zip(op.outputs, op.like(*arguments), strict=True))
     given = {
-        key: guarded_copy(y.to(torch.uint8) if y.dtype == torch.bool else y)
-        if isinstance(y, Tensor)
-        else as_argument(y)
+        key: guarded_copy(y) if isinstance(y, Tensor) else as_argument(y)
         for key, y in zip(op.arguments, arguments, strict=True)
     }
     outputs = {key: None if y is None else guarded(y.shape, y.dtype) for key, y in like.items()}
