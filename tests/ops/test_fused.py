@@ -3,6 +3,7 @@ PyTorch's."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -129,3 +130,84 @@ def test_in_float64(case, dtype, shape, threads, poisoned, monkeypatch):
     assert {x.dtype for x in (*outputs, *grads) if x is not None} == {dtype}
     assert_close(outputs, expected_outputs, TOLERANCE[dtype])
     assert_close(grads, expected_grads, 4 * TOLERANCE[dtype])
+
+
+def test_frozen_arguments_have_no_gradient(case):
+    """Nor are the gradients of the others changed by it."""
+    arguments = make(case, (2, 37, 3, 5), torch.float32)
+    tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+    _, everything = run(in_kernels(case), arguments)
+    for i in tensors:
+        frozen = set(tensors) - {i}
+        _, grads = run(in_kernels(case), arguments, frozen)
+        assert all(x is None for j, x in enumerate(grads) if j != i) and torch.equal(grads[i], everything[i])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["six mixes", "mixes of each token"])
+def test_nothing_crosses_the_start_of_a_document(name, value):
+    """Neither a value that is not finite nor a gradient."""
+    arguments = make(CASES[name], (1, 70, 2, 8), torch.float32)
+    starts = arguments[2]
+    starts[:] = False
+    starts[0, [30, 64]] = True  # 64: where a part of the sums begins
+    for place in (29, 63):
+        changed = [y.clone() if isinstance(y, Tensor) else y for y in arguments]
+        changed[0][0, place] = value
+        for y in in_kernels(CASES[name])(*changed):
+            assert y[0, place].isfinite().sum() == 0 and y[0, place + 1 :].isfinite().all()
+    for place in (30, 64):
+        leaves = [y.clone() if isinstance(y, Tensor) else y for y in arguments]
+        leaves[0].requires_grad_()
+        outputs = in_kernels(CASES[name])(*leaves)
+        outputs[0][0, place].mul(value).sum().backward()
+        assert leaves[0].grad[0, place].isfinite().sum() == 0 and leaves[0].grad[0, :place].isfinite().all()
+    starts[0, 0] = True
+    last = arguments[1].fill_(value).requires_grad_()
+    outputs = in_kernels(CASES[name])(*arguments)
+    assert all(y.isfinite().all() for y in outputs)
+    outputs[0].sum().backward()
+    assert not last.grad.any()
+
+
+def test_shapes_without_values(case):
+    """On the meta device results and gradients are those of the kernels, but for their values."""
+    arguments = make(case, (2, 9, 3, 5), torch.bfloat16)
+    outputs, grads = run(in_kernels(case), arguments)
+
+    leaves = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
+    found = [fused._OPERATORS[case.op](*leaves)]
+    leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    made = fused._OPERATORS[case.op](*leaves)
+    torch.autograd.backward(list(made), [torch.empty_like(y) for y in made])
+    found += [made, [x.grad for x in leaves if isinstance(x, Tensor)]]
+    kept = [x for x, y in zip(grads, arguments, strict=True) if isinstance(y, Tensor)]
+    for mine, real in zip(found, (outputs, outputs, kept), strict=True):
+        assert [x if x is None else (x.shape, x.dtype) for x in mine] == [
+            x if x is None else (x.shape, x.dtype) for x in real
+        ]
+
+
+def test_rows_alone_and_together_are_equal(case):
+    """To the bit, as are the pieces that a row is cut into."""
+    arguments = make(case, (3, 50, 3, 5), torch.bfloat16)
+    if case.name == "token_mix":
+        pytest.skip("its pieces take the token before them: the models' tests of chunks")
+    together = in_kernels(case)(*arguments)
+    for i, piece in ((1, slice(0, 50)), (2, slice(7, 8))):
+        alone = [x[i : i + 1, piece] if isinstance(x, Tensor) and x.shape[:2] == (3, 50) else x for x in arguments]
+        for x, y in zip(in_kernels(case)(*alone), together, strict=True):
+            assert torch.equal(x, y[i : i + 1, piece])
+
+
+def test_formulas_where_there_is_no_kernel(caplog):
+    """And that is said, once."""
+    for cached in (fused._unusable, fused._announce):
+        cached.cache_clear()
+    x = torch.randn(1, 3, 4, dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="rwkv_miss"):
+        for _ in range(2):
+            assert torch.equal(fused.relu_squared(x), torch.relu(x).square())
+            assert torch.equal(fused.gated(x, x), torch.sigmoid(x) * x)
+    said = "between matrix products: PyTorch operations, no kernels on cpu: the tensors are torch.float64"
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and said in caplog.records[0].getMessage()

@@ -31,13 +31,16 @@ def call(source: Path, function: str, arguments: Sequence[Tensor | int | float |
     """
     library, reason = library_or_reason(source)
     assert library is not None, reason
-    getattr(library, function)(*map(_as_c, arguments))
+    called = getattr(library, function)
+    if called.argtypes is None:
+        called.argtypes = [_TYPES.get(type(x), ctypes.c_void_p) for x in arguments]
+    called(*[x if x is None or type(x) in _TYPES else _address(x) for x in arguments])
 
 
-def _as_c(x: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if isinstance(x, int):
-        return ctypes.c_int64(x)
-    if isinstance(x, float):
-        return ctypes.c_float(x)
-    assert x is None or x.is_contiguous()
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+# Of parameters that are no pointers.
+_TYPES = {int: ctypes.c_int64, float: ctypes.c_float}
+
+
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous()
+    return x.data_ptr()
