@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from rwkv_miss.config import AdapterConfig, ModelConfig, PlanConfig
 from rwkv_miss.errors import UserError
 from rwkv_miss.files import atomic_write, check_name
 from rwkv_miss.model.recognise import infer_config
-from rwkv_miss.ops import wkv6, wkv7
+from rwkv_miss.ops import fused, wkv6, wkv7
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
 from rwkv_miss.ops.cuda.programs import HEAD_SIZES, PROGRAMS
 from rwkv_miss.ops.dispatch import unusable
+from rwkv_miss.ops.fused_operators import OPS as FUSED
+from rwkv_miss.ops.fused_operators import FusedOp
 from rwkv_miss.planning.launches import Trace
 from rwkv_miss.planning.shapes import find_base
 
@@ -107,8 +110,29 @@ def worst_error(op: str, N: int, dtype: torch.dtype, backend: str) -> float:
     tensors, starts, dy = inputs(op, 2, 257, 3, N, dtype, "cuda" if backend.startswith("cuda") else "cpu")
     found = run(op, backend, tensors, starts, dy)
     exact = run(op, "reference", [x.cpu().double() for x in tensors], starts.cpu(), dy.cpu().double())
-    errors = [(f.cpu().double() - e).norm() / e.norm() for f, e in zip(found, exact, strict=True)]
-    return torch.stack(errors).max().item()  # NaN if one of them is
+    return largest(found, exact)
+
+
+def fused_error(op: FusedOp, dtype: torch.dtype, device: str) -> float:
+    """The same for what lies between matrix products, against its formula in float64."""
+    from tests.simt.fused import differentiable, draw, exact, make_grads
+
+    arguments = draw(op, 2, 257, 3, 64, dtype)
+    grads, wanted = make_grads(op, arguments), differentiable(op, arguments)
+    there = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+    if reason := fused.KERNELS[device].unusable(op, there[0].device, dtype, 64):
+        raise UserError(f"{op.name}: {reason}")
+    leaves = [x.requires_grad_() for x, name in zip(there, op.arguments, strict=True) if name in wanted]
+    outputs = getattr(fused, op.name)(*there)
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    found = [*outputs, *torch.autograd.grad(outputs, leaves, [x.to(device) for x in grads])]
+    return largest(found, [*exact(op, arguments, grads, wanted).values()])
+
+
+def largest(found: list[Tensor], right: list[Tensor]) -> float:
+    """The largest relative error in norm; NaN if one of them is."""
+    errors = [(x.cpu().double() - y).norm() / y.norm() for x, y in zip(found, right, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 def milliseconds(f: Callable[[], object]) -> float:
@@ -186,12 +210,13 @@ def gpu_milliseconds(step: Callable[[], object]) -> dict[str, float]:
 
 def check_compiling(name: str, report: Report) -> bool:
     program = PROGRAMS[name]
+    options = program.variants.get((torch.bfloat16, 64)) or program.variants[torch.bfloat16]
     architectures = [x for x in ARCHITECTURES if x >= program.oldest]
     names = ", ".join(f"sm_{10 * major + minor}" for major, minor in architectures)
     try:
         began = time.perf_counter()
         for capability in architectures:
-            compile_source(program.source, program.variants[torch.bfloat16, 64], capability)
+            compile_source(program.source, options, capability)
         took = f"{time.perf_counter() - began:.1f} s"
         report.add(f"NVRTC {'.'.join(map(str, version()))}, {name}.cu for {names}", took)
         return True
@@ -203,15 +228,27 @@ def check_compiling(name: str, report: Report) -> bool:
 def check_results(op: str, report: Report) -> bool:
     right = True
     for backend, (dtype, tolerance), N in product(KERNELS[op], TOLERANCE.items(), HEAD_SIZES):
-        name = str(dtype).removeprefix("torch.")
-        what = f"{op}, {backend}, N {N}, {name}, worst relative error"
-        if not report.has_time(what):
-            continue
-        error = worst_error(op, N, dtype, backend)
-        right &= error <= tolerance
-        mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
-        report.add(what, f"{error:.1e}{mark}", error=error)
+        what = f"{op}, {backend}, N {N}"
+        right &= check_error(what, dtype, tolerance, partial(worst_error, op, N, dtype, backend), report)
     return right
+
+
+def check_fused(report: Report) -> bool:
+    right = True
+    for op, (dtype, tolerance) in product(FUSED, TOLERANCE.items()):
+        right &= check_error(op.name, dtype, tolerance, partial(fused_error, op, dtype, "cuda"), report)
+    return right
+
+
+def check_error(what: str, dtype: torch.dtype, tolerance: float, error_of: Callable[[], float], report: Report) -> bool:
+    """Whether the error is not above the tolerance, or was not looked at because the time is over."""
+    what = f"{what}, {str(dtype).removeprefix('torch.')}, worst relative error"
+    if not report.has_time(what):
+        return True
+    error = error_of()
+    mark = "" if error <= tolerance else f", above {tolerance:.0e}: WRONG"
+    report.add(what, f"{error:.1e}{mark}", error=error)
+    return error <= tolerance
 
 
 def add_time(op: str, backend: str, shape: tuple[int, int, int], peak: float, report: Report) -> None:
@@ -279,7 +316,15 @@ def main(json_file: Path | None = None, minutes: float = 8.0) -> int:
         report.add("GPU", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, torch {torch.__version__}")
         peak = bandwidth()
         report.add("a copy of 1 GiB", f"{peak / 1e9:,.0f} GB/s", bytes_per_s=peak)
-    right = True
+    right = check_compiling("fused", report)
+    if on_gpu:
+        try:
+            right &= check_fused(report)
+        except UserError as error:
+            report.add("fused on the GPU", f"failed: {error}")
+            right = False
+    else:
+        report.add("fused against the formulas", "skipped: torch finds no GPU")
     for op in OPS:
         for name in PROGRAMS:
             if name.startswith(op):

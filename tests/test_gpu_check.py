@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import torch
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.errors import UserError
+from rwkv_miss.ops import fused
 from rwkv_miss.ops.cuda.nvrtc import CompileError
+from rwkv_miss.ops.fused_operators import OPS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
 TINY = {
@@ -38,6 +41,7 @@ def gpu_check(monkeypatch):
 def as_on_a_gpu(gpu_check, monkeypatch):
     """Everything runs on the CPU's kernels, and takes 1.5 ms."""
     error, inputs, step = gpu_check.worst_error, gpu_check.inputs, gpu_check.training_step
+    fused_error = gpu_check.fused_error
     properties = SimpleNamespace(name="a GPU", major=9, minor=0)
 
     def on_cpu(op):
@@ -48,6 +52,7 @@ def as_on_a_gpu(gpu_check, monkeypatch):
     monkeypatch.setattr(gpu_check, "OPS", {name: on_cpu(op) for name, op in gpu_check.OPS.items()})
     monkeypatch.setattr(gpu_check, "SIZES", TINY)
     monkeypatch.setattr(gpu_check, "worst_error", lambda op, N, dtype, _: error(op, N, dtype, "cpu"))
+    monkeypatch.setattr(gpu_check, "fused_error", lambda op, dtype, _: fused_error(op, dtype, "cpu"))
     monkeypatch.setattr(gpu_check, "inputs", lambda op, *x: inputs(op, 2, 40, 2, *x[3:5], "cpu"))
     monkeypatch.setattr(gpu_check, "training_step", lambda sizes, *_: step(sizes, "cpu", 2, 8, "cpu"))
     monkeypatch.setattr(gpu_check, "milliseconds", lambda f: (f(), 1.5)[1])
@@ -64,9 +69,11 @@ def test_without_a_gpu_it_says_what_it_skipped(gpu_check, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main() == 0
     out = capsys.readouterr().out
-    for op in ("wkv6", "wkv7"):
+    assert "fused against the formulas" in out
+    for op in ("wkv6", "wkv7", "fused"):
         (compiled,) = (line for line in out.splitlines() if f"{op}.cu for sm_75" in line)
         assert "NVRTC 13.0" in compiled and "sm_120" in compiled
+    for op in ("wkv6", "wkv7"):
         skipped = [line for line in out.splitlines() if "skipped: torch finds no GPU" in line]
         assert sum(f"{op} against the reference" in x or f"{op}: times" in x for x in skipped) == 2
 
@@ -76,6 +83,8 @@ def test_with_one_every_kernel_is_checked_and_timed(as_on_a_gpu, capsys, tmp_pat
     assert as_on_a_gpu.main(file) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("a GPU, sm_90" in line for line in lines)
+    for op in OPS:
+        assert sum(f" {op.name}, " in line and "worst relative error" in line for line in lines) == 2
     for op in ("wkv6", "wkv7"):
         for backend in as_on_a_gpu.KERNELS[op]:
             assert sum(f"{op}, {backend}, N " in line for line in lines) == 4
@@ -104,7 +113,9 @@ def test_nothing_begins_when_the_time_is_over(as_on_a_gpu, monkeypatch, capsys):
     assert as_on_a_gpu.main(minutes=0) == 0
     lines = capsys.readouterr().out.splitlines()
     skipped = [line for line in lines if "skipped: the time is over" in line]
-    assert len(skipped) == 3 * 4 + 3 * 5 + 2 + 5 + 4  # errors, ops, torch's ops, steps of 0.1B, of 0.4B and 1.5B
+    assert (
+        len(skipped) == 2 * len(OPS) + 3 * 4 + 3 * 5 + 2 + 5 + 4
+    )  # errors twice, ops, torch's ops, steps of 0.1B, of 0.4B and 1.5B
 
 
 def test_a_step_that_does_not_fit(as_on_a_gpu, monkeypatch):
@@ -147,6 +158,21 @@ def test_a_wrong_gradient_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys, wro
     assert as_on_a_gpu.main() == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
     assert lines and all("wkv6" in line for line in lines)
+
+
+def test_a_wrong_gradient_of_a_fused_op_is_a_status_of_1(as_on_a_gpu, monkeypatch, capsys):
+    """Of a kernel's last output, in bfloat16 alone."""
+    launch = fused.KERNELS["cpu"].launch
+
+    def faulty(kernel, arguments):
+        launch(kernel, arguments)
+        if kernel == "gated_backward" and arguments["dx"].dtype == torch.bfloat16:
+            arguments["dx"][..., -1, :] *= 1.1
+
+    monkeypatch.setitem(fused.KERNELS, "cpu", replace(fused.KERNELS["cpu"], launch=faulty))
+    assert as_on_a_gpu.main() == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "WRONG" in line)
+    assert "gated, bfloat16" in line
 
 
 def test_what_does_not_compile_is_a_status_of_1(gpu_check, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rwkv_miss.ops import fused_torch
 from rwkv_miss.ops.cpu import fused as cpu
+from rwkv_miss.ops.cuda import fused as cuda
 from rwkv_miss.ops.fused_operators import (
     GATED,
     OPS,
@@ -29,7 +30,10 @@ from rwkv_miss.ops.fused_operators import (
 )
 
 # By type of device.
-KERNELS = {"cpu": Kernels(cpu.unusable, cpu.launch, cpu.PART_ROWS)}
+KERNELS = {
+    "cpu": Kernels(cpu.unusable, cpu.launch, cpu.PART_ROWS),
+    "cuda": Kernels(cuda.unusable, cuda.launch, cuda.PART_ROWS),
+}
 _OPERATORS = {op: register(op, KERNELS) for op in OPS}
 _log = logging.getLogger("rwkv_miss")
 

@@ -1,21 +1,23 @@
 """Registers, spills, shared memory and blocks per SM of every kernel in the table of programs, for each variant and
 architecture, as NVRTC reports them: needs neither nvcc nor a GPU.
 
-`python -m tests.simt.resources` writes docs/kernels_resources.md; with `--print` it prints the text instead.
+`python -m tests.simt.resources` writes docs/kernels_resources.md; with `--sample` it measures each variant for one
+architecture alone, and prints the table that it would write.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from cuda.bindings import nvrtc
 
+from rwkv_miss.ops.cuda import fused
 from rwkv_miss.ops.cuda.nvrtc import SOURCES
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.cuda.wkv import launch_shape
@@ -29,7 +31,7 @@ def _wkv_threads(n: int) -> int:
 
 
 # For each program the function from the head size to the threads of a block.
-THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads, "wkv7_chunk": lambda n: 2 * n}
+THREADS = {"wkv6": _wkv_threads, "wkv7": _wkv_threads, "wkv7_chunk": lambda n: 2 * n, "fused": lambda n: fused.THREADS}
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,15 @@ def head_size(options: tuple[str, ...]) -> int:
     return macros(options).get("HEAD_SIZE", 0)
 
 
-def measure_all() -> dict[Key, Resources]:
-    """Measures every variant of every program for every architecture, in as many processes as there are processors."""
-    combinations = [
-        (name, options, architecture)
-        for name, program in PROGRAMS.items()
-        for options, architecture in product(program.variants.values(), ARCHITECTURES)
-        if divmod(architecture, 10) >= program.oldest
-    ]
+def measure_all(sample: bool) -> dict[Key, Resources]:
+    """Measures every variant of every program for every architecture, in as many processes as there are processors; for
+    a sample, each variant for one architecture, which takes turns."""
+    combinations = []
+    for name, program in PROGRAMS.items():
+        built_for = [x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest]
+        for turn, options in enumerate(program.variants.values()):
+            chosen = [built_for[turn % len(built_for)]] if sample else built_for
+            combinations += [(name, options, architecture) for architecture in chosen]
     combinations.sort(key=lambda x: -head_size(x[1]))  # what takes longest first
     found: dict[Key, Resources] = {}
     with ProcessPoolExecutor() as pool:
@@ -142,7 +145,7 @@ def blocks_per_sm(resources: Resources, architecture: int) -> int:
     sm = ARCHITECTURES[architecture]
     warps = -(-resources.threads // 32)
     by_registers = 65536 // (-(-resources.registers // 8) * 8 * 32) // 4 * 4 // warps
-    by_shared = sm.shared_kb * 1024 // (resources.shared + (1024 if architecture >= 80 else 0))
+    by_shared = sm.shared_kb * 1024 // max(1, resources.shared + (1024 if architecture >= 80 else 0))
     return min(sm.blocks, sm.threads // (32 * warps), by_registers, by_shared)
 
 
@@ -169,26 +172,36 @@ def version() -> str:
     return f"{major}.{minor}"
 
 
+def fingerprint() -> str:
+    """Of all that the table follows from, NVRTC's version aside: the device code without comments, and its variants."""
+    code = [" ".join(re.sub("//.*", "", x.read_text()).split()) for x in sorted(SOURCES.glob("*.cu*"))]
+    variants = [(name, sorted(x.variants.values()), x.oldest, THREADS[name](64)) for name, x in PROGRAMS.items()]
+    return hashlib.sha256(repr((code, variants, ARCHITECTURES)).encode()).hexdigest()[:16]
+
+
 def text(found: dict[Key, Resources]) -> str:
     """The text of docs/kernels_resources.md."""
     header = ["kernel", "N", "type", "shared", *(f"sm_{x}" for x in ARCHITECTURES)]
     table = [header, ["---"] * len(header), *rows(found)]
     return f"""# Resources of the CUDA kernels
 
-Written by `python -m tests.simt.resources`, by NVRTC {version()}; tests/simt/test_resources.py compares. The
-columns: bytes of shared memory per block, then for each architecture the registers per thread and, in brackets, the
-blocks that an SM runs at once. A block has 2N threads, but 64 above N = 64 in the scalar kernels. No kernel spills
-registers: a test fails if one does.
+Written by `python -m tests.simt.resources`, by NVRTC {version()}, of sources {fingerprint()}.
+tests/simt/test_resources.py compares that, and measures a seventh of the table again. The columns: bytes of shared
+memory per block, then for each architecture the registers per thread and, in brackets, the blocks that an SM runs at
+once. A block has 2N threads, but 64 above N = 64 in the scalar kernels of WKV, and {fused.THREADS} in those without N.
+No kernel spills registers: a test fails if one does.
 
 """ + "".join(f"| {' | '.join(row)} |\n" for row in table)
 
 
 def parse(table: str) -> tuple[str, dict[tuple[str, ...], list[str]]]:
-    """Reads what `text` wrote: the version of NVRTC, and the rows by kernel, head size and type."""
+    """Reads what `text` wrote: what it was made with and of, and the rows by kernel, head size and type."""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    return re.search(r"by NVRTC (\S+);", table)[1], {tuple(row[:3]): row[3:] for row in cells[2:]}
+    return re.search(r"by (NVRTC .*)\.$", table, re.M)[1], {tuple(row[:3]): row[3:] for row in cells[2:]}
 
 
 if __name__ == "__main__":
-    table = text(measure_all())
-    print(table, end="") if "--print" in sys.argv else TABLE.write_text(table)
+    if "--sample" in sys.argv:
+        print(text(measure_all(sample=True)), end="")
+    else:
+        TABLE.write_text(text(measure_all(sample=False)))

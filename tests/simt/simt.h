@@ -450,6 +450,7 @@ static inline unsigned pack(float low, float high) {
 static inline void __trap() { simt::fail("__trap"); }
 #define __expf(x) std::exp(static_cast<float>(x))  // a macro, since glibc has a function of that name
 static inline float __fdividef(float x, float y) { return x / y; }
+static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 static inline unsigned __brev(unsigned x) {
     unsigned reversed = 0;

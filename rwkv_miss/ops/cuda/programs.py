@@ -61,4 +61,31 @@ PROGRAMS = {
         {(torch.bfloat16, n): _chunk_shared(n) for n in CHUNK_HEAD_SIZES},
         (8, 0),
     ),
+    "fused": Program(
+        SOURCES / "fused.cu",
+        {
+            "token_mix_forward": (
+                "x last seq_start mixes extra out0 out1 out2 out3 out4 out5 batch steps channels n_mixes"
+            ),
+            "token_mix_backward": (
+                "x last seq_start mixes extra dout0 dout1 dout2 dout3 dout4 dout5 dx dlast dmixes dextra"
+                " batch steps channels n_mixes"
+            ),
+            "wkv7_arguments_forward": "k v v_first a nu k_k k_a k_out v_out minus_kk kk_rate rows heads n",
+            "wkv7_arguments_backward": (
+                "k v v_first a nu k_k k_a dk_out dv_out dminus_kk dkk_rate dk dv dv_first da dnu dk_k dk_a rows heads n"
+            ),
+            "wkv7_output_forward": "y r k v g weight bias r_k eps out rows heads n",
+            "wkv7_output_backward": (
+                "y r k v g weight bias r_k eps dout dy dr dk dv dg dweight dbias dr_k rows heads n"
+            ),
+            "wkv6_output_forward": "y g weight bias eps out rows heads n",
+            "wkv6_output_backward": "y g weight bias eps dout dy dg dweight dbias rows heads n",
+            "relu_squared_forward": "x out count",
+            "relu_squared_backward": "x dout dx count",
+            "gated_forward": "gate x out count",
+            "gated_backward": "gate x dout dgate dx count",
+        },
+        {dtype: (option,) for dtype, option in IO.items()},
+    ),
 }

@@ -10,6 +10,7 @@ import torch
 from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.cuda.wkv import CHUNK_SAVE_EVERY, SAVE_EVERY
+from rwkv_miss.ops.fused_operators import MAX_MIXES
 from tests.ops.cuda.toy import TOY
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -53,6 +54,22 @@ def _toy_elements(macros: Integers, grid: tuple[int, ...], arguments: Integers) 
     return dict.fromkeys(("x", "y", "dx", "dy"), arguments["count"])
 
 
+def _fused_elements(macros: Integers, grid: tuple[int, ...], arguments: Integers) -> Integers:
+    if "count" in arguments:
+        return dict.fromkeys(("x", "gate", "out", "dx", "dgate", "dout"), arguments["count"])
+    if "channels" in arguments:
+        sequences, rows = (arguments["batch"] * arguments["channels"] * x for x in (1, arguments["steps"]))
+        mixes, n_mixes = arguments["n_mixes"] * arguments["channels"], arguments["n_mixes"]
+        counts = dict.fromkeys(("x", "dx", *(f"{d}out{i}" for d in ("", "d") for i in range(MAX_MIXES))), rows)
+        counts |= {"last": sequences, "dlast": sequences, "seq_start": arguments["batch"] * arguments["steps"]}
+        return counts | {"mixes": mixes, "dmixes": grid[0] * mixes, "extra": n_mixes * rows, "dextra": n_mixes * rows}
+    channels = arguments["heads"] * arguments["n"]
+    of_tokens = ("y", "r", "k", "v", "g", "v_first", "a", "nu", "out", "k_out", "v_out", "minus_kk", "kk_rate")
+    counts = {f"{d}{x}": arguments["rows"] * channels for d in ("", "d") for x in of_tokens}
+    parameters = ("k_k", "k_a", "r_k", "weight", "bias")
+    return counts | {f"{d}{x}": channels * y for d, y in (("", 1), ("d", grid[0])) for x in parameters}
+
+
 _WKV_VARIANTS = (((BF16, 64), 90), ((FP32, 16), 90), ((FP32, 16), 75), ((BF16, 128), 90))
 EMULATED = {
     "wkv6": Emulated(PROGRAMS["wkv6"], _wkv_elements("rkvwu"), _WKV_VARIANTS),
@@ -60,5 +77,6 @@ EMULATED = {
     "wkv7_chunk": Emulated(
         PROGRAMS["wkv7_chunk"], _wkv_elements("rzkvab", CHUNK_SAVE_EVERY), (((BF16, 32), 90), ((BF16, 64), 90))
     ),
+    "fused": Emulated(PROGRAMS["fused"], _fused_elements, ((FP32, 90), (BF16, 90))),
     "toy": Emulated(TOY, _toy_elements, ((FP32, 90), (FP32, 75), (BF16, 90))),
 }

@@ -81,7 +81,8 @@ def test_a_whole_model_is_as_near_to_float64_as_bfloat16_is(session, chunk_len):
     exact, exact_loss = outcome(torch.float64, "torch")
     plain, plain_loss = outcome(BF16, "torch")
     mine, loss = outcome(BF16, "cuda")
-    assert {x.kernel for x in session.launches} == set(PROGRAMS["wkv7_chunk"].kernels)
+    wkv7 = {x.kernel for x in session.launches} - set(PROGRAMS["fused"].kernels)
+    assert wkv7 == set(PROGRAMS["wkv7_chunk"].kernels)
     assert abs(loss - exact_loss) < 2 * abs(plain_loss - exact_loss) + 1e-3 * exact_loss
     assert (mine - exact).norm() < 1.5 * (plain - exact).norm()
 

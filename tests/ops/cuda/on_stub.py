@@ -62,7 +62,8 @@ def test_agrees_with_the_reference(wkv, session, n, dtype, n_steps, starts, pois
 @pytest.mark.parametrize("version", models.VERSIONS)
 def test_a_packed_row_of_a_whole_model_is_its_documents_alone(version, session):
     models.test_a_document_in_a_packed_row_is_the_document_alone(version, "cuda", FP32, 1e-6)
-    assert len(session.launches) == 3 * 3 * 8  # layers, kernels, rows
+    kernels = PROGRAMS[f"wkv{version}"].kernels
+    assert sum(x.kernel in kernels for x in session.launches) == 3 * 3 * 8  # layers, kernels, rows
 
 
 @pytest.mark.parametrize("version", models.VERSIONS)
