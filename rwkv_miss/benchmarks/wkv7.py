@@ -16,6 +16,10 @@ from rwkv_miss.benchmarks.common import Table, installed_file, load_file, thread
 from rwkv_miss.ops import wkv7
 
 ROUNDS = 10
+_SHAPE = B, T, H, N = 1, 512, 12, 64
+# For each pair of key and value: 5 forward (decay, u b^T, v k^T, y, u of the next step), and backward 4 of these again,
+# 2 for the gradients of u and v, 3 for the state's and 4 for those of d, k, a and b.
+MULTIPLY_ADDS = B * T * H * 18 * N * N
 _PEER_MODULE = "rwkvtune/models/rwkv7/operators/wkv_infctx_naive.py"
 
 
@@ -31,7 +35,9 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
 
     Returns:
         A table with a row for each: name; forward_min, forward_median, backward_min, backward_median in ms; ratio, the
-        minima's sum over that of our "cpu" backend; note, why there are no figures.
+        minima's sum over that of our "cpu" backend; of_limit, that sum over what the multiplications and additions
+        would take at the speed of a product of two matrices of 1,024 x 1,024 in fp32, measured in the same rounds;
+        note, why there are no figures.
     """
     peer = peer or installed_file("rwkvtune", _PEER_MODULE)
     with threads(thread_count):
@@ -47,7 +53,9 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
             for mine, other in zip(results["cpu"], tensors, strict=True):
                 assert (mine - other).norm() <= 1e-3 * mine.norm(), f"{name} disagrees with ours"
         times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
+        limits = []
         for _ in range(ROUNDS):
+            limits.append(MULTIPLY_ADDS / _multiply_adds_per_ms())
             for name, f in functions.items():
                 for kept, seconds in zip(times[name], _forward_backward(f, inputs, grad_y)[:2], strict=True):
                     kept.append(seconds * 1e3)
@@ -59,15 +67,24 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
     base = rows[0]["forward_min"] + rows[0]["backward_min"]
     for measured in rows:
         total = measured["forward_min"] + measured["backward_min"]
-        measured |= {"ratio": total / base, "note": ""}
+        measured |= {"ratio": total / base, "of_limit": total / min(limits), "note": ""}
     if not peer:
         rows.append({"name": "rwkvtune naive", "note": "not installed: pip install --no-deps rwkvtune"})
-    return Table(f"WKV-7, B1 T512 H12 N64 fp32, {thread_count} thread(s), {ROUNDS} rounds, ms", rows)
+    title = f"WKV-7, B{B} T{T} H{H} N{N} fp32, {thread_count} thread(s), {ROUNDS} rounds, ms, limit {min(limits):.2f}"
+    return Table(title, rows)
+
+
+def _multiply_adds_per_ms() -> float:
+    x = torch.ones(1024, 1024)
+    torch.mm(x, x)  # starts the threads
+    start = time.perf_counter()
+    torch.mm(x, x)
+    return 1024**3 / ((time.perf_counter() - start) * 1e3)
 
 
 def _wkv7_inputs() -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    r, z, k, v, kk, rate, grad_y = torch.randn(7, 1, 512, 12, 64, generator=generator)
+    r, z, k, v, kk, rate, grad_y = torch.randn(7, *_SHAPE, generator=generator)
     kk = normalize(kk, dim=-1)
     inputs = [r, z, k, v, -kk, kk * torch.sigmoid(rate)]
     return [x.clone().requires_grad_() for x in inputs], grad_y

@@ -51,6 +51,8 @@ def test_wkv7_times_ours_and_the_peer(tmp_path):
         assert 0 < row["forward_min"] <= row["forward_median"] and 0 < row["backward_min"] <= row["backward_median"]
     total = [row["forward_min"] + row["backward_min"] for row in rows]
     assert [row["ratio"] for row in rows] == pytest.approx([x / total[0] for x in total])
+    limits = [x / row["of_limit"] for x, row in zip(total, rows, strict=True)]
+    assert 0 < limits[0] == pytest.approx(limits[1]) == pytest.approx(limits[2])
 
 
 def test_a_peer_that_disagrees_is_not_timed(tmp_path):
