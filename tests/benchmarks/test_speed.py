@@ -46,13 +46,11 @@ def peer(tmp_path: Path, factor: float) -> Path:
 
 def test_wkv7_times_ours_and_the_peer(tmp_path):
     rows = wkv7.bench_wkv7(1, peer(tmp_path, 1.0)).rows
-    assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive"]
+    assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive", "limit"]
     for row in rows:
         assert 0 < row["forward_min"] <= row["forward_median"] and 0 < row["backward_min"] <= row["backward_median"]
     total = [row["forward_min"] + row["backward_min"] for row in rows]
     assert [row["ratio"] for row in rows] == pytest.approx([x / total[0] for x in total])
-    limits = [x / row["of_limit"] for x, row in zip(total, rows, strict=True)]
-    assert 0 < limits[0] == pytest.approx(limits[1]) == pytest.approx(limits[2])
 
 
 def test_a_peer_that_disagrees_is_not_timed(tmp_path):
@@ -62,7 +60,7 @@ def test_a_peer_that_disagrees_is_not_timed(tmp_path):
 
 def test_what_is_not_installed_is_said(nothing_installed):
     notes = [row["note"] for table in run_benchmarks("all", 1) for row in table.rows]
-    assert notes == ["", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
+    assert notes == ["", "", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
 
 
 def test_the_tables_are_printed(nothing_installed, capsys):
