@@ -16,6 +16,10 @@ from rwkv_miss.benchmarks.common import Table, installed_file, load_file, thread
 from rwkv_miss.ops import wkv7
 
 ROUNDS = 10
+_SHAPE = B, T, H, N = 1, 512, 12, 64
+# Multiplications with an addition for each step, key and value. Forward: decay, u b^T, v k^T, y, u of the next step.
+# Backward: the first four again, two sums for the gradients of u and v, three for the state's, four for d, k, a and b.
+_FORWARD, _BACKWARD = 5, 13
 _PEER_MODULE = "rwkvtune/models/rwkv7/operators/wkv_infctx_naive.py"
 
 
@@ -30,8 +34,10 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
         peer: the file that defines `rwkv7_wkv_infctx_naive`; None looks for an installed rwkvtune.
 
     Returns:
-        A table with a row for each: name; forward_min, forward_median, backward_min, backward_median in ms; ratio, the
-        minima's sum over that of our "cpu" backend; note, why there are no figures.
+        A table with a row for each, and one for the limit: what its multiplications alone would take at the speed of a
+        product of fp32 matrices of 1,024 x 1,024, measured in the same rounds. name; forward_min, forward_median,
+        backward_min, backward_median in ms; ratio, the minima's sum over that of our "cpu" backend; note, why there
+        are no figures.
     """
     peer = peer or installed_file("rwkvtune", _PEER_MODULE)
     with threads(thread_count):
@@ -47,7 +53,11 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
             for mine, other in zip(results["cpu"], tensors, strict=True):
                 assert (mine - other).norm() <= 1e-3 * mine.norm(), f"{name} disagrees with ours"
         times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
+        times["limit"] = ([], [])
         for _ in range(ROUNDS):
+            unit = B * T * H * N**2 / _multiply_adds_per_ms()
+            for kept, count in zip(times["limit"], (_FORWARD, _BACKWARD), strict=True):
+                kept.append(count * unit)
             for name, f in functions.items():
                 for kept, seconds in zip(times[name], _forward_backward(f, inputs, grad_y)[:2], strict=True):
                     kept.append(seconds * 1e3)
@@ -62,12 +72,20 @@ def bench_wkv7(thread_count: int, peer: Path | None = None) -> Table:
         measured |= {"ratio": total / base, "note": ""}
     if not peer:
         rows.append({"name": "rwkvtune naive", "note": "not installed: pip install --no-deps rwkvtune"})
-    return Table(f"WKV-7, B1 T512 H12 N64 fp32, {thread_count} thread(s), {ROUNDS} rounds, ms", rows)
+    return Table(f"WKV-7, B{B} T{T} H{H} N{N} fp32, {thread_count} thread(s), {ROUNDS} rounds, ms", rows)
+
+
+def _multiply_adds_per_ms() -> float:
+    x = torch.ones(1024, 1024)
+    torch.mm(x, x)  # starts the threads
+    start = time.perf_counter()
+    torch.mm(x, x)
+    return 1024**3 / ((time.perf_counter() - start) * 1e3)
 
 
 def _wkv7_inputs() -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    r, z, k, v, kk, rate, grad_y = torch.randn(7, 1, 512, 12, 64, generator=generator)
+    r, z, k, v, kk, rate, grad_y = torch.randn(7, *_SHAPE, generator=generator)
     kk = normalize(kk, dim=-1)
     inputs = [r, z, k, v, -kk, kk * torch.sigmoid(rate)]
     return [x.clone().requires_grad_() for x in inputs], grad_y

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_miss.ops.cpu import kernel
+
+_SOURCE = Path(kernel.__file__).with_name("log_probs.cpp")
+_FUNCTIONS = {torch.float32: "log_probs_f32", torch.bfloat16: "log_probs_bf16"}
 # Most logits held at a time: 128 MiB in fp32. Fewer make the products too small (docs/log.md).
 _MAX_LOGITS = 32 * 2**20
 
@@ -17,7 +21,7 @@ def target_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum"
 ) -> Tensor:
     """log softmax(hidden weight^T)[target] of the positions whose target is not negative, in fp32 (float64 in a float64
-    model). Differentiable once with respect to hidden and weight.
+    model). Differentiable once with respect to hidden and weight, in one backward pass.
 
     The logits of those positions alone are computed, some at a time, and none are kept: their gradient but for the
     factor that comes from above, one minus the probability at the target and minus the probability elsewhere, is
@@ -58,8 +62,10 @@ class _LogProbs(torch.autograd.Function):
             rows, weight, wanted = ctx.saved_tensors
             _, d_rows, d_weight = _pieces(rows, weight, wanted, d_values, ctx.needs_input_grad[0], True)
         else:
+            # In place, since the gradient of a weight is large; autograd then refuses a second backward pass over what
+            # is saved here.
             factor = d_values if d_values.ndim == 0 else d_values.unsqueeze(1)
-            d_rows, d_weight = (None if d is None else (d * factor).to(d.dtype) for d in ctx.saved_tensors)
+            d_rows, d_weight = (None if d is None else d.mul_(factor) for d in ctx.saved_tensors)
         return d_rows, d_weight, None, None, None
 
 
@@ -68,24 +74,50 @@ def _pieces(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """log p of each row's target, and the gradients with respect to rows and weight of their sum, or of their sum with
     `factors` (M,)."""
-    values = rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+    values = rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     d_rows = torch.empty_like(rows) if needs_rows else None
     d_weight = torch.zeros_like(weight) if needs_weight else None
-    size = max(1, _MAX_LOGITS // len(weight))
+    needs_gradient = needs_rows or needs_weight
+    log_probs = _log_probs_in_cpp if _in_cpp(rows) else _log_probs
+    size = max(1, min(len(rows), _MAX_LOGITS // len(weight)))
+    memory = rows.new_empty(size, len(weight))  # once for all pieces: the system gives new memory page by page
     for start in range(0, len(rows), size):
         piece = slice(start, start + size)
-        log_probs = F.linear(rows[piece], weight).log_softmax(dim=-1, dtype=values.dtype)
-        at_target = wanted[piece].unsqueeze(1)
-        values[piece] = log_probs.gather(1, at_target).squeeze(1)
-        if not needs_rows and not needs_weight:
-            continue
+        logits = torch.mm(rows[piece], weight.T, out=memory[: len(rows) - start])
+        values[piece] = log_probs(logits, wanted[piece], None if factors is None else factors[piece], needs_gradient)
+        if d_rows is not None:
+            torch.mm(logits, weight, out=d_rows[piece])
+        if d_weight is not None:
+            d_weight.addmm_(logits.T, rows[piece])
+    return values, d_rows, d_weight
+
+
+def _log_probs(logits: Tensor, wanted: Tensor, factors: Tensor | None, needs_gradient: bool) -> Tensor:
+    """log p of each row's target, (M,), in fp32 or float64. If `needs_gradient`, the logits (M, V) are replaced by the
+    gradient of their sum, or of their sum with `factors` (M,)."""
+    log_probs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    at_target = wanted.unsqueeze(1)
+    values = log_probs.gather(1, at_target).squeeze(1)
+    if needs_gradient:
         gradient = log_probs.exp_().neg_()
         gradient.scatter_add_(1, at_target, gradient.new_ones(at_target.shape))
         if factors is not None:
-            gradient *= factors[piece].unsqueeze(1)
-        gradient = gradient.to(rows.dtype)
-        if d_rows is not None:
-            torch.mm(gradient, weight, out=d_rows[piece])
-        if d_weight is not None:
-            d_weight.addmm_(gradient.T, rows[piece])
-    return values, d_rows, d_weight
+            gradient *= factors.unsqueeze(1)
+        logits.copy_(gradient)
+    return values
+
+
+def _log_probs_in_cpp(logits: Tensor, wanted: Tensor, factors: Tensor | None, needs_gradient: bool) -> Tensor:
+    """As `_log_probs`, in one pass."""
+    M, V = logits.shape
+    assert ((wanted >= 0) & (wanted < V)).all(), "a target is a column of the logits"
+    values = logits.new_empty(M, dtype=torch.float32)
+    arguments = [logits, wanted, factors, values, M, V, int(needs_gradient), torch.get_num_threads()]
+    kernel.call(_SOURCE, _FUNCTIONS[logits.dtype], arguments)
+    return values
+
+
+def _in_cpp(rows: Tensor) -> bool:
+    if rows.device.type != "cpu" or rows.dtype not in _FUNCTIONS:
+        return False
+    return kernel.library_or_reason(_SOURCE)[0] is not None

@@ -47,7 +47,7 @@ def peer(tmp_path: Path, factor: float) -> Path:
 
 def test_wkv7_times_ours_and_the_peer(tmp_path):
     rows = wkv7.bench_wkv7(1, peer(tmp_path, 1.0)).rows
-    assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive"]
+    assert [row["name"] for row in rows] == ["cpu", "torch", "rwkvtune naive", "limit"]
     for row in rows:
         assert 0 < row["forward_min"] <= row["forward_median"] and 0 < row["backward_min"] <= row["backward_median"]
     total = [row["forward_min"] + row["backward_min"] for row in rows]
@@ -61,7 +61,7 @@ def test_a_peer_that_disagrees_is_not_timed(tmp_path):
 
 def test_what_is_not_installed_is_said(nothing_installed):
     notes = [row["note"] for table in run_benchmarks("all", 1) for row in table.rows]
-    assert notes == ["", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
+    assert notes == ["", "", "", "not installed: pip install --no-deps rwkvtune", "", "not installed: pip install rwkv"]
 
 
 def test_the_tables_are_printed_and_written(nothing_installed, capsys, tmp_path):

@@ -7,10 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from rwkv_miss.benchmarks.common import threads
 from rwkv_miss.ops import log_probs
 from rwkv_miss.ops.log_probs import target_log_probs
 
 V = 11
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "no compiler"], autouse=True)
+def compiled(request, monkeypatch) -> bool:
+    if not request.param:
+        monkeypatch.setattr(log_probs.kernel, "library_or_reason", lambda source: (None, "there is no compiler"))
+    return request.param
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,3 +90,57 @@ def test_no_loss_at_all_is_zero_with_a_gradient_of_zeros():
     found = target_log_probs(hidden, torch.ones(7, 5), torch.full((1, 3), -100))
     assert found == 0
     assert not torch.autograd.grad(found, hidden)[0].any()
+
+
+def in_place(logits: Tensor, *arguments) -> Tensor:
+    """log p of the targets from the logits, which it replaces by the gradient if that is wanted."""
+    return (log_probs._log_probs_in_cpp if log_probs._in_cpp(logits) else log_probs._log_probs)(logits, *arguments)
+
+
+@pytest.mark.parametrize("scale", [1, 100])
+@pytest.mark.parametrize("n", [1, 50, 64, 1000, 4133])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_logits_in_float64(dtype, n, scale):
+    """Any number of columns, in whole vectors or not; probabilities that fp32 holds, and those that vanish in it."""
+    g = torch.Generator().manual_seed(n)
+    logits = (scale * torch.randn(5, n, generator=g)).to(dtype)
+    wanted, factors = torch.randint(n, (5,), generator=g), torch.tensor([1.0, -0.3, 0.0, 7.0, 1e-4])
+    wanted[1] = logits[1].argmax()
+    exact = logits.double().requires_grad_()
+    expected = -cross_entropy(exact, wanted, reduction="none")
+    with threads(2):
+        for weights in (factors, None):
+            found, gradient = in_place(logits, wanted, weights, False), logits.clone()
+            assert torch.equal(in_place(gradient, wanted, weights, True), found)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+            of_rows = torch.ones(5) if weights is None else weights
+            [right] = torch.autograd.grad(expected, exact, of_rows.double(), retain_graph=True)
+            rounding = (1e-6 if dtype == torch.float32 else 2**-8) * right.abs()
+            assert ((gradient.double() - right).abs() <= rounding + 1e-6 * of_rows[:, None].abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_not_finite(dtype):
+    """-infinity is a probability of 0; any other makes its own row NaN, whole."""
+    logits = torch.zeros(5, 70, dtype=dtype)
+    logits[0, ::2], logits[1, 69], logits[2, 3], logits[3] = -torch.inf, torch.nan, torch.inf, -torch.inf
+    found = in_place(logits, torch.tensor([1, 2, 3, 4, 5]), None, True)
+    assert found.isnan().tolist() == [False, True, True, True, False]
+    torch.testing.assert_close(found[[0, 4]], -torch.tensor([35.0, 70.0]).log())
+    assert logits[1:4].isnan().all() and logits[[0, 4]].isfinite().all()
+    assert not logits[0, ::2].any() and (logits[0, 3::2] < 0).all()
+
+
+def test_a_target_beyond_the_vocabulary_is_no_target():
+    hidden, weight, targets = inputs()
+    targets[0, 1] = V
+    with pytest.raises((AssertionError, RuntimeError), match=r"column of the logits|out of bounds"):
+        target_log_probs(hidden, weight, targets)
+
+
+def test_a_second_backward_pass_is_refused():
+    hidden, weight, targets = inputs()
+    found = target_log_probs(hidden, weight, targets)
+    torch.autograd.grad(found, hidden, 2 * torch.ones(()), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(found, hidden)

@@ -69,6 +69,12 @@ struct Chunk {
     }
 };
 
+// Asks the memory for a row that is written soon. Rows of a head lie apart, and the state's stores would wait for theirs.
+template <class T>
+void fetch_to_write(const T* row, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
+}
+
 // A step of the forward for VECS * W value lanes. state: [key][lanes]; u: that of this step, replaced by that of the
 // next.
 template <int VECS>
@@ -114,6 +120,11 @@ void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T*
         }
         for (int64_t t = 0; t < steps; t++) {
             const int64_t at = t * lanes, row = s.row(bh, t0 + t);
+            if (t0 + t + 1 < s.steps) {
+                const int64_t next = s.row(bh, t0 + t + 1);
+                fetch_to_write(y + next + first, last - first);
+                if (saved_u) fetch_to_write(saved_u + next + first, last - first);
+            }
             if (in.starts(s, bh, t0 + t)) {
                 for (int64_t j = 0; j < n; j++) std::memset(&state[j * lanes + first], 0, (end - first) * sizeof(float));
                 std::memset(&u[first], 0, (end - first) * sizeof(float));
