@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rwkv_miss.benchmarks.common import Table
-from rwkv_miss.config import AdapterConfig, PlanConfig
+from rwkv_miss.config import AdapterConfig, PlanConfig, Quant
 from rwkv_miss.planning.memory import memory
 from rwkv_miss.planning.shapes import find_base
 
@@ -16,7 +16,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 GPUs, ZeRO-2": {"devices": 8, "strategy": "deepspeed_stage_2"},
     "8 GPUs, ZeRO-3": {"devices": 8, "strategy": "deepspeed_stage_3"},
 }
-METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+METHODS: dict[str, tuple[tuple[Quant, ...], tuple[str, ...]]] = {
     "miss": (("none", "int8", "nf4"), ("1 GPU", "8 GPUs, ZeRO-3")),
     "state": (("none", "int8", "nf4"), ("1 GPU", "8 GPUs, ZeRO-3")),
     "full": (("none",), tuple(WAYS)),
@@ -44,7 +44,7 @@ def bench_fits(thread_count: int) -> Table:
     return Table(f"GiB of each GPU: the card that has as much. Rows of {LENGTH:,} tokens, r {RANK}, bf16", rows)
 
 
-def fits_row(method: str, shape: str, quant: str) -> dict[str, str]:
+def fits_row(method: str, shape: str, quant: Quant) -> dict[str, str]:
     """A row of `bench_fits`."""
     row = {"method": method, "model": shape.upper(), "base": "bf16" if quant == "none" else quant}
     alone = PlanConfig(

@@ -107,7 +107,7 @@ class Trace(TorchDispatchMode):
         self._held[key] = storage  # so that no other storage gets the same address
         shape = tuple(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
         content = Content(key, self._versions[key], storage.nbytes())
-        return View(content, x.storage_offset(), shape, prod(shape) * x.itemsize)
+        return View(content, int(x.storage_offset()), shape, prod(shape) * x.itemsize)
 
 
 def trace_step(base: Base, config: TrainConfig) -> list[Operation]:
