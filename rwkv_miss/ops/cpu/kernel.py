@@ -34,7 +34,7 @@ def call(source: Path, function: str, arguments: Sequence[Tensor | int | float |
     called = getattr(library, function)
     if called.argtypes is None:
         called.argtypes = [_TYPES.get(type(x), ctypes.c_void_p) for x in arguments]
-    called(*[x if x is None or type(x) in _TYPES else _address(x) for x in arguments])
+    called(*[_address(x) if isinstance(x, Tensor) else x for x in arguments])
 
 
 # Of parameters that are no pointers.
