@@ -52,7 +52,13 @@ def test_every_command_uses_the_template_of_the_run(run, base, data, tmp_path, c
 
     asked = []
     said = Scripted(b" 4\nQ: more", b" 4\nQ: more")
-    said.register_forward_hook(lambda _, inputs, __: asked.append(bytes(inputs[0].flatten().tolist())))
+    read = said.hidden
+
+    def hidden(tokens, *rest, **named):
+        asked.append(bytes(tokens.flatten().tolist()))
+        return read(tokens, *rest, **named)
+
+    said.hidden = hidden
     monkeypatch.setattr("rwkv_miss.commands.model.load", lambda *_: said)
     argv = ["generate", f"--model={base}", "--tokenizer=bytes", "--prompt=2+2", "--temperature=0", "--max_tokens=9"]
     assert main([*argv, f"--adapter={run}"]) == 0
