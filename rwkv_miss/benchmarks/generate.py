@@ -32,8 +32,8 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 def bench_generate(thread_count: int) -> Table:
     """Tokens per second on a CPU, on an RWKV-7 of random weights with the World vocabulary, each dtype in a process of
-    its own, in which all ways take turns: a token of each of their texts at a time, or a prompt. The package has no
-    batches, so that a batch is compared with one of our own.
+    its own, in which all ways take turns: the likeliest token of each of their texts at a time, or a prompt. The package
+    has no batches, so that a batch is compared with one of our own.
 
     Returns:
         A table with a row for each dtype and way: name; tokens_per_s, by the median of `ROUNDS` or, of prompts,
@@ -59,7 +59,7 @@ def _rows(
 
         def prefill() -> None:
             engine = Engine(model, load_tokenizer("world"))
-            engine.add(prompt.tolist(), Sampling(max_tokens=1))
+            engine.add(prompt.tolist(), Sampling(temperature=0, max_tokens=1))
             engine.step()
 
         decode: dict[str, Callable[[], object]] = {
@@ -72,7 +72,7 @@ def _rows(
             difference = (ours - theirs).norm() / theirs.norm()
             assert difference <= _TOLERANCE[dtype], f"the package's logits disagree: {difference:.1e}"
             state = package([1], None)[1]
-            decode["package"] = lambda: package([7], state)
+            decode["package"] = lambda: int(package([7], state)[0].argmax())
             read["package"] = lambda: package(prompt.tolist(), None)
         decoded, were_read = by_turns(decode, rounds), by_turns(read, prompt_rounds)
     one, batch, package_read = decoded["one"], decoded["batch"], were_read.get("package")
@@ -97,7 +97,7 @@ def _decoder(model: RWKV, count: int, steps: int) -> Callable[[], object]:
     """A step of an engine whose `count` members have read their prompts and do not end."""
     engine = Engine(model, load_tokenizer("world"))
     for i in range(count):
-        engine.add([100 + i, 7, 8], Sampling(max_tokens=steps + 3, logit_bias={0: -100}))
+        engine.add([100 + i, 7, 8], Sampling(temperature=0, max_tokens=steps + 3, logit_bias={0: -100}))
     engine.step()
     return engine.step
 
