@@ -32,8 +32,8 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 def bench_generate(thread_count: int) -> Table:
     """Tokens per second on a CPU, on an RWKV-7 of random weights with the World vocabulary, each dtype in a process of
-    its own, in which all ways take turns: the likeliest token of each of their texts at a time, or a prompt. The package
-    has no batches, so that a batch is compared with one of our own.
+    its own, in which all ways take turns: the likeliest token of each text at a time, or a prompt. The package has no
+    batches, so that a batch is compared with one of our own.
 
     Returns:
         A table with a row for each dtype and way: name; tokens_per_s, by the median of `ROUNDS` or, of prompts,
