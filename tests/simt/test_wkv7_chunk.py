@@ -113,6 +113,7 @@ def test_rounds_where_the_model_rounds():
     WKV7.assert_close(mine, rounded, 5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [[0], [15], [16], [17], [31, 32, 33], [63, 64], [69], list(range(70))])
 def test_documents_begin_anywhere(where):
     """No document begins in the second row of the batch: the flags of the first must not reach it."""

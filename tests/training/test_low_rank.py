@@ -35,6 +35,7 @@ def run_config(base: Path, data: Path, out: Path, method: str, **changes):
     return replace(small_config(base, data, out), **settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_training_and_resuming_and_merging(any_base, data, tmp_path, method, monkeypatch):
     config = run_config(any_base, data, tmp_path / "run", method, val_split=0.2)

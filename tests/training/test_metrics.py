@@ -91,6 +91,7 @@ def test_damaged_samples_are_one_message_at_a_resume(make_config):
         quiet_train(replace(config, max_steps=2, resume="auto"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.csv", "tensorboard/", "samples.jsonl"])
 def test_a_full_disk_ends_the_run_with_the_files_name(make_config, monkeypatch, full_disk, name):
     """From step 2 on; the checkpoint of step 1 stays, and the run goes on from it."""

@@ -31,6 +31,7 @@ def quantised_config(base: Path, data: Path, out: Path, method: str = "miss", **
     return replace(small_config(base, data, out), schedule="constant", **settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINED)
 def test_methods_train_resume_and_merge(any_base, data, tmp_path, method):
     straight = quantised_config(any_base, data, tmp_path / "straight", method)
