@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_miss.benchmarks.common import Table, peak_bytes, threads
+from rwkv_miss.benchmarks.common import Table, apart, peak_bytes, ratios, threads
 from rwkv_miss.ops.log_probs import target_log_probs
 
 TOKENS, N_EMBD, VOCAB_SIZE = 4096, 768, 65536
@@ -37,8 +36,7 @@ def bench_head(thread_count: int) -> Table:
             with threads(thread_count):
                 row = _times(name, trained, *sizes)
             for way, column in {"plain": "plain_mb", "ours": "mb"}.items():
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    row[column] = pool.apply(_peak, (way, name, trained, *sizes)) / 1e6
+                row[column] = apart(_peak, way, name, trained, *sizes) / 1e6
             rows.append(row | {"memory_ratio": row["mb"] / row["plain_mb"]})
     return Table(f"Head and loss, {TOKENS} tokens, {N_EMBD} wide, vocabulary {VOCAB_SIZE}, {ROUNDS} rounds", rows)
 
@@ -78,11 +76,10 @@ def _times(name: str, trained: bool, tokens: int, vocab_size: int) -> dict[str, 
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[way].append(time.perf_counter() - start)
-    ratios = sorted(ours / plain for ours, plain in zip(times["ours"], times["plain"], strict=True))
     return {
         "name": f"{name}, head {'trained' if trained else 'frozen'}",
         "plain_ms": statistics.median(times["plain"]) * 1e3,
-        **{"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]},
+        **ratios("ratio", times["ours"], times["plain"]),
     }
 
 

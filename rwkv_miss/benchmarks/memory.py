@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from typing import Any
 
 import torch
 
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.benchmarks.common import Table, peak_bytes
+from rwkv_miss.benchmarks.common import Table, apart, peak_bytes
 from rwkv_miss.config import AdapterConfig, ModelConfig
 from rwkv_miss.model.init import init_weights
 from rwkv_miss.model.log_probs import batch_log_probs
@@ -38,9 +37,8 @@ def bench_memory(thread_count: int) -> Table:
         for checkpointing in (False, True):
             row: dict[str, Any] = {"name": name, "gradient_checkpointing": "yes" if checkpointing else "no"}
             for length in LENGTHS:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    cell = (thread_count, checkpointing, length, chunk_len, bptt_chunks)
-                    row[f"T {length}"] = pool.apply(step_bytes, cell) / 1e6
+                cell = (thread_count, checkpointing, length, chunk_len, bptt_chunks)
+                row[f"T {length}"] = apart(step_bytes, *cell) / 1e6
             rows.append(row)
     kind = "allocated on the GPU" if torch.cuda.is_available() else "resident"
     return Table(f"A training step on one row of T tokens: MB {kind} at its peak, above what was before", rows)

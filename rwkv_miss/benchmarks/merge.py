@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import multiprocessing
 import shutil
 import tempfile
 import time
@@ -14,7 +13,7 @@ import torch
 
 from rwkv_miss.adapters.files import save_adapter
 from rwkv_miss.adapters.inject import inject, trained_parameters
-from rwkv_miss.benchmarks.common import Table, resident, threads, write_random_base
+from rwkv_miss.benchmarks.common import Table, apart, resident, threads, write_random_base
 from rwkv_miss.config import AdapterConfig
 from rwkv_miss.files import flush
 from rwkv_miss.merging.merge import merge
@@ -43,8 +42,7 @@ def bench_merge(thread_count: int) -> Table:
             merges, copies, rise = [], [], 0
             for _ in range(ROUNDS):
                 copies.append(_copy(base, Path(folder) / "copy.pth"))
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    seconds, rise = pool.apply(_merge, (base, Path(folder) / "adapter", thread_count))
+                seconds, rise = apart(_merge, base, Path(folder) / "adapter", thread_count)
                 merges.append(seconds)
             row: dict[str, Any] = {"name": f"RWKV-7 {name}", "gb": base.stat().st_size / 1e9, "merge_s": min(merges)}
             row |= {"copy_s": min(copies), "ratio": min(merges) / min(copies), "merge_mb": rise / 1e6}

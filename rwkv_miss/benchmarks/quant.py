@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_miss.adapters.inject import inject
-from rwkv_miss.benchmarks.common import Table, resident, threads, write_random_base
+from rwkv_miss.benchmarks.common import Table, apart, resident, threads, write_random_base
 from rwkv_miss.config import QUANTS, AdapterConfig
 from rwkv_miss.model.load import load_model
 from rwkv_miss.model.quantised import unusable
@@ -36,8 +35,7 @@ def bench_quant(thread_count: int) -> Table:
             base = Path(folder) / "base.pth"
             write_random_base(base, n_layer, n_embd)
             for quant in QUANTS:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    found = pool.apply(_measure, (base, quant, thread_count))
+                found = apart(_measure, base, quant, thread_count)
                 rows.append({"name": f"RWKV-7 {name}", "quant": quant, **found})
     return Table(f"The memory of a base, {thread_count} thread(s)", rows)
 
