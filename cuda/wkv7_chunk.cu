@@ -5,14 +5,15 @@
 // before it is a multiple of CHUNK, and at T. So nothing of one document is ever multiplied with anything of another,
 // not even by zero. The rows of a piece are its steps; rows that it has too few are zeros and change nothing.
 //
-// Options: -DHEAD_SIZE=64 sets the head size N (32 or 64). Launch: grid (B * H, 1), block 2 N threads, dynamic
+// Options: -DHEAD_SIZE=64 sets the head size N (32 or 64). Launch: grid (B * H, P), block 2 N threads, dynamic
 // shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the
-// state, and 16 keys where it works on inputs and their gradients.
+// state, and 16 keys where it works on inputs and their gradients. The P blocks of a head share out its documents
+// (Range): any P from 1 on gives the same results to the bit.
 //
 // Inputs, seq_start and outputs are those of wkv7.cu. The forward saves the state before every SAVE_EVERY steps (a
 // segment), (B, H, ceil(T / SAVE_EVERY), N_value, N_key) bf16 with keys in the order of products (four_keys), or
 // nothing if saved_states is null. From it the backward computes the states before the segment's other chunks again,
-// into `scratch`, (B, H, REPLAYED, N_value, N_key) bf16.
+// into `scratch`, (B, H, P, REPLAYED, N_value, N_key) bf16.
 #include "mma.cuh"
 
 constexpr int N = HEAD_SIZE;
@@ -55,8 +56,10 @@ struct Head {
           steps(steps) {}
     __device__ long long row(long long t) const { return first + t * stride; }
     __device__ long long segments() const { return (steps + SAVE_EVERY - 1) / SAVE_EVERY; }
-    // The number of steps in the chunk that begins at t0.
-    __device__ int rows(long long t0) const { return static_cast<int>(steps - t0 < CHUNK ? steps - t0 : CHUNK); }
+    // The number of steps in the chunk that begins at t0, of those before `end`.
+    static __device__ int rows(long long t0, long long end) {
+        return static_cast<int>(end - t0 < CHUNK ? end - t0 : CHUNK);
+    }
 };
 
 // Which steps of a segment begin a document: lane i has the flags of steps i and i + 32. They are read long before the
@@ -73,6 +76,37 @@ struct Starts {
     __device__ unsigned long long mask() const {
         const unsigned long long upper = __ballot_sync(0xffffffffu, high);
         return upper << 32 | __ballot_sync(0xffffffffu, low);
+    }
+};
+
+// The block's share of the head's steps. The forward works on the documents that begin in it, and on to the first begin
+// behind it. The backward, which comes from the other side, starts before the last document that begins in it or right
+// behind it, and goes on to the last begin that is not after `begin`. So each step is one block's work, a block finds
+// its steps in its own share of seq_start, and if nothing begins there, it has no work. Only the forward's first block
+// always begins, at step 0, and only the backward's last block, at T.
+struct Range {
+    long long begin, end;
+    __device__ explicit Range(const Head& head)
+        : begin(head.steps * blockIdx.y / gridDim.y), end(head.steps * (blockIdx.y + 1) / gridDim.y) {}
+    // The first step at which the forward's block begins, or -1.
+    __device__ long long first(const unsigned char* seq_start, const Head& head) const {
+        if (blockIdx.y == 0) return 0;
+        for (long long t = begin; t < end; t += 64)
+            if (const unsigned long long mask = Starts(seq_start, head, t).mask()) {
+                const long long found = t + __ffsll(mask) - 1;
+                return found < end ? found : -1;
+            }
+        return -1;
+    }
+    // The step before which the backward's block begins, or -1.
+    __device__ long long last(const unsigned char* seq_start, const Head& head) const {
+        if (blockIdx.y == gridDim.y - 1) return head.steps;
+        for (long long t = end; t > begin; t -= 64)
+            if (const unsigned long long mask = Starts(seq_start, head, t - 63).mask()) {
+                const long long found = t - __clzll(mask);
+                return found > begin ? found : -1;
+            }
+        return -1;
     }
 };
 
@@ -469,12 +503,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
                        const float* __restrict__ state_in, const unsigned char* __restrict__ seq_start,
                        io* __restrict__ y, float* __restrict__ state_out, io* __restrict__ saved_states,
                        long long steps, long long heads) {
-    if (blockDim.x != THREADS || gridDim.y != 1) __trap();
+    if (blockDim.x != THREADS) __trap();
     DYNAMIC(bf16, stages, 0, 2 * 6 * INPUT / 2);
     DYNAMIC(bf16, b_rest, 2 * 6 * INPUT, INPUT / 2);
     PAIRS((2 * 6 + 1) * INPUT)
     const Lane at;
     const Head head(steps, heads);
+    const Range range(head);
+    const long long first = range.first(seq_start, head);
+    if (first < 0) return;
     State s;
     load_state(s, state_in + head.index * N * N, at);
 
@@ -482,17 +519,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         const io* const inputs[] = {r, z, k, a, b, v};
         copy_rows(stages + stage * (6 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
-    Piece next = {0, Starts(seq_start, head, 0).mask(), 0, 0};
-    next.find_end(head.rows(0));
-    Starts starts(seq_start, head, SAVE_EVERY);  // of the segment after next's
-    if (steps > 0) read(next, 0);
-    for (int stage = 0; next.t0 < steps; stage ^= 1) {
+    const long long segment = first / SAVE_EVERY * SAVE_EVERY;
+    Piece next = {first / CHUNK * CHUNK, Starts(seq_start, head, segment).mask(), static_cast<int>(first % CHUNK), 0};
+    next.find_end(head.rows(next.t0, steps));
+    Starts starts(seq_start, head, segment + SAVE_EVERY);  // of the segment after next's
+    const auto is_mine = [&]() {
+        return next.t0 < steps && !(next.begins() && next.first() >= range.end);
+    };
+    bool more = is_mine();
+    if (more) read(next, 0);
+    for (int stage = 0; more; stage ^= 1) {
         const Piece piece = next;
         const Shared<bf16> rs = stages + stage * (6 * INPUT / 2), zs = rs + INPUT / 2, ks = zs + INPUT / 2,
                            as = ks + INPUT / 2, bs = as + INPUT / 2, vs = bs + INPUT / 2;
         wait_for_copies();
         __syncthreads();
-        if (piece.to < head.rows(piece.t0)) {
+        if (piece.to < head.rows(piece.t0, steps)) {
             next.from = piece.to;
         } else {
             next.t0 += CHUNK;
@@ -502,8 +544,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
                 starts = Starts(seq_start, head, next.t0 + SAVE_EVERY);
             }
         }
-        next.find_end(head.rows(next.t0));
-        if (next.t0 < steps) read(next, stage ^ 1);
+        next.find_end(head.rows(next.t0, steps));
+        more = is_mine();
+        if (more) read(next, stage ^ 1);
         if (piece.from == 0 && piece.in_segment() == 0 && saved_states)
             store_rounded<N>(s, saved_states + (head.index * head.segments() + piece.t0 / SAVE_EVERY) * N * N, at);
         if (piece.begins()) clear(s);
@@ -538,7 +581,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
         add_outer(s, in_u, bs);
         decay(s, ends, at);
     }
-    store_state(s, state_out + head.index * N * N, at);
+    if (next.t0 >= steps) store_state(s, state_out + head.index * N * N, at);
 }
 
 // grad_state is the gradient of the last state, or null for zeros.
@@ -550,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                         io* __restrict__ dr, io* __restrict__ dz, io* __restrict__ dk, io* __restrict__ dv,
                         io* __restrict__ da, io* __restrict__ db, float* __restrict__ dstate, long long steps,
                         long long heads) {
-    if (blockDim.x != THREADS || gridDim.y != 1) __trap();
+    if (blockDim.x != THREADS) __trap();
     DYNAMIC(bf16, stages, 0, 2 * 7 * INPUT / 2);
     DYNAMIC(bf16, s0, 2 * 7 * INPUT, STATE / 2);                       // the state before the piece
     DYNAMIC(bf16, gs, 2 * 7 * INPUT + STATE, STATE / 2);               // the gradient of the state after it, decayed
@@ -561,19 +604,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
     PAIRS(2 * 7 * INPUT + 2 * STATE + 4 * INPUT)
     const Lane at;
     const Head head(steps, heads);
+    const Range range(head);
+    const long long end = range.last(seq_start, head);
+    if (end < 0) return;
     State grad;
     clear(grad);
-    if (grad_state) load_state(grad, grad_state + head.index * N * N, at);
+    if (grad_state && end == steps) load_state(grad, grad_state + head.index * N * N, at);
 
     const auto read = [&](const Piece& piece, int stage) {
         const io* const inputs[] = {r, z, k, a, b, v, dy};
         copy_rows(stages + stage * (7 * INPUT / 2), inputs, head.row(piece.first()), head.stride, piece.rows());
     };
+    io* const replayed = scratch + (head.index * gridDim.y + blockIdx.y) * REPLAYED * N * N;
     // Copies the state before a piece; zeros where a document begins.
     const auto read_state = [&](const Piece& piece) {
         const int chunk = piece.in_segment() / CHUNK;
         const io* from = chunk == 0 ? saved_states + (head.index * head.segments() + piece.t0 / SAVE_EVERY) * N * N
-                                    : scratch + (head.index * REPLAYED + chunk - 1) * N * N;
+                                    : replayed + (chunk - 1) * N * N;
         const bool zeros = piece.begins();
 #pragma unroll
         for (int n = 0; n < N * N / 8 / THREADS; n++) {
@@ -582,25 +629,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         }
     };
     const auto last_chunk = [&](long long segment) {  // where the last chunk of the segment that begins there begins
-        return (steps - segment < SAVE_EVERY ? steps - 1 : segment + SAVE_EVERY - 1) / CHUNK * CHUNK;
+        return (end - segment < SAVE_EVERY ? end - 1 : segment + SAVE_EVERY - 1) / CHUNK * CHUNK;
     };
     // A segment's pieces are worked on forwards, if it has several chunks, for the states before all chunks but its
     // first, and then backwards.
-    long long segment = (head.segments() - 1) * SAVE_EVERY;
-    Piece next = {segment, steps > 0 ? Starts(seq_start, head, segment).mask() : 0, 0, 0};
+    long long segment = (end - 1) / SAVE_EVERY * SAVE_EVERY;
+    Piece next = {segment, Starts(seq_start, head, segment).mask(), 0, 0};
     bool forwards;  // whether next is to be worked on forwards
     Starts starts(seq_start, head, segment - SAVE_EVERY);  // of the segment before next's
     const auto enter = [&]() {  // next becomes the first piece of its segment
         forwards = last_chunk(segment) > segment;
-        next.from = 0, next.to = head.rows(segment);
+        next.from = 0, next.to = head.rows(segment, end);
         if (forwards)
             next.find_end(CHUNK);
         else
             next.find_begin();
     };
-    if (steps > 0) enter(), read(next, 0), read_state(next);
+    bool more = steps > 0;
+    if (more) enter(), read(next, 0), read_state(next);
     int stage = 0;
-    while (next.t0 >= 0 && steps > 0) {
+    while (more) {
         if (forwards) {
             State s;
             clear(s);
@@ -617,9 +665,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                     next.from = 0;
                     forwards = next.t0 < last_chunk(segment);
                 }
-                next.find_end(head.rows(next.t0));
+                next.find_end(head.rows(next.t0, end));
                 if (!forwards) {
-                    next.to = head.rows(next.t0);
+                    next.to = head.rows(next.t0, end);
                     next.find_begin();
                 }
                 read(next, stage ^ 1);
@@ -651,7 +699,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 add_outer(s, in_u, bs);
                 decay(s, ends, at);
                 if (piece.to == CHUNK)
-                    store_rounded<N>(s, scratch + (head.index * REPLAYED + piece.in_segment() / CHUNK) * N * N, at);
+                    store_rounded<N>(s, replayed + piece.in_segment() / CHUNK * N * N, at);
             }
             // The state before the last chunk is still here.
             if (next.begins())
@@ -666,7 +714,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                            as = ks + INPUT / 2, bs = as + INPUT / 2, vs = bs + INPUT / 2, dys = vs + INPUT / 2;
         wait_for_copies();
         __syncthreads();
-        if (piece.from > 0) {
+        if (piece.first() <= (piece.begins() ? range.begin : 0)) {
+            more = false;
+        } else if (piece.from > 0) {
             next.to = piece.from;
             next.find_begin();
         } else if (piece.t0 > segment) {
@@ -678,9 +728,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             next.t0 = segment;
             next.starts = starts.mask();
             starts = Starts(seq_start, head, segment - SAVE_EVERY);
-            if (segment >= 0) enter();
+            enter();
         }
-        if (next.t0 >= 0) read(next, stage ^ 1);
+        if (more) read(next, stage ^ 1);
         stage ^= 1;
         Decays d;
         prepare<true>(rs, zs, ks, as, bs, k_rest, b_rest, ends, rows, at, d);
@@ -767,7 +817,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
         sum_to_all<4>(ended, 0xffffffffu);
         __syncthreads();
 
-        if (next.t0 >= 0) read_state(next);
+        if (more) read_state(next);
         Block in_b = {}, in_k = {};  // what goes through the matrices
         {
             unsigned key[4], x[4];
@@ -848,5 +898,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
             write_four(db + out, dbs);
         }
     }
-    store_state(grad, dstate + head.index * N * N, at);
+    if (next.first() == 0) store_state(grad, dstate + head.index * N * N, at);
 }

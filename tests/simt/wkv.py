@@ -96,14 +96,15 @@ def run_chunk(
     weights: list[Tensor | None],
     seed: int,
     allocate: Allocate = guarded,
+    n_blocks: int = 1,
 ) -> list[Tensor]:
-    """`run_kernels` for the two kernels of cuda/wkv7_chunk.cu."""
+    """`run_kernels` for the two kernels of cuda/wkv7_chunk.cu, with so many blocks for each head."""
     batch, n_steps, n_head, n = inputs[0].shape
     named = _arguments(WKV7, inputs, state, seq_start, weights, allocate)
     named["saved_states"] = guarded((batch, n_head, -(-n_steps // CHUNK_SAVE_EVERY), n, n), BF16)
-    named["scratch"] = guarded((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n), BF16)
+    named["scratch"] = guarded((batch, n_head, n_blocks, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n), BF16)
     for i, (kernel, parameters) in enumerate(PROGRAMS["wkv7_chunk"].kernels.items()):
-        launch(library, kernel, (batch * n_head, 1), 2 * n, [named[x] for x in parameters.split()], seed + i)
+        launch(library, kernel, (batch * n_head, n_blocks), 2 * n, [named[x] for x in parameters.split()], seed + i)
     return [named[x].clone() for x in ("y", "state_out", *(f"d{x}" for x in "rzkvab"), "dstate")]
 
 
