@@ -104,6 +104,19 @@ def load(image: bytes, shared: Mapping[str, int], index: int) -> dict[str, objec
         return functions
 
 
+def room(function: object, index: int, block: int, shared: int) -> int:
+    """How many blocks of a kernel the device of that index runs at once. The other arguments are those of `launch`.
+
+    Raises:
+        DriverError: the driver cannot say.
+    """
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    (n_multiprocessors,) = _call("cuDeviceGetAttribute", attribute, _device(index))
+    with _current(index):
+        (n_blocks,) = _call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, block, shared)
+    return n_multiprocessors * n_blocks
+
+
 def launch(
     function: object,
     device: torch.device,

@@ -76,6 +76,14 @@ def functions_or_reason(program: Program, variant: Hashable, index: int) -> tupl
         return None, str(error)
 
 
+@cache
+def room(program: Program, variant: Hashable, name: str, index: int, block: int) -> int:
+    """How many blocks of a kernel the device of that index runs at once. The other arguments are those of `launch`."""
+    functions, reason = functions_or_reason(program, variant, index)
+    assert functions is not None, reason
+    return driver.room(functions[name], index, block, program.shared_bytes(variant)[name])
+
+
 def launch(
     program: Program,
     variant: Hashable,

@@ -19,6 +19,10 @@ SAVE_EVERY = 16
 # The same for SAVE_EVERY of cuda/wkv7_chunk.cu.
 CHUNK_SAVE_EVERY = 64
 
+# The fewest steps of a block's share of a head: beside them, what a block does once is little (its first reads, and the
+# states that it computes again at its two ends).
+_SHARE = 256
+
 
 def scalar_unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str | None:
     """Why the scalar kernels of "wkv6" or "wkv7" cannot take tensors of that device, dtype and head size here, or None
@@ -73,6 +77,18 @@ def launch_shape(batch: int, n_head: int, n: int) -> tuple[tuple[int, int], int]
     return (batch * n_head, n // kept), 2 * kept
 
 
+def _chunk_shape(part: str, v: Tensor, seq_start: Tensor | None) -> tuple[tuple[int, int], int]:
+    """The grid and the threads in a block of a kernel of cuda/wkv7_chunk.cu: where documents begin within rows, a head
+    has as many blocks as the device runs at once. Where they begin is on the device, and is not waited for."""
+    batch, n_steps, n_head, n = v.shape
+    heads, threads, blocks = batch * n_head, 2 * n, 1
+    if seq_start is not None:
+        index = driver.location(v.device)[0]
+        room = kernel.room(PROGRAMS["wkv7_chunk"], (v.dtype, n), f"wkv7_chunk_{part}", index, threads)
+        blocks = max(1, min(room // heads, n_steps // _SHARE))
+    return (heads, blocks), threads
+
+
 def _forward(
     op: WkvOp,
     inputs: Sequence[Tensor],
@@ -113,8 +129,8 @@ def _backward(
     named |= {f"d{x.removeprefix('saved_')}": y.new_empty(y.shape) for x, y in zip(op.saved, saved[1:], strict=True)}
     named |= dict(zip([*(f"d{letter}" for letter in op.inputs), "dstate"], grads, strict=True))
     if op is WKV7_CHUNK:
-        batch, _, n_head, n = v.shape
-        named["scratch"] = v.new_empty((batch, n_head, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, n, n))
+        grid, _ = _chunk_shape("backward", v, seq_start)
+        named["scratch"] = v.new_empty((*grid, CHUNK_SAVE_EVERY // SAVE_EVERY - 1, v.shape[3], v.shape[3]))
     _launch(op, ("backward",) if op is WKV7_CHUNK else ("backward_values", "backward_keys"), named)
 
 
@@ -134,9 +150,10 @@ def _launch(op: WkvOp, parts: tuple[str, ...], tensors: dict[str, Tensor | None]
     v = tensors["v"]
     assert v is not None
     batch, n_steps, n_head, n = v.shape
-    grid, block = ((batch * n_head, 1), 2 * n) if op is WKV7_CHUNK else launch_shape(batch, n_head, n)
     arguments = {**tensors, "steps": n_steps, "heads": n_head}
     for part in parts:
+        chunked = op is WKV7_CHUNK
+        grid, block = _chunk_shape(part, v, tensors["seq_start"]) if chunked else launch_shape(batch, n_head, n)
         kernel.launch(PROGRAMS[op.name], (v.dtype, n), f"{op.name}_{part}", v.device, grid, block, arguments)
 
 

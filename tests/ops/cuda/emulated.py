@@ -42,7 +42,7 @@ def _wkv_elements(inputs: str, save_every: int = SAVE_EVERY) -> Elements:
         states = dict.fromkeys(("state_in", "state_out", "grad_state", "dstate"), batch * heads * n * n)
         counts |= states | {"seq_start": batch * steps}
         counts |= {"saved_states": batch * heads * -(-steps // save_every) * n * n}
-        counts |= {"scratch": batch * heads * (save_every // SAVE_EVERY - 1) * n * n}
+        counts |= {"scratch": grid[0] * grid[1] * (save_every // SAVE_EVERY - 1) * n * n}
         if "u" in inputs:  # of WKV-6, where it is a parameter of the model
             counts |= {"u": heads * n, "du": batch * heads * n}
         return counts

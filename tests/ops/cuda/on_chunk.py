@@ -87,6 +87,19 @@ def test_a_whole_model_is_as_near_to_float64_as_bfloat16_is(session, chunk_len):
     assert (mine - exact).norm() < 1.5 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize(
+    ("n_head", "n_steps", "starts", "blocks"),
+    [(2, 1100, True, 3), (1, 600, True, 2), (4, 600, True, 1), (1, 511, True, 1), (1, 600, False, 1)],
+)
+def test_as_many_blocks_share_a_head_as_the_device_has_room_for(session, n_head, n_steps, starts, blocks, poisoned):
+    """The stub's device runs 6 blocks at once. A share has 256 steps at least."""
+    inputs, state = WKV7.make_inputs(n_steps, 32, BF16, batch=1, n_head=n_head)
+    start = odd_starts(n_steps, 1)
+    start[:, ::90] = True
+    assert_close_to_the_reference(inputs, state, start if starts else None)
+    assert [x.grid[1] for x in session.launches] == [blocks, blocks]
+
+
 def test_inference_saves_nothing(session):
     inputs, state, _ = case()
     with torch.no_grad():
@@ -155,7 +168,7 @@ def test_compiles_as_one_graph():
     [
         (swapped_arguments, "y: error"),
         (swapped_sizes, "out of bounds"),
-        (wrong_grid, "__trap"),
+        (wrong_grid, "out of bounds"),
         (wrong_block, "__trap"),
     ],
 )

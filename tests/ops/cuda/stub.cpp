@@ -34,6 +34,8 @@ struct Function {
 
 static Context contexts[DEVICES] = {{0}, {1}};
 static int capabilities[DEVICES][2] = {{9, 0}, {7, 5}};
+static int multiprocessors[DEVICES] = {3, 3};
+constexpr int BLOCKS = 2;         // of any kernel that a multiprocessor runs at once
 static int version = 13000;       // of CUDA: 13.0
 static void* captured = nullptr;  // the stream that is recorded into a graph
 static std::string calls;         // the names of the functions that were called, one a line
@@ -75,8 +77,9 @@ int cuDeviceGet(int* device, int index) {
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     CALLED;
-    if (attribute != 75 && attribute != 76) return INVALID_VALUE;  // compute capability, major and minor
-    *value = capabilities[device][attribute - 75];
+    if (attribute != 16 && attribute != 75 && attribute != 76) return INVALID_VALUE;
+    // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, and the compute capability, major and minor.
+    *value = attribute == 16 ? multiprocessors[device] : capabilities[device][attribute - 75];
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(Context** context, int device) {
@@ -125,6 +128,12 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
     function->shared = value;
     return SUCCESS;
 }
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* function, int block, size_t shared) {
+    CALLED;
+    if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
+    *blocks = block > 0 && shared <= function->shared ? BLOCKS : 0;
+    return SUCCESS;
+}
 int cuLaunchKernel(Function* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters, void** extra) {
     CALLED;
@@ -149,6 +158,7 @@ int cuGetProcAddress_v2(const char* name, void** function, int, unsigned long lo
         ENTRY(cuCtxPopCurrent),  ENTRY(cuModuleLoadData),         ENTRY(cuModuleGetFunction),
         ENTRY(cuLaunchKernel),   ENTRY(cuStreamIsCapturing),      ENTRY(cuGetProcAddress_v2),
         ENTRY(cuFuncSetAttribute),
+        ENTRY(cuOccupancyMaxActiveBlocksPerMultiprocessor),
     };
     *function = nullptr;
     for (const auto& entry : TABLE)
