@@ -91,22 +91,24 @@ struct Range {
     // The first step at which the forward's block begins, or -1.
     __device__ long long first(const unsigned char* seq_start, const Head& head) const {
         if (blockIdx.y == 0) return 0;
-        for (long long t = begin; t < end; t += 64)
+        long long t = begin;
+        for (; t < end; t += 64)
             if (const unsigned long long mask = Starts(seq_start, head, t).mask()) {
-                const long long found = t + __ffsll(mask) - 1;
-                return found < end ? found : -1;
+                t += __ffsll(mask) - 1;
+                break;
             }
-        return -1;
+        return t < end ? t : -1;
     }
     // The step before which the backward's block begins, or -1.
     __device__ long long last(const unsigned char* seq_start, const Head& head) const {
         if (blockIdx.y == gridDim.y - 1) return head.steps;
-        for (long long t = end; t > begin; t -= 64)
+        long long t = end;
+        for (; t > begin; t -= 64)
             if (const unsigned long long mask = Starts(seq_start, head, t - 63).mask()) {
-                const long long found = t - __clzll(mask);
-                return found > begin ? found : -1;
+                t -= __clzll(mask);
+                break;
             }
-        return -1;
+        return t > begin ? t : -1;
     }
 };
 

@@ -54,6 +54,14 @@ KERNEL within_warp(float* out, long long synchronise, long long distance) {
     if (synchronise) __syncwarp(warp_lanes());
     write_out(out, get(tile + (threadIdx.x ^ distance)));
 }
+// Blocks write what the block before has written, or read it if `reads`.
+KERNEL between_blocks(float* x, long long reads) {
+    float one[1] = {};
+    if (reads && blockIdx.x > 0)
+        load(x + threadIdx.x, one);
+    else
+        store(x + threadIdx.x, one);
+}
 // Two warps read an element, then one of the readers writes it.
 KERNEL read_by_two_warps(float* out) {
     SHARED(float, tile, 128);

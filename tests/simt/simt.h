@@ -1,12 +1,13 @@
 // Runs CUDA kernels on the CPU: g++ -include simt.h -x c++ kernel.cu. Blocks run one after the other. The threads of a
 // block are fibers, of which one runs at a time, in a random order that a seed picks; __syncthreads, __syncwarp and
 // shuffles switch between them. A fault ends the launch and is reported. Faults are: a barrier that not all threads
-// reach, a shuffle that not all lanes of a warp reach, a race on shared memory, a read of shared memory that was never
+// reach, a shuffle that not all lanes of a warp reach, a race on memory, a read of shared memory that was never
 // written, an access out of bounds or not aligned, a copy begun by `copy` that is read or overwritten before the thread
 // that began it has waited for it.
 //
-// A race is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
-// and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them.
+// A race on shared memory is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
+// and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them. A
+// race on global memory is an access of what another block has written: blocks have no order.
 //
 // Kernels declare shared arrays with SHARED, take pointers into them as Shared<T>, and access both these and global
 // memory with READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses, which harness.py replaces by
@@ -26,6 +27,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -68,6 +70,7 @@ static unsigned barriers;   // the number of __syncthreads passed, over all bloc
 static std::mt19937_64 order;
 static char report[4096];
 static std::vector<std::pair<uintptr_t, uintptr_t>> global;  // the memory that the kernel may touch: [begin, end)
+static std::unordered_map<uintptr_t, unsigned> written_by;   // the block that wrote each two bytes of it
 static uint64_t arguments[MAX_ARGUMENTS];
 static void* kernel;
 
@@ -225,12 +228,19 @@ V& access(Shared<T> p, bool write) {
     return *reinterpret_cast<V*>(&p.array->data[p.at]);
 }
 template <class V, class T>
-V& access(T* p, bool) {
+V& access(T* p, bool write) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
     bool inside = false;
     for (const auto& range : global) inside |= range.first <= begin && begin + sizeof(V) <= range.second;
     if (!inside) fail("out of bounds: %zu bytes of global memory at %p", sizeof(V), (const void*)p);
     if (begin % alignof(V)) fail("not aligned: %zu bytes of global memory at %p", sizeof(V), (const void*)p);
+    const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    for (uintptr_t at = begin / 2; at <= (begin + sizeof(V) - 1) / 2; at++) {
+        const auto found = written_by.find(at);
+        if (found != written_by.end() && found->second != block)
+            fail("race: global memory at %p, which another block has written", (const void*)p);
+        if (write) written_by[at] = block;
+    }
     return *reinterpret_cast<V*>(const_cast<std::remove_const_t<T>*>(p));
 }
 
@@ -491,6 +501,7 @@ extern "C" const char* simt_launch(void* kernel, const unsigned* grid, const uns
     simt::slots.resize((simt::count + simt::WARP - 1) / simt::WARP * 2 * simt::WARP);
     memcpy(simt::arguments, arguments, n_arguments * sizeof(uint64_t));
     simt::global.clear();
+    simt::written_by.clear();
     for (int i = 0; i < n_ranges; i++) simt::global.emplace_back(ranges[2 * i], ranges[2 * i] + ranges[2 * i + 1]);
     simt::order.seed(seed);
     simt::dynamic_bytes = 0;

@@ -76,6 +76,14 @@ def test_syncwarp_orders_a_warp_and_no_more(library):
                 launch(library, "within_warp", (1, 1), 64, [out, synchronise, distance], seed)
 
 
+@pytest.mark.parametrize("reads", [0, 1])
+def test_what_a_block_writes_no_other_touches(library, reads):
+    x = guarded((32,), torch.float32)
+    launch(library, "between_blocks", (1, 1), 32, [x, reads], 0)
+    with pytest.raises(SimtError, match="race: global memory"):
+        launch(library, "between_blocks", (2, 1), 32, [x, reads], 0)
+
+
 @pytest.mark.parametrize("down", [0, 1])
 def test_shuffles(library, down):
     out = guarded((64,), torch.float32)

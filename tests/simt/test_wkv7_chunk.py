@@ -141,12 +141,41 @@ def test_nothing_crosses_a_border(begin, end):
         changed = [others(x, value) for x in inputs]
         last = weights[1] if end == 70 else torch.full_like(weights[1], value)
         first = torch.full_like(state, value)
-        found = run_chunk(kernels(), changed, first, start, [others(weights[0], value), last], 1)
+        found = run_chunk(kernels(), changed, first, start, [others(weights[0], value), last], 1, n_blocks=3)
         for i, (x, y) in enumerate(zip(plain, found, strict=True)):
             if x.dim() == 4 and x.shape[1] == 70:
                 assert torch.equal(x[:, begin:end], y[:, begin:end]), WKV7.results[i]
         assert end != 70 or torch.equal(plain[1], found[1])
         assert not found[-1].any() or begin == 0  # the first state is seen by nobody
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        [0, 5, 6, 33, 34, 70, 100, 101, 102],
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ([], [2], [66], [67], [68], [134], [16, 32, 64, 128], [33, 67, 101], list(range(60, 75)))
+        ),
+    ],
+)
+def test_blocks_that_share_a_head_change_no_bit(where):
+    """Two blocks' shares of 135 steps meet at 67, those of four also at 33 and 101."""
+    inputs, state, weights = make_case(135, batch=1, n_head=1)
+    start = torch.zeros(1, 135, dtype=torch.bool)
+    start[0, where] = True
+    one = run_chunk(kernels(), inputs, state, start, weights, 0)
+    for n_blocks in (2, 4, 8):
+        assert all(map(torch.equal, one, run_chunk(kernels(), inputs, state, start, weights, 1, n_blocks=n_blocks)))
+
+
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_more_blocks_than_steps(n_steps):
+    inputs, state, weights = make_case(n_steps)
+    start = odd_starts(n_steps)
+    start[1, 1:2] = True
+    one, many = (run_chunk(kernels(), inputs, state, start, weights, 0, n_blocks=x) for x in (1, 8))
+    assert all(map(torch.equal, one, many))
 
 
 def test_no_gradient_of_the_last_state_is_zeros():
@@ -218,6 +247,17 @@ FAULTS = {
     ),
     "a fragment that is swapped": ("mma(c[1], a, b[2], b[3]);", "mma(c[1], a, b[3], b[2]);", "y: error"),
     "a stage that is overwritten too early": ("read(next, stage ^ 1);", "read(next, stage);", "race|copy|y: error"),
+    "a block that goes on through another's steps": (
+        "next.t0 < steps && !(next.begins() && next.first() >= range.end)",
+        "next.t0 < steps",
+        "race: global memory",
+    ),
+    "one that goes on backwards": ("piece.begins() ? range.begin : 0", "0", "race: global memory"),
+    "states that blocks keep in one place": (
+        "(head.index * gridDim.y + blockIdx.y) * REPLAYED",
+        "head.index * REPLAYED",
+        "race: global memory",
+    ),
 }
 
 
@@ -231,10 +271,12 @@ def test_a_fault_in_the_kernel_is_found(fault, tmp_path):
     for x in ("common.cuh", "mma.cuh", "wkv7_chunk.cu"):
         (tmp_path / x).write_text(sources[x])
     library = build(tmp_path / "wkv7_chunk.cu", tmp_path, *PROGRAM.variants[BF16, 32])
-    inputs, state, weights = make_case(33, 32, 1, 1)
+    inputs, state, weights = make_case(66, 32, 1, 1)
+    start = torch.zeros(1, 66, dtype=torch.bool)
+    start[0, [30, 60]] = True
     with pytest.raises(AssertionError, match=found):  # SimtError is one
-        mine = run_chunk(library, inputs, state, None, weights, 0)
-        WKV7.assert_close(mine, exact(inputs, state, None, weights), TOLERANCE)
+        mine = run_chunk(library, inputs, state, start, weights, 0, n_blocks=2)
+        WKV7.assert_close(mine, exact(inputs, state, start, weights), TOLERANCE)
 
 
 @pytest.mark.slow
@@ -243,7 +285,7 @@ def test_every_line_of_the_kernels_has_run(tmp_path: Path):
     inputs, state, weights = make_case(135, 32, 1, 1)
     start = odd_starts(135, 1)
     start[0, 50] = True  # in the last chunk of a segment
-    run_chunk(library, inputs, state, start, weights, 0)
+    run_chunk(library, inputs, state, start, weights, 0, n_blocks=8)
     ran = coverage.lines_run(library)
     of_kernel = {place: line_ran for place, line_ran in ran.items() if place[0] in ("wkv7_chunk.cu", "mma.cuh")}
     assert len(of_kernel) > 250
