@@ -79,11 +79,11 @@ struct Starts {
     }
 };
 
-// The block's share of the head's steps. The forward works on the documents that begin in it, and on to the first begin
-// behind it. The backward, which comes from the other side, starts before the last document that begins in it or right
-// behind it, and goes on to the last begin that is not after `begin`. So each step is one block's work, a block finds
-// its steps in its own share of seq_start, and if nothing begins there, it has no work. Only the forward's first block
-// always begins, at step 0, and only the backward's last block, at T.
+// The block's share of the head's steps, begin to end - 1. In the forward a block works on the documents that begin in
+// its share, and the first block on what comes before them too: it stops where a document begins behind its share. The
+// backward is the mirror image. A block works back from the last begin b with begin < b <= end, the last block from T,
+// and stops where a document begins at or before `begin`. So each step is one block's work, and a block looks for its
+// own steps only in its share of seq_start. Without a begin there, it has none.
 struct Range {
     long long begin, end;
     __device__ explicit Range(const Head& head)
@@ -525,9 +525,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS)
     Piece next = {first / CHUNK * CHUNK, Starts(seq_start, head, segment).mask(), static_cast<int>(first % CHUNK), 0};
     next.find_end(head.rows(next.t0, steps));
     Starts starts(seq_start, head, segment + SAVE_EVERY);  // of the segment after next's
-    const auto is_mine = [&]() {
-        return next.t0 < steps && !(next.begins() && next.first() >= range.end);
-    };
+    const auto is_mine = [&]() { return next.t0 < steps && !(next.begins() && next.first() >= range.end); };
     bool more = is_mine();
     if (more) read(next, 0);
     for (int stage = 0; more; stage ^= 1) {

@@ -149,20 +149,21 @@ def test_nothing_crosses_a_border(begin, end):
         assert not found[-1].any() or begin == 0  # the first state is seen by nobody
 
 
+OTHER_BORDERS = [[3, 131], [66], [67], [68], [134], [16, 32, 64, 128], [33, 67, 101], list(range(60, 75))]
+
+
 @pytest.mark.parametrize(
-    "where",
+    ("n_steps", "where"),
     [
-        [0, 5, 6, 33, 34, 70, 100, 101, 102],
-        *(
-            pytest.param(x, marks=pytest.mark.slow)
-            for x in ([], [2], [66], [67], [68], [134], [16, 32, 64, 128], [33, 67, 101], list(range(60, 75)))
-        ),
+        (135, [0, 5, 6, 33, 34, 70, 100, 101, 102]),
+        *(pytest.param(135, x, marks=pytest.mark.slow) for x in OTHER_BORDERS),
+        pytest.param(128, [], marks=pytest.mark.slow),
     ],
 )
-def test_blocks_that_share_a_head_change_no_bit(where):
-    """Two blocks' shares of 135 steps meet at 67, those of four also at 33 and 101."""
-    inputs, state, weights = make_case(135, batch=1, n_head=1)
-    start = torch.zeros(1, 135, dtype=torch.bool)
+def test_blocks_that_share_a_head_change_no_bit(n_steps, where):
+    """Two blocks' shares of 135 steps meet at 67, those of four also at 33 and 101. 64 flags are read at once."""
+    inputs, state, weights = make_case(n_steps, batch=1, n_head=1)
+    start = torch.zeros(1, n_steps, dtype=torch.bool)
     start[0, where] = True
     one = run_chunk(kernels(), inputs, state, start, weights, 0)
     for n_blocks in (2, 4, 8):

@@ -77,15 +77,20 @@ def launch_shape(batch: int, n_head: int, n: int) -> tuple[tuple[int, int], int]
     return (batch * n_head, n // kept), 2 * kept
 
 
+def blocks_for_a_head(room: int, heads: int, n_steps: int) -> int:
+    """How many blocks share out the documents of a head in cuda/wkv7_chunk.cu, of `room` that a device runs at once."""
+    return max(1, min(room // heads, n_steps // _SHARE))
+
+
 def _chunk_shape(part: str, v: Tensor, seq_start: Tensor | None) -> tuple[tuple[int, int], int]:
-    """The grid and the threads in a block of a kernel of cuda/wkv7_chunk.cu: where documents begin within rows, a head
-    has as many blocks as the device runs at once. Where they begin is on the device, and is not waited for."""
+    """The grid and the threads in a block of a kernel of cuda/wkv7_chunk.cu. Where documents begin is on the device,
+    and is not waited for: a head has more blocks if they may begin within rows."""
     batch, n_steps, n_head, n = v.shape
     heads, threads, blocks = batch * n_head, 2 * n, 1
     if seq_start is not None:
         index = driver.location(v.device)[0]
         room = kernel.room(PROGRAMS["wkv7_chunk"], (v.dtype, n), f"wkv7_chunk_{part}", index, threads)
-        blocks = max(1, min(room // heads, n_steps // _SHARE))
+        blocks = blocks_for_a_head(room, heads, n_steps)
     return (heads, blocks), threads
 
 
