@@ -5,9 +5,9 @@
 // written, an access out of bounds or not aligned, a copy begun by `copy` that is read or overwritten before the thread
 // that began it has waited for it.
 //
-// A race on shared memory is two accesses of one element by different threads, one of them a write, with no __syncthreads between them
-// and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no memory order for them. A
-// race on global memory is an access of what another block has written: blocks have no order.
+// A race on shared memory is two accesses of one element by different threads, one of them a write, with no
+// __syncthreads between them and, if both are in one warp, no __syncwarp either. Shuffles do not count: CUDA promises no
+// memory order for them. A race on global memory is an access of what another block has written: blocks have no order.
 //
 // Kernels declare shared arrays with SHARED, take pointers into them as Shared<T>, and access both these and global
 // memory with READ_AS and WRITE_AS (cuda/common.cuh). A report ends with return addresses, which harness.py replaces by
