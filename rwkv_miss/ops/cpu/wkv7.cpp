@@ -49,12 +49,6 @@ struct Inputs {
     }
 };
 
-// Asks the memory for a row that is written soon. Rows of a head lie apart, and stores would wait for each.
-template <class T>
-void fetch_to_write(const T* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
-}
-
 // The matrices of up to `steps` steps of a head, with rows padded with zeros to whole vectors. For each step also the
 // product of the piece's decays up to and with its own, the inverse of that, and the derivative of the log of its decay
 // by z.
