@@ -17,7 +17,8 @@ from rwkv_miss.ops import wkv7
 
 ROUNDS = 10
 _SHAPE = B, T, H, N = 1, 512, 12, 64
-# Multiplications with an addition for each step, key and value. Forward: decay, u b^T, v k^T, y, u of the next step.
+# Multiplications with an addition for each step, key and value, where steps are taken one by one. Forward: decay,
+# u b^T, v k^T, y, u of the next step.
 # Backward: the first four again, two sums for the gradients of u and v, three for the state's, four for d, k, a and b.
 _FORWARD, _BACKWARD = 5, 13
 _PEER_MODULE = "rwkvtune/models/rwkv7/operators/wkv_infctx_naive.py"

@@ -206,7 +206,7 @@ def test_gradient_at_only_one_output(wkv, backend, arrives):
         output = wkv.op(*leaves, backend=name)[arrives]
         grads.append(torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True))
     for mine, exact in zip(grads[1], grads[0], strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-4)
+        assert (mine - exact).norm() <= 2e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("n_head", [1, 5])

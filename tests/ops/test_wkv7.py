@@ -39,3 +39,15 @@ def test_strongest_and_weakest_decay(backend, z_shift, poisoned):
     inputs, state = WKV7.make_inputs(100, 32)
     inputs[1] += z_shift
     WKV7.assert_matches_reference(WKV7.with_backend(backend), inputs, state, odd_starts(100))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_one_key_that_is_written_again_and_again(backend, poisoned):
+    """Equal keys, a rate of 1 and next to no decay: what a step writes, the next replaces, so that sums over a piece of
+    steps have terms much larger than themselves."""
+    inputs, state = WKV7.make_inputs(100, 64)
+    _, z, _, _, a, b = inputs
+    z[:] = -8
+    a[:] = a[:, :1, :1]
+    b[:] = -a
+    WKV7.assert_matches_reference(WKV7.with_backend(backend), inputs, state, odd_starts(100))

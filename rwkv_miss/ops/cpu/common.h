@@ -77,6 +77,12 @@ void write_row(const float* from, T* to, int64_t n) {
     for (int64_t i = 0; i < n; i++) from_float(from[i], to[i]);
 }
 
+// Asks the memory for a row that is written soon. Rows of a head lie apart, and stores would wait for each.
+template <class T>
+void fetch_to_write(const T* row, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
+}
+
 // exp(x) for x from -87 to 88, and beyond as at the nearer end, to about 1 ulp: 2^e exp(f) with x = e ln(2) + f and
 // |f| <= ln(2) / 2, where exp(f) is a Taylor series. There is no branch, so that loops over it vectorise.
 inline float exp_lanes(float x) {

@@ -8,6 +8,7 @@
 // out as [value][key], where three of its four sums need none. The forward keeps the state before every `chunk` steps
 // alone (`saved`, laid out as [value][key]); the backward computes the states of a chunk again, for a few value rows at
 // a time. Nothing is divided by a decay, which may be 0.
+#include <initializer_list>
 #include <type_traits>
 
 #include "common.h"
@@ -118,6 +119,7 @@ void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T*
             const int64_t at = t * lanes;
             if (in.starts(s, bh, t0 + t))
                 for (int64_t j = 0; j < n; j++) std::memset(&state[j * lanes + first], 0, (end - first) * sizeof(float));
+            if (t0 + t + 1 < s.steps) fetch_to_write(y + s.row(bh, t0 + t + 1) + first, last - first);
             const float bonus = dot(c.r + at, c.uk + at, lanes);
             int64_t i = first;
             auto step = [&](auto vecs) {
@@ -216,6 +218,8 @@ void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, cons
             float* gs = &g[i0 * lanes];
             for (int64_t t = steps - 1; t >= 0; t--) {
                 const int64_t at = t * lanes;
+                if (i0 + rows == n)  // the last pass before they are written
+                    for (const T* x : {grad.r, grad.k, grad.v, grad.w}) fetch_to_write(x + s.row(bh, t0 + t), n);
                 for (int64_t i = 0; i < rows; i++) {
                     Vec dvs = {};
                     for (int64_t j = 0; j < lanes; j += W) dvs += load(gs + i * lanes + j) * load(c.k + at + j);

@@ -4,22 +4,31 @@
 // Tensors are contiguous: r, z, k, v, a, b and y are (B, T, H, N), states are (B, H, N_value, N_key) fp32. These are
 // plain C functions over raw pointers, without torch's headers, so that they compile in seconds.
 //
-// The forward lays the state out as [key][value], so that the sums over keys (u and y) need no sum across a vector's
-// lanes; the pass that writes the state of a step also sums u of the next. The backward lays it out as [value][key],
-// where five of its seven sums need none. The forward keeps u of every step (`saved_u`) and the state before every
-// `chunk` steps (`saved`) alone; the backward computes the states of a chunk again, for a few value rows at a time.
-#include <type_traits>
+// Up to STEPS steps are a piece, which is computed by products of matrices, so that a state is loaded and stored once a
+// piece, not once a step. A piece ends where a document begins: no row of one document meets a row of another. With the
+// products of decays counted from the piece's first step, each step has two rows in these matrices:
+//     AR: a times the decays before the step; r times these and the step's own
+//     BK: b, and k, divided by the decays up to and with the step's own
+//     UV: u, and v
+// With S before the piece, and L the part of AR BK^T where a row of AR meets one of BK and UV that is of an earlier
+// step, or for r of its own, the rows of u and y are those of AR S^T + L UV. The next state is (S + UV^T BK) diag(D),
+// with D the product of all decays of the piece. docs/kernels.md has the gradients.
+//
+// The forward keeps u of every step (`saved_u`) and the state before every `chunk` steps (`saved`) alone; the backward
+// computes the states before the pieces of a chunk again.
+#include <initializer_list>
 
-#include "common.h"
+#include "matrix.h"
 
 namespace {
 
-constexpr int FORWARD_VECS = W == 16 ? 4 : 2;   // value vectors in a pass of the forward: so many sums fit in registers
-constexpr int BACKWARD_VECS = W == 16 ? 2 : 1;  // key vectors in a pass of the backward, likewise
-constexpr int64_t ROWS = 16;                    // for so many value rows the backward holds the states of a chunk
+constexpr int64_t STEPS = 8;         // more take more multiplications, fewer more loads and stores
+constexpr int64_t ROWS = 2 * STEPS;  // of a piece's matrices: whole vectors for every W
+constexpr int64_t GROUP = 16;        // heads that a thread takes together
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 
-inline float sigmoid(float z) { return 1.0f / (1.0f + exp_lanes(-z)); }
+// The number of rows of UV that row p of AR meets.
+int64_t meets(int64_t p) { return p + p % 2; }
 
 template <class T>
 struct Inputs {
@@ -29,260 +38,305 @@ struct Inputs {
     bool starts(const Sizes& s, int64_t bh, int64_t t) const {
         return start && start[bh / s.heads * s.steps + t];
     }
+    // The step after the last of the piece that step t is in. A chunk begins a piece.
+    int64_t piece_end(const Sizes& s, int64_t bh, int64_t t) const {
+        const int64_t in_chunk = t % s.chunk, in_piece = in_chunk % STEPS;
+        int64_t last = t + (in_chunk - in_piece + STEPS < s.chunk ? STEPS - in_piece : s.chunk - in_chunk);
+        if (last > s.steps) last = s.steps;
+        int64_t end = t + 1;
+        while (end < last && !starts(s, bh, end)) end++;
+        return end;
+    }
 };
 
-// The inputs of one head for one chunk in fp32, each row padded with zeros to whole vectors. There is a row of zeros
-// before the first step of r (and of dy in the backward), and behind the last step of a.
-struct Chunk {
+// The matrices of up to `steps` steps of a head, with rows padded with zeros to whole vectors. For each step also the
+// product of the piece's decays up to and with its own, the inverse of that, and the derivative of the log of its decay
+// by z.
+struct Rows {
     int64_t lanes;
     Buffer memory;
-    float *r, *d, *k, *v, *a, *b;
+    float *ar, *bk, *uv, *decay, *inverse, *slope, *ones;
 
-    explicit Chunk(const Sizes& s) : lanes(s.lanes()), memory(zeros(lanes * (6 * s.chunk + 2))) {
-        const int64_t part = lanes * s.chunk;
-        r = memory.get() + lanes;
-        d = r + part;
-        k = d + part;
-        v = k + part;
-        b = v + part;
-        a = b + part;
+    Rows(const Sizes& s, int64_t steps) : lanes(s.lanes()) {
+        const int64_t part = steps * lanes, behind = ROWS * lanes;  // transposing a short piece reads behind its rows
+        memory = zeros(9 * part + 3 * behind + lanes);
+        ar = memory.get();
+        bk = ar + 2 * part;
+        uv = bk + 2 * part + behind;
+        decay = uv + 2 * part + behind;
+        inverse = decay + part;
+        slope = inverse + part;
+        ones = slope + part;
+        for (int64_t j = 0; j < s.n; j++) ones[j] = 1.0f;
     }
 
+    // Reads the piece of steps t0 to end - 1, to the rows of step `at` and on. u is left as it is.
     template <class T>
-    void read(const Sizes& s, const Inputs<T>& in, int64_t bh, int64_t t0, int64_t steps) {
-        for (int64_t t = 0; t < steps; t++) {
-            const int64_t from = s.row(bh, t0 + t), to = t * lanes;
-            read_row(in.r + from, r + to, s.n);
-            read_row(in.k + from, k + to, s.n);
-            read_row(in.v + from, v + to, s.n);
-            read_row(in.b + from, b + to, s.n);
-            if (in.starts(s, bh, t0 + t)) {  // the step reads and keeps nothing of the state before it
-                std::memset(a + to, 0, s.n * sizeof(float));
-                std::memset(d + to, 0, s.n * sizeof(float));
-            } else {
-                read_row(in.a + from, a + to, s.n);
-                float* row = d + to;
-                for (int64_t j = 0; j < s.n; j++)
-                    row[j] = exp_lanes(-DECAY_SCALE * sigmoid(to_float(in.z[from + j])));
+    void read(const Sizes& s, const Inputs<T>& in, int64_t bh, int64_t t0, int64_t end, int64_t at) {
+        for (int64_t t = t0; t < end; t++, at++) {
+            const int64_t from = s.row(bh, t), to = at * lanes;
+            const T *r = in.r + from, *z = in.z + from, *k = in.k + from, *a = in.a + from, *b = in.b + from;
+            const float* decay_before = t == t0 ? ones : decay + to - lanes;
+            const float* inverse_before = t == t0 ? ones : inverse + to - lanes;
+            float *a_to = ar + 2 * to, *r_to = a_to + lanes, *b_to = bk + 2 * to, *k_to = b_to + lanes;
+            float *decay_to = decay + to, *inverse_to = inverse + to, *slope_to = slope + to;
+            const bool starts = in.starts(s, bh, t);  // the step reads and keeps nothing of the state before it
+            const float kept = starts ? 0.0f : 1.0f;
+#pragma omp simd
+            for (int64_t j = 0; j < s.n; j++) {
+                const float sigmoid = kept / (1.0f + exp_lanes(-to_float(z[j])));
+                // exp(x) and exp(-x) by the even and the odd terms of their series: |x| is at most e^-0.5
+                const float x = -DECAY_SCALE * sigmoid, x2 = x * x;
+                const float even = 1.0f + x2 * (0.5f + x2 * (1.0f / 24 + x2 * (1.0f / 720 + x2 * (1.0f / 40320))));
+                const float odd = x * (1.0f + x2 * (1.0f / 6 + x2 * (1.0f / 120 + x2 * (1.0f / 5040))));
+                const float product = decay_before[j] * (even + odd), near = inverse_before[j] * (even - odd);
+                const float inverse_j = near + near * (1.0f - near * product);  // a step of Newton's method
+                decay_to[j] = product;
+                inverse_to[j] = inverse_j;
+                slope_to[j] = x * (1.0f - sigmoid);
+                a_to[j] = to_float(a[j]) * decay_before[j];
+                r_to[j] = to_float(r[j]) * product;
+                b_to[j] = to_float(b[j]) * inverse_j;
+                k_to[j] = to_float(k[j]) * inverse_j;
             }
+            if (starts) std::memset(a_to, 0, lanes * sizeof(float));
+            read_row(in.v + from, uv + 2 * to + lanes, s.n);
         }
     }
 };
 
-// Asks the memory for a row that is written soon. Rows of a head lie apart, and the state's stores would wait for theirs.
-template <class T>
-void fetch_to_write(const T* row, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1);
-}
-
-// A step of the forward for VECS * W value lanes. state: [key][lanes]; u: that of this step, replaced by that of the
-// next.
-template <int VECS>
-void forward_step(float* state, int64_t lanes, int64_t n, const float* r, const float* d, const float* k,
-                  const float* a_next, const float* b, const float* v, float* u, float* y) {
-    Vec us[VECS], vs[VECS], ys[VECS] = {}, nexts[VECS] = {};
-    for (int q = 0; q < VECS; q++) us[q] = load(u + q * W), vs[q] = load(v + q * W);
-    for (int64_t j = 0; j < n; j++) {
-        const float dj = d[j], bj = b[j], kj = k[j], rj = r[j], aj = a_next[j];
-        for (int q = 0; q < VECS; q++) {
-            float* p = state + j * lanes + q * W;
-            Vec x = load(p) * dj + us[q] * bj + vs[q] * kj;
-            store(p, x);
-            ys[q] += x * rj;
-            nexts[q] += x * aj;
-        }
+// A piece of the forward, for `lanes` value lanes. state: [key][lanes + ROWS], where BK^T is put behind the values. v
+// is in the rows of uv, where u is put; y of a step is left in row 2 step + 1 of `out`, [ROWS][lanes + ROWS].
+void forward_piece(const Rows& c, int64_t steps, int64_t n, int64_t lanes, float* state, float* uv, float* out) {
+    const int64_t row = lanes + ROWS;
+    transpose(c.bk, c.lanes, state + lanes, row, ROWS, c.lanes);
+    product(2 * steps, row, n, c.ar, c.lanes, 1, state, row, nothing, into(out, row));
+    for (int64_t p = 0; p < 2 * steps; p++) {
+        float *sums = out + p * row, *to = p % 2 ? sums : uv + p * c.lanes;
+        band<1>(0, lanes, meets(p), sums + lanes, row, 1, uv, c.lanes, from(sums, row), into(to, row));
     }
-    for (int q = 0; q < VECS; q++) store(y + q * W, ys[q]), store(u + q * W, nexts[q]);
+    const float* decay = c.decay + (steps - 1) * c.lanes;
+    product(n, lanes, 2 * steps, state + lanes, row, 1, uv, c.lanes, from(state, row),
+            [=](int64_t j, int64_t i, Vec x) { store(state + j * row + i, x * decay[j]); });
 }
 
-// One head over all steps, for the value lanes from `first` to `end` - 1.
+// Tasks are heads, or each of `parts` parts of their value lanes. Those of a group take turns at each chunk, because
+// their rows are neighbours in memory.
 template <class T>
-void forward_head(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
-                  float* saved_u, int64_t bh, int64_t first, int64_t end) {
-    const int64_t n = s.n, lanes = s.lanes(), last = end < n ? end : n;
-    Chunk c(s);
-    Buffer state = zeros(n * lanes), ys = zeros(lanes), u = zeros(lanes);
-    auto copy_out = [&](float* to) {
-        for (int64_t i = first; i < last; i++)
-            for (int64_t j = 0; j < n; j++) to[i * n + j] = state[j * lanes + i];
+void forward_group(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, float* saved,
+                   float* saved_u, int64_t parts, int64_t begin, int64_t end) {
+    const int64_t n = s.n, all = s.lanes(), size = all * (all + ROWS);
+    Rows c(s, STEPS);
+    Buffer states = zeros((end - begin) * size), out = zeros(ROWS * (all + ROWS)), by_value = zeros(all * all);
+    // f(head, state, its first value, its value lanes, its values)
+    auto for_tasks = [&](auto f) {
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t vecs = all / W, part = task % parts, last = (part + 1) * vecs / parts * W;
+            const int64_t first = part * vecs / parts * W;
+            f(task / parts, &states[(task - begin) * size], first, last - first, (last < n ? last : n) - first);
+        }
     };
-    for (int64_t i = first; i < last; i++)
-        for (int64_t j = 0; j < n; j++) state[j * lanes + i] = state_in[(bh * n + i) * n + j];
-
-    for (int64_t t0 = 0, index = 0; t0 < s.steps; t0 += s.chunk, index++) {
-        const int64_t steps = s.steps - t0 < s.chunk ? s.steps - t0 : s.chunk;
-        c.read(s, in, bh, t0, steps);
-        if (saved) copy_out(saved + (bh * s.chunks() + index) * n * n);
-        for (int64_t i = first; i < end; i += W) {
-            Vec x = {};
-            for (int64_t j = 0; j < n; j++) x += load(&state[j * lanes + i]) * c.a[j];
-            store(&u[i], x);
-        }
-        for (int64_t t = 0; t < steps; t++) {
-            const int64_t at = t * lanes, row = s.row(bh, t0 + t);
-            if (t0 + t + 1 < s.steps) {
-                const int64_t next = s.row(bh, t0 + t + 1);
-                fetch_to_write(y + next + first, last - first);
-                if (saved_u) fetch_to_write(saved_u + next + first, last - first);
+    auto copy_out = [&](const float* state, int64_t first, int64_t lanes, int64_t values, float* to) {
+        transpose(state, lanes + ROWS, by_value.get(), all, all, lanes);
+        for (int64_t i = 0; i < values; i++) write_row(&by_value[i * all], to + (first + i) * n, n);
+    };
+    for_tasks([&](int64_t bh, float* state, int64_t first, int64_t lanes, int64_t values) {
+        for (int64_t i = 0; i < values; i++) read_row(state_in + (bh * n + first + i) * n, &by_value[i * all], n);
+        transpose(by_value.get(), all, state, lanes + ROWS, lanes, all);
+    });
+    for (int64_t index = 0; index < s.chunks(); index++)
+        for_tasks([&](int64_t bh, float* state, int64_t first, int64_t lanes, int64_t values) {
+            const int64_t t0 = index * s.chunk, t1 = s.steps - t0 < s.chunk ? s.steps : t0 + s.chunk;
+            if (saved) copy_out(state, first, lanes, values, saved + (bh * s.chunks() + index) * n * n);
+            for (int64_t t = t0, stop; t < t1; t = stop) {
+                stop = in.piece_end(s, bh, t);
+                if (in.starts(s, bh, t)) std::memset(state, 0, size * sizeof(float));
+                c.read(s, in, bh, t, stop, 0);
+                for (int64_t step = t; step < stop; step++) {
+                    fetch_to_write(y + s.row(bh, step) + first, values);
+                    if (saved_u) fetch_to_write(saved_u + s.row(bh, step) + first, values);
+                }
+                forward_piece(c, stop - t, n, lanes, state, c.uv + first, out.get());
+                for (int64_t step = 0; t + step < stop; step++) {
+                    const int64_t to = s.row(bh, t + step) + first;
+                    write_row(&out[(2 * step + 1) * (lanes + ROWS)], y + to, values);
+                    if (saved_u) write_row(c.uv + 2 * step * all + first, saved_u + to, values);
+                }
             }
-            if (in.starts(s, bh, t0 + t)) {
-                for (int64_t j = 0; j < n; j++) std::memset(&state[j * lanes + first], 0, (end - first) * sizeof(float));
-                std::memset(&u[first], 0, (end - first) * sizeof(float));
+        });
+    for_tasks([&](int64_t bh, float* state, int64_t first, int64_t lanes, int64_t values) {
+        copy_out(state, first, lanes, values, state_out + bh * n * n);
+    });
+}
+
+// What the backward of a piece computes, in rows as those of AR and BK.
+struct PieceGradients {
+    int64_t lanes;
+    Buffer bk_columns, duv_columns, pairs, duv, dar, dbk_later, dbk_inside, dlog;
+
+    explicit PieceGradients(int64_t lanes)
+        : lanes(lanes),
+          bk_columns(zeros(lanes * ROWS)),
+          duv_columns(zeros(lanes * ROWS)),
+          pairs(zeros(ROWS * ROWS)),
+          duv(zeros(ROWS * lanes)),                // the gradients of UV
+          dar(zeros(ROWS * (lanes + ROWS))),       // of AR, each row with the gradient of a row of L behind it
+          dbk_later(zeros(ROWS * lanes)),          // of BK through the state after the piece
+          dbk_inside(zeros(ROWS * lanes)),         // of BK through L
+          dlog(zeros((STEPS + 1) * lanes)) {}      // of the logs of the decays; in the last row they are summed
+
+    // ar, bk, uv: the piece's rows. duy: the gradients of y in its odd rows; those of u are put in the even ones.
+    // state: the one before the piece, [value][lanes + ROWS], where UV^T is put behind the keys. decay: that of the
+    // piece's last step. g: the gradient of the state after the piece, [value][lanes], replaced by that of the one
+    // before, or by zeros if a document begins with the piece.
+    void compute(int64_t steps, int64_t n, const float* ar, const float* bk, const float* uv, float* duy, float* state,
+                 const float* decay, float* g, bool starts) {
+        const int64_t rows = 2 * steps, row = lanes + ROWS;
+        for (int64_t j = 0; j < lanes; j += W) {
+            Vec sum = {};
+            for (int64_t i = 0; i < n; i++) {
+                const Vec x = load(g + i * lanes + j) * load(decay + j);
+                store(g + i * lanes + j, x);
+                sum += x * load(state + i * row + j);
             }
-            if (saved_u) write_row(&u[first], saved_u + row + first, last - first);
-            int64_t i = first;
-            auto step = [&](auto vecs) {
-                forward_step<decltype(vecs)::value>(&state[i], lanes, n, c.r + at, c.d + at, c.k + at,
-                                                    c.a + at + lanes, c.b + at, c.v + at + i, &u[i], &ys[i]);
-            };
-            for (; i + FORWARD_VECS * W <= end; i += FORWARD_VECS * W) step(std::integral_constant<int, FORWARD_VECS>());
-            for (; i < end; i += W) step(std::integral_constant<int, 1>());
-            write_row(&ys[first], y + row + first, last - first);
+            store(&dlog[STEPS * lanes + j], sum);
         }
-    }
-    copy_out(state_out + bh * n * n);
-}
-
-// Computes the state after a step from the state before it, for `rows` value rows and VECS * W keys; adds to dr.
-template <int VECS>
-void replay_step(const float* before, float* after, int64_t lanes, int64_t rows, const float* d, const float* k,
-                 const float* b, const float* u, const float* v, const float* dy, float* dr) {
-    Vec ds[VECS], ks[VECS], bs[VECS], drs[VECS] = {};
-    for (int q = 0; q < VECS; q++) ds[q] = load(d + q * W), ks[q] = load(k + q * W), bs[q] = load(b + q * W);
-    for (int64_t i = 0; i < rows; i++) {
-        const float ui = u[i], vi = v[i], dyi = dy[i];
-        for (int q = 0; q < VECS; q++) {
-            Vec x = load(before + i * lanes + q * W) * ds[q] + ui * bs[q] + vi * ks[q];
-            store(after + i * lanes + q * W, x);
-            drs[q] += x * dyi;
+        transpose(bk, lanes, bk_columns.get(), ROWS, ROWS, lanes);
+        transpose(uv, lanes, state + lanes, row, ROWS, lanes);
+        product(rows, ROWS, n, ar, lanes, 1, bk_columns.get(), ROWS, nothing, into(pairs.get(), ROWS));
+        product(n, ROWS, n, g, lanes, 1, bk_columns.get(), ROWS, nothing, into(duv_columns.get(), ROWS));
+        transpose(duv_columns.get(), ROWS, duv.get(), lanes, lanes, ROWS);
+        for (int64_t q = rows - 2; q >= 0; q -= 2) {  // rows q and q + 1 of UV are met by those of AR from q + 1 on
+            float* to = &duv[q * lanes];
+            band<2>(0, lanes, rows - 1 - q, &pairs[(q + 1) * ROWS + q], 1, ROWS, duy + (q + 1) * lanes, lanes,
+                    from(to, lanes), into(to, lanes));
+            std::memcpy(duy + q * lanes, to, lanes * sizeof(float));
         }
-    }
-    for (int q = 0; q < VECS; q++) store(dr + q * W, load(dr + q * W) + drs[q]);
-}
-
-// Replaces g, the gradient of the state after a step, by that of the state before it, including what y of the step
-// before (r_before, dy_before) adds; adds to dd, dk, da and db.
-template <int VECS>
-void backward_step(float* g, const float* before, int64_t lanes, int64_t rows, const float* d, const float* a,
-                   const float* r_before, const float* u, const float* v, const float* du, const float* dy_before,
-                   float* dd, float* dk, float* da, float* db) {
-    Vec ds[VECS], as[VECS], rs[VECS], dds[VECS] = {}, dks[VECS] = {}, das[VECS] = {}, dbs[VECS] = {};
-    for (int q = 0; q < VECS; q++) ds[q] = load(d + q * W), as[q] = load(a + q * W), rs[q] = load(r_before + q * W);
-    for (int64_t i = 0; i < rows; i++) {
-        const float ui = u[i], vi = v[i], dui = du[i], dyi = dy_before[i];
-        for (int q = 0; q < VECS; q++) {
-            float* p = g + i * lanes + q * W;
-            Vec x = load(p), s = load(before + i * lanes + q * W);
-            dds[q] += x * s;
-            dbs[q] += x * ui;
-            dks[q] += x * vi;
-            das[q] += s * dui;
-            store(p, x * ds[q] + dui * as[q] + dyi * rs[q]);
+        product(rows, row, n, duy, lanes, 1, state, row, nothing, into(dar.get(), row));
+        for (int64_t p = 0; p < rows; p++) {
+            float* to = &dar[p * row];
+            band<1>(0, lanes, meets(p), to + lanes, row, 1, bk, lanes, from(to, row), into(to, row));
         }
+        product(rows, lanes, n, uv, lanes, 1, g, lanes, nothing, into(dbk_later.get(), lanes));
+        for (int64_t q = rows - 2; q >= 0; q -= 2)
+            band<2>(0, lanes, rows - 1 - q, &dar[(q + 1) * row + lanes + q], 1, row, ar + (q + 1) * lanes, lanes,
+                    nothing, into(&dbk_inside[q * lanes], lanes));
+        if (starts)
+            std::memset(g, 0, n * lanes * sizeof(float));
+        else
+            product(n, lanes, rows, duy, 1, lanes, ar, lanes, from(g, lanes), into(g, lanes));
     }
-    for (int q = 0; q < VECS; q++) {
-        store(dd + q * W, load(dd + q * W) + dds[q]);
-        store(dk + q * W, load(dk + q * W) + dks[q]);
-        store(da + q * W, load(da + q * W) + das[q]);
-        store(db + q * W, load(db + q * W) + dbs[q]);
-    }
-}
+};
 
 template <class T>
 struct Gradients {
     T *r, *z, *k, *v, *a, *b;
     float* state;
-};
 
-template <class T>
-void backward_head(const Sizes& s, const Inputs<T>& in, const float* saved, const float* saved_u, const T* grad_y,
-                   const float* grad_state, const Gradients<T>& grad, int64_t bh) {
-    const int64_t n = s.n, lanes = s.lanes(), part = s.chunk * lanes;
-    Chunk c(s);
-    Buffer memory = zeros(8 * part + lanes), states = zeros((s.chunk + 1) * ROWS * lanes), g = zeros(n * lanes);
-    float *dy = memory.get() + lanes, *u = dy + part;
-    float *dr = u + part, *dd = dr + part, *dk = dd + part, *dv = dk + part, *da = dv + part, *db = da + part;
-    alignas(64) float du[ROWS], lanes_u[ROWS * W], lanes_v[ROWS * W];
-    if (grad_state)
-        for (int64_t i = 0; i < n; i++) read_row(grad_state + (bh * n + i) * n, &g[i * lanes], n);
-
-    for (int64_t index = s.chunks() - 1; index >= 0; index--) {
-        const int64_t t0 = index * s.chunk, steps = s.steps - t0 < s.chunk ? s.steps - t0 : s.chunk;
-        c.read(s, in, bh, t0, steps);
-        for (int64_t t = 0; t < steps; t++) {
-            read_row(saved_u + s.row(bh, t0 + t), u + t * lanes, n);
-            if (grad_y) read_row(grad_y + s.row(bh, t0 + t), dy + t * lanes, n);
-        }
-        std::memset(dr, 0, 6 * part * sizeof(float));
-        for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
-            const int64_t rows = n - i0 < ROWS ? n - i0 : ROWS;
-            auto state = [&](int64_t t) { return &states[t * ROWS * lanes]; };  // the one before step t of the chunk
-            for (int64_t i = 0; i < rows; i++)
-                read_row(saved + ((bh * s.chunks() + index) * n + i0 + i) * n, state(0) + i * lanes, n);
-            for (int64_t t = 0; t < steps; t++) {
-                const int64_t at = t * lanes;
-                if (in.starts(s, bh, t0 + t)) std::memset(state(t), 0, rows * lanes * sizeof(float));
-                int64_t j = 0;
-                auto step = [&](auto vecs) {
-                    replay_step<decltype(vecs)::value>(state(t) + j, state(t + 1) + j, lanes, rows, c.d + at + j,
-                                                       c.k + at + j, c.b + at + j, u + at + i0, c.v + at + i0,
-                                                       dy + at + i0, dr + at + j);
-                };
-                for (; j + BACKWARD_VECS * W <= lanes; j += BACKWARD_VECS * W)
-                    step(std::integral_constant<int, BACKWARD_VECS>());
-                for (; j < lanes; j += W) step(std::integral_constant<int, 1>());
-            }
-            float* gs = &g[i0 * lanes];
-            const int64_t final = (steps - 1) * lanes;
-            for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < n; j++) gs[i * lanes + j] += dy[final + i0 + i] * c.r[final + j];
-            for (int64_t t = steps - 1; t >= 0; t--) {
-                const int64_t at = t * lanes;
-                for (int64_t i = 0; i < rows; i++) {
-                    Vec dus = {}, dvs = {};
-                    for (int64_t j = 0; j < lanes; j += W) {
-                        Vec x = load(gs + i * lanes + j);
-                        dus += x * load(c.b + at + j);
-                        dvs += x * load(c.k + at + j);
-                    }
-                    store(lanes_u + i * W, dus);
-                    store(lanes_v + i * W, dvs);
-                }
-                for (int64_t i = 0; i < rows; i++) {
-                    du[i] = sum(lanes_u + i * W);
-                    dv[at + i0 + i] = sum(lanes_v + i * W);
-                }
-                int64_t j = 0;
-                auto step = [&](auto vecs) {
-                    backward_step<decltype(vecs)::value>(gs + j, state(t) + j, lanes, rows, c.d + at + j,
-                                                         c.a + at + j, c.r + at - lanes + j, u + at + i0,
-                                                         c.v + at + i0, du, dy + at - lanes + i0, dd + at + j,
-                                                         dk + at + j, da + at + j, db + at + j);
-                };
-                for (; j + BACKWARD_VECS * W <= lanes; j += BACKWARD_VECS * W)
-                    step(std::integral_constant<int, BACKWARD_VECS>());
-                for (; j < lanes; j += W) step(std::integral_constant<int, 1>());
-                if (in.starts(s, bh, t0 + t))  // only what y of the step before adds, and not 0 * infinity
-                    for (int64_t i = 0; i < rows; i++)
-                        for (j = 0; j < lanes; j++)
-                            gs[i * lanes + j] = dy[at - lanes + i0 + i] * c.r[at - lanes + j];
-            }
-        }
-        for (int64_t t = 0; t < steps; t++) {
-            const int64_t row = s.row(bh, t0 + t), at = t * lanes;
+    // Writes the gradients of a piece of `steps` steps, the first of which is row `at` of c and step t of the head.
+    void write(const Sizes& s, const Rows& c, PieceGradients& w, int64_t bh, int64_t t, int64_t steps,
+               int64_t at) const {
+        const int64_t n = s.n, lanes = s.lanes();
+        float* sums = &w.dlog[STEPS * lanes];
+        // A decay is passed by the state before the piece, by the rows of BK of earlier steps on their way to the state
+        // after it, and by what rows of AR from its step on have from before: all that they have but what they meet of
+        // rows of BK from its step on.
+        for (int64_t step = 0; step < steps; step++) {
+            const float *b = c.bk + 2 * (at + step) * lanes, *k = b + lanes;
+            const float *db = &w.dbk_later[2 * step * lanes], *dk = db + lanes;
+            float* dlog = &w.dlog[step * lanes];
+#pragma omp simd
             for (int64_t j = 0; j < n; j++) {
-                const float sig = sigmoid(to_float(in.z[row + j]));
-                dd[at + j] *= -DECAY_SCALE * sig * (1.0f - sig) * c.d[at + j];
+                dlog[j] = sums[j];
+                sums[j] += b[j] * db[j] + k[j] * dk[j];
             }
-            write_row(dr + at, grad.r + row, n);
-            write_row(dd + at, grad.z + row, n);
-            write_row(dk + at, grad.k + row, n);
-            write_row(dv + at, grad.v + row, n);
-            write_row(da + at, grad.a + row, n);
-            write_row(db + at, grad.b + row, n);
+        }
+        std::memset(sums, 0, lanes * sizeof(float));
+        for (int64_t step = steps - 1; step >= 0; step--) {
+            const int64_t to = s.row(bh, t + step), in = (at + step) * lanes;
+            const float *a_in = c.ar + 2 * in, *r_in = a_in + lanes, *b_in = c.bk + 2 * in, *k_in = b_in + lanes;
+            const float *da = &w.dar[2 * step * (lanes + ROWS)], *dr = da + lanes + ROWS;
+            const float *db_later = &w.dbk_later[2 * step * lanes], *dk_later = db_later + lanes;
+            const float *db = &w.dbk_inside[2 * step * lanes], *dk = db + lanes, *dlog = &w.dlog[step * lanes];
+            const float *decay = c.decay + in, *decay_before = step ? decay - lanes : c.ones;
+            const float *inverse = c.inverse + in, *slope = c.slope + in;
+            T *r_to = r + to, *z_to = z + to, *k_to = k + to, *a_to = a + to, *b_to = b + to;
+#pragma omp simd
+            for (int64_t j = 0; j < n; j++) {
+                const float sum = sums[j] + (r_in[j] * dr[j] - b_in[j] * db[j] - k_in[j] * dk[j]);
+                sums[j] = sum + a_in[j] * da[j];
+                from_float((dlog[j] + sum) * slope[j], z_to[j]);
+                from_float(da[j] * decay_before[j], a_to[j]);
+                from_float(dr[j] * decay[j], r_to[j]);
+                from_float((db_later[j] + db[j]) * inverse[j], b_to[j]);
+                from_float((dk_later[j] + dk[j]) * inverse[j], k_to[j]);
+            }
+            write_row(&w.duv[(2 * step + 1) * lanes], v + to, n);
         }
     }
-    for (int64_t i = 0; i < n; i++) write_row(&g[i * lanes], grad.state + (bh * n + i) * n, n);
+};
+
+// The heads from `begin` to end - 1, which take turns as in the forward.
+template <class T>
+void backward_group(const Sizes& s, const Inputs<T>& in, const float* saved, const float* saved_u, const T* grad_y,
+                    const float* grad_state, const Gradients<T>& grad, int64_t begin, int64_t end) {
+    const int64_t n = s.n, lanes = s.lanes(), row = lanes + ROWS, slots = (s.chunk + STEPS - 1) / STEPS;
+    Rows c(s, s.chunk);
+    PieceGradients w(lanes);
+    Buffer gs = zeros((end - begin) * lanes * lanes), duy = zeros(2 * s.chunk * lanes);
+    Buffer states = zeros((slots + 1) * lanes * row);  // before each piece; the last is 0, where a document begins
+    auto g = [&](int64_t bh, int64_t i) { return &gs[((bh - begin) * lanes + i) * lanes]; };
+    for (int64_t bh = begin; grad_state && bh < end; bh++)
+        for (int64_t i = 0; i < n; i++) read_row(grad_state + (bh * n + i) * n, g(bh, i), n);
+
+    auto chunk = [&](int64_t bh, int64_t index) {
+        const int64_t t0 = index * s.chunk, t1 = s.steps - t0 < s.chunk ? s.steps : t0 + s.chunk;
+        auto before = [&](int64_t t) {
+            return &states[(in.starts(s, bh, t) ? slots : (t - t0) / STEPS) * lanes * row];
+        };
+        for (int64_t t = t0; t < t1; t++) {
+            read_row(saved_u + s.row(bh, t), c.uv + 2 * (t - t0) * lanes, n);
+            if (grad_y) read_row(grad_y + s.row(bh, t), &duy[(2 * (t - t0) + 1) * lanes], n);
+        }
+        for (int64_t i = 0; !in.starts(s, bh, t0) && i < n; i++)
+            read_row(saved + ((bh * s.chunks() + index) * n + i) * n, before(t0) + i * row, n);
+        for (int64_t t = t0, stop; t < t1; t = stop) {
+            stop = in.piece_end(s, bh, t);
+            c.read(s, in, bh, t, stop, t - t0);
+            if (stop == t1 || in.starts(s, bh, stop)) continue;
+            const float* decay = c.decay + (stop - 1 - t0) * lanes;
+            float* after = before(stop);
+            product(n, lanes, 2 * (stop - t), c.uv + 2 * (t - t0) * lanes, 1, lanes, c.bk + 2 * (t - t0) * lanes, lanes,
+                    from(before(t), row),
+                    [=](int64_t i, int64_t j, Vec x) { store(after + i * row + j, x * load(decay + j)); });
+        }
+        for (int64_t stop = t1, t; stop > t0; stop = t) {
+            t = stop - 1;
+            while (t > t0 && in.piece_end(s, bh, t - 1) == stop) t--;
+            for (int64_t step = t; step < stop; step++)
+                for (const T* x : {grad.r, grad.z, grad.k, grad.v, grad.a, grad.b})
+                    fetch_to_write(x + s.row(bh, step), n);
+            const int64_t at = 2 * (t - t0) * lanes;
+            w.compute(stop - t, n, c.ar + at, c.bk + at, c.uv + at, &duy[at], before(t),
+                      c.decay + (stop - 1 - t0) * lanes, g(bh, 0), in.starts(s, bh, t));
+            grad.write(s, c, w, bh, t, stop - t, t - t0);
+        }
+    };
+    for (int64_t index = s.chunks() - 1; index >= 0; index--)
+        for (int64_t bh = begin; bh < end; bh++) chunk(bh, index);
+    for (int64_t bh = begin; bh < end; bh++)
+        for (int64_t i = 0; i < n; i++) write_row(g(bh, i), grad.state + (bh * n + i) * n, n);
+}
+
+// Gives each thread its share of the tasks, f(begin, end) at most GROUP of them.
+template <class F>
+void share(int64_t tasks, int64_t threads, F f) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        const int64_t last = (thread + 1) * tasks / threads;
+        for (int64_t begin = thread * tasks / threads; begin < last; begin += GROUP)
+            f(begin, begin + GROUP < last ? begin + GROUP : last);
+    }
 }
 
 template <class T>
@@ -292,20 +346,17 @@ void forward(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, f
     const int64_t heads = s.batch * s.heads, vecs = s.lanes() / W;
     if (heads == 0) return;
     const int64_t wanted = (threads + heads - 1) / heads, parts = wanted < vecs ? wanted : vecs;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t task = 0; task < heads * parts; task++) {
-        const int64_t part = task % parts;
-        forward_head(s, in, state_in, y, state_out, saved, saved_u, task / parts, part * vecs / parts * W,
-                     (part + 1) * vecs / parts * W);
-    }
+    share(heads * parts, threads, [&](int64_t begin, int64_t end) {
+        forward_group(s, in, state_in, y, state_out, saved, saved_u, parts, begin, end);
+    });
 }
 
 template <class T>
 void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const float* saved_u, const T* grad_y,
               const float* grad_state, const Gradients<T>& grad, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t bh = 0; bh < s.batch * s.heads; bh++)
-        backward_head(s, in, saved, saved_u, grad_y, grad_state, grad, bh);
+    share(s.batch * s.heads, threads, [&](int64_t begin, int64_t end) {
+        backward_group(s, in, saved, saved_u, grad_y, grad_state, grad, begin, end);
+    });
 }
 
 }  // namespace
