@@ -15,6 +15,7 @@ from torch import Tensor
 from rwkv_miss import AdapterConfig, inject, load_model
 from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.adapters.method import METHODS
+from rwkv_miss.benchmarks.common import threads
 from rwkv_miss.errors import UserError
 from rwkv_miss.model import quantised
 from rwkv_miss.model.linear import Linear
@@ -51,6 +52,22 @@ def test_rows_are_the_dequantised_ones(monkeypatch, format, dtype, shape):
     for start, stop in ((0, shape[0]), (1, shape[0]), (2, 3), (shape[0] - 1, shape[0]), (0, 0)):
         assert torch.equal(linear.rows(start, stop), expected[start:stop])
         assert linear.rows(start, stop).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_threads_pack_what_bitsandbytes_does_of_the_whole(monkeypatch, format, dtype):
+    monkeypatch.setattr(quantised, "_PIECE_ON_CPU", 1)
+    W = weight(dtype, (1000, 128))
+    if format == "nf4":
+        packed, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
+        scales = state.absmax
+    else:
+        packed, scales, _ = functional.int8_vectorwise_quant(W)
+    with threads(4):
+        ours = quantise(W, format, dtype, lambda rows: rows)
+        assert torch.get_num_threads() == 4
+    assert torch.equal(ours.packed.view(-1), packed.view(-1)) and torch.equal(ours.scales, scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
