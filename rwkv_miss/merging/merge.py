@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.model.versions import MODELS
 from rwkv_miss.plain_reads import plain_reads
 from rwkv_miss.progress import Report
+from rwkv_miss.threads import one_thread_each
 
 _log = logging.getLogger("rwkv_miss")
 
@@ -193,7 +193,7 @@ def merge(
             on_tensor(done, 2 * len(specs))
 
     adapted = Adapted(base, base_path, mark, folders, [p.weight for p in parts])
-    with _one_thread_each(), atomic_write(out_path) as part, ThreadPoolExecutor(2) as threads:
+    with one_thread_each(), atomic_write(out_path) as part, ThreadPoolExecutor(2) as threads:
         # Beside the summing and the writing, two threads with time to spare, what the file is to compute is found.
         expected = threads.submit(expected_logits, adapted, tokens)
         blank = Weights(sizes, specs, lambda _: (), named, text)
@@ -296,18 +296,6 @@ def _write(
         label = name.removesuffix(".weight") if any(p.adapts(name) for p in parts) else name
         layers.append(MergedLayer(label, math.sqrt(squares.delta), loss))
     return layers, checksums
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """PyTorch has one thread in the context for each of ours: if it had more, they would wait for each other longer
-    than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _chunks(name: str, spec: TensorSpec) -> dict[_Chunk, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from rwkv_miss.errors import UserError
 from rwkv_miss.model.linear import FrozenLinear
 from rwkv_miss.model.recognise import parameter_shapes
 from rwkv_miss.model.versions import MODELS
+from rwkv_miss.threads import one_thread_each
 
 # Weights that are quantised or dequantised at a time: fp32 copies of them are made. On a CPU larger ones leave holes in
 # the heap, which then grows with the number of linears (glibc); on a GPU smaller ones would take longer to launch.
@@ -151,15 +153,19 @@ def quantise(weight: Tensor, format: str, dtype: torch.dtype, read: Callable[[Te
     """
     out_features, in_features = weight.shape
     block = FORMATS[format].block(in_features)
+
+    def pack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return FORMATS[format].pack(F.pad(read(rows).reshape(-1), (0, -rows.numel() % block)).view(-1, block))
+
     found: list[Tensor] = []  # the whole weight's, into which each piece's are copied
     first = 0
-    for rows in weight.split(_rows_of_piece(in_features, weight.device)):
-        blocks = F.pad(read(rows).reshape(-1), (0, -rows.numel() % block)).view(-1, block)
-        parts = FORMATS[format].pack(blocks)
-        found = found or [part.new_empty(-(-weight.numel() // block), *part.shape[1:]) for part in parts]
-        for whole, part in zip(found, parts, strict=True):
-            whole[first : first + len(blocks)] = part
-        first += len(blocks)
+    workers = torch.get_num_threads()
+    with one_thread_each(), ThreadPoolExecutor(workers) as threads:
+        for parts in threads.map(pack, weight.split(_rows_of_piece(in_features, weight.device))):
+            found = found or [part.new_empty(-(-weight.numel() // block), *part.shape[1:]) for part in parts]
+            for whole, part in zip(found, parts, strict=True):
+                whole[first : first + len(part)] = part
+            first += len(parts[0])
     packed, scales = found
     return QuantLinear(in_features, out_features, format, packed, scales, dtype)
 

@@ -81,7 +81,9 @@ def _pieces(
     log_probs = _log_probs_in_cpp if _in_cpp(rows) else _log_probs
     size = max(1, min(len(rows), _MAX_LOGITS // len(weight)))
     memory = rows.new_empty(size, len(weight))  # once for all pieces: the system gives new memory page by page
-    for start in range(0, len(rows), size):
+    starts = range(0, len(rows), size)
+    # On the meta device, where nothing is computed, all pieces but the last are the same: two stand for all.
+    for start in {*starts[:1], *starts[-1:]} if rows.is_meta else starts:
         piece = slice(start, start + size)
         logits = torch.mm(rows[piece], weight.T, out=memory[: len(rows) - start])
         values[piece] = log_probs(logits, wanted[piece], None if factors is None else factors[piece], needs_gradient)

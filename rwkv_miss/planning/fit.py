@@ -36,15 +36,20 @@ def largest_batch(base: Base, config: PlanConfig, limit: float) -> int:
     def takes(batch: int) -> float:
         return memory(base, replace(config, batch_size=batch)).device
 
-    if (found := takes(1)) > limit:
+    if (of_least := takes(1)) > limit:
         return 0
-    each = max(takes(2) - found, 1)
-    least, most, guess = 1, 2**30, 1
+    least, most, guess, tried = 1, 2**30, 2, 1
     while most - least > 1:
-        # The memory grows almost in proportion to the rows, so that this is soon right.
-        guess = min(max(guess + int((limit - found) // each), least + 1), 64 * least, most - 1)
         found = takes(guess)
-        least, most = (guess, most) if found <= limit else (least, guess)
+        each = max((found - of_least) / (guess - least), 1)
+        if found <= limit:
+            least, of_least = guess, found
+        else:
+            most = guess
+        tried += 1
+        # Beyond a few rows the memory is on a line, which soon leads there; where it does not, halving does.
+        guess = least + int((limit - of_least) // each) if tried < 8 else (least + most) // 2
+        guess = min(max(guess, least + 1), 64 * least, most - 1)
     return least
 
 

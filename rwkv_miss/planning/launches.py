@@ -111,7 +111,8 @@ class Trace(TorchDispatchMode):
 
 
 def trace_step(base: Base, config: TrainConfig) -> list[Operation]:
-    """The operations of the forward and the backward pass of a micro-batch.
+    """The operations of the forward and the backward pass of a micro-batch; of the head's, those of two pieces alone
+    (`rwkv_miss.ops.log_probs`).
 
     Raises:
         UserError: a setting does not fit the base.

@@ -123,7 +123,7 @@ BACKENDS = [
 ]
 
 
-@pytest.mark.parametrize("chunk_len", [1, 5, 16, 36])
+@pytest.mark.parametrize("chunk_len", [pytest.param(1, marks=pytest.mark.slow), 5, 16, 36])
 @pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS[:3])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_chunks_are_the_whole(version, backend, dtype, tolerance, chunk_len):

@@ -115,7 +115,7 @@ def test_a_learned_state_is_where_sequences_begin_and_nothing_else(either_base):
     assert torch.equal(load_model(either_base, torch.float64)(TOKENS, zeros)[0], whole)
 
 
-@pytest.mark.parametrize("chunk_len", [1, 7, 40])
+@pytest.mark.parametrize("chunk_len", [pytest.param(1, marks=pytest.mark.slow), 7, 40])
 def test_chunks_are_the_whole(either_base, chunk_len):
     model = learned(either_base, torch.float64)
     batch = {"tokens": TOKENS, "targets": TOKENS.flip(1), "seq_start": seq_start()}

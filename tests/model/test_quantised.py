@@ -15,6 +15,7 @@ from torch import Tensor
 from rwkv_miss import AdapterConfig, inject, load_model
 from rwkv_miss.adapters.inject import trained_parameters
 from rwkv_miss.adapters.method import METHODS
+from rwkv_miss.benchmarks.common import threads
 from rwkv_miss.errors import UserError
 from rwkv_miss.model import quantised
 from rwkv_miss.model.linear import Linear
@@ -54,6 +55,22 @@ def test_rows_are_the_dequantised_ones(monkeypatch, format, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_threads_pack_what_bitsandbytes_does_of_the_whole(monkeypatch, format, dtype):
+    monkeypatch.setattr(quantised, "_PIECE_ON_CPU", 1)
+    W = weight(dtype, (1000, 128))
+    if format == "nf4":
+        packed, state = functional.quantize_4bit(W, blocksize=64, quant_type="nf4")
+        scales = state.absmax
+    else:
+        packed, scales, _ = functional.int8_vectorwise_quant(W)
+    with threads(4):
+        ours = quantise(W, format, dtype, lambda rows: rows)
+        assert torch.get_num_threads() == 4
+    assert torch.equal(ours.packed.view(-1), packed.view(-1)) and torch.equal(ours.scales, scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_nf4_is_the_linear_of_bitsandbytes(dtype):
     W, x = weight(shape=(200, 128)), weight(dtype, (5, 128))
     theirs = bitsandbytes.nn.Linear4bit(
@@ -88,8 +105,7 @@ def test_float64_gradient_of_the_product(format):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "dtype"), [("nf4", "fp32"), ("int8", "bf16")])
 def test_models_compute_with_the_dequantised_weights(either_base, format, dtype, method):
     """Outputs and the gradients of what is trained, against a plain model that holds the dequantised weights."""
     model = load_model(either_base, dtype, quant=format, quant_skip=["att.key"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch.nn.functional import cross_entropy
 from rwkv_miss.benchmarks.common import threads
 from rwkv_miss.ops import log_probs
 from rwkv_miss.ops.log_probs import target_log_probs
+from rwkv_miss.planning.live import Live
+from rwkv_miss.planning.step import WithoutValues
 
 V = 11
 
@@ -144,3 +148,20 @@ def test_a_second_backward_pass_is_refused():
     torch.autograd.grad(found, hidden, 2 * torch.ones(()), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(found, hidden)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("n", [3, 4, 8, 13])
+def test_two_pieces_on_the_meta_device_hold_what_all_do(monkeypatch, n, reduction):
+    """Beside a float64 model on a CPU, which makes the same tensors."""
+    monkeypatch.setattr(log_probs, "_MAX_LOGITS", V * 4)
+    found = []
+    for device in ("cpu", "meta"):
+        hidden, weight = (torch.zeros(x, 5, dtype=torch.float64, device=device).requires_grad_() for x in (n, V))
+        with Live() as live, WithoutValues() if device == "meta" else nullcontext():
+            live.enter("forward")
+            values = target_log_probs(hidden[None], weight, torch.zeros(1, n, dtype=int, device=device), reduction)
+            live.enter("backward")
+            values.sum().backward()
+        found.append({phase: size for phase, (size, _) in live.peaks.items()})
+    assert found[0] == found[1] and len(found[0]) == 2

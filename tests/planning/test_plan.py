@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rwkv_miss.cli import main
+from rwkv_miss.config import PlanConfig
+from rwkv_miss.planning import fit
 from rwkv_miss.planning.fit import parse_bytes
 
 SMALL = ["plan", "--shape=0.1b", "--ctx_len=128"]
@@ -34,6 +37,29 @@ def test_the_largest_batch_is_the_largest(capsys):
     found = planned(capsys, "--gpu_memory=1.5GB")
     for batch_size, fits in ((found["batch_size"], True), (found["batch_size"] + 1, False)):
         assert (planned(capsys, f"--batch_size={batch_size}")["device"] <= 1.5 * 2**30) == fits
+
+
+@pytest.mark.parametrize(
+    "takes",
+    [
+        lambda rows: 3 + 7 * rows,
+        lambda rows: max(4000, 7 * rows),  # the optimizer's step takes the most, whatever the rows
+        lambda rows: 11 * rows if rows < 40 else 100 + 7 * rows,  # adapters are folded into their weights
+        lambda rows: max(20 * min(rows, 20), 7 * rows),
+    ],
+)
+@pytest.mark.parametrize("limit", [10, 18.5, 3999, 4000, 5000, 1e6])
+def test_the_largest_batch_is_found_in_few_tries(monkeypatch, takes, limit):
+    tried = []
+
+    def count(base, config):
+        tried.append(config.batch_size)
+        return SimpleNamespace(device=takes(config.batch_size))
+
+    monkeypatch.setattr(fit, "memory", count)
+    found = fit.largest_batch(None, PlanConfig(), limit)
+    assert takes(found + 1) > limit and (not found or takes(found) <= limit)
+    assert len(tried) <= 25
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def merged_computes_the_same(base, out, tmp_path):
         torch.testing.assert_close(load_model(tmp_path / "merged.pth")(TOKENS)[0], adapted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_training_and_resuming_and_merging(any_base, data, tmp_path, form):
     config = run_config(any_base, data, tmp_path / "run", FORMS[form])

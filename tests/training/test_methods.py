@@ -21,6 +21,8 @@ METHODS = {
     "parts": AdapterConfig("miss+state", r=4, modules_to_save=["ln", "time", "emb", "head"]),
     "full": AdapterConfig("full"),
 }
+# The whole base alone is left to the whole suite where a test runs several times: "parts" trains most of what it does.
+FEW = ["state", "parts", pytest.param("full", marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_training_lowers_the_loss_and_changes_everything_it_trains(method_config
         assert {k.removeprefix("base_model.model.") for k in saved} == {n for n, _ in base.named_parameters()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 def test_gradient_checkpointing_gives_the_same_run(method_config, method, tmp_path, recomputed_blocks):
     one = method_config(method, precision="bf16")
     two = replace(one, out=str(tmp_path / "two"), gradient_checkpointing=True)
@@ -88,7 +90,7 @@ def test_strategies_give_the_run_of_one_process(method_config, method, strategy,
         torch.testing.assert_close(tensor, expected[name], **tolerance)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 def test_resume_gives_the_uninterrupted_run(method_config, method, tmp_path):
     straight = method_config(method, schedule="constant", precision="bf16", max_steps=4)
     quiet_train(straight)
@@ -167,7 +169,7 @@ def test_updates_smaller_than_bf16_can_hold_are_kept(method_config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW)
 def test_the_best_loss_is_that_of_the_merged_file(method_config, method, tmp_path):
     """What a run validated is what its adapter folder and the merged file compute."""
     config = method_config(method, val_split=0.2)

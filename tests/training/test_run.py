@@ -320,7 +320,7 @@ def test_a_run_that_is_done_may_be_started_again(make_config):
     assert (Path(config.out) / "adapter" / "rwkv_miss.json").is_file()
 
 
-@pytest.mark.parametrize("stop", [2, 4, 6])
+@pytest.mark.parametrize("stop", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 6])
 def test_a_validation_that_did_not_end_is_made_again(make_config, tmp_path, monkeypatch, stop):
     """Also the last one, after which nothing is left to train; and what it would have saved is saved."""
     straight = make_config(val_split=0.2, val_every=2, lr=0.5, schedule="constant", out=str(tmp_path / "straight"))
