@@ -159,7 +159,7 @@ def quantise(weight: Tensor, format: str, dtype: torch.dtype, read: Callable[[Te
 
     found: list[Tensor] = []  # the whole weight's, into which each piece's are copied
     first = 0
-    workers = torch.get_num_threads()
+    workers = torch.get_num_threads() if weight.device.type == "cpu" else 1
     with one_thread_each(), ThreadPoolExecutor(workers) as threads:
         for parts in threads.map(pack, weight.split(_rows_of_piece(in_features, weight.device))):
             found = found or [part.new_empty(-(-weight.numel() // block), *part.shape[1:]) for part in parts]
