@@ -10,8 +10,8 @@ from rwkv_miss.errors import UserError
 
 _T = TypeVar("_T")
 
-# With more little is gained, and each of them may be large.
-_COUNT = 16
+# More gain little, and each may be large.
+_COUNT = 8
 
 
 def ahead(items: Iterable[_T]) -> Iterator[_T]:
