@@ -16,7 +16,7 @@ _COUNT = 8
 
 def ahead(items: Iterable[_T]) -> Iterator[_T]:
     """Yields the items, of which some are made before the first of them is given on. A core has in its caches what one
-    stage of the work needs, but not what all need: gone through item by item they take a quarter longer.
+    stage of the work needs, but not what all need: gone through item by item they take up to a quarter longer.
 
     Raises:
         UserError: as making an item does, after the items before it were yielded.
