@@ -167,6 +167,7 @@ def test_lightning_and_deepspeed_stay_in_training(module):
 
 MAY_READ_THE_ENVIRONMENT = (
     *("rwkv_miss.files", "rwkv_miss.ops.cpu.build", "rwkv_miss.__main__", "rwkv_miss.benchmarks.generate"),
+    "rwkv_miss.data.workers",
 )
 
 

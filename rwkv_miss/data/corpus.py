@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_miss.config import Data, DataOptions
+from rwkv_miss.data.ahead import ahead
 from rwkv_miss.data.binidx import read_binidx, write_binidx
 from rwkv_miss.data.documents import all_documents, encode_records
 from rwkv_miss.data.readers.block import Block
@@ -60,7 +61,7 @@ def read_tokens(corpus: Corpus, cores: int | None = None) -> Generator[Tokens]:
     """
     files = [Path(file) for file in corpus.files]
     size = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-    processes = max(1, min(cores or usable_cores(), size // _BYTES_A_PROCESS))
+    processes = min(cores or usable_cores(), size // _BYTES_A_PROCESS)
     blocks = chain.from_iterable(read_blocks(file, corpus.options) for file in files)
     encode = partial(
         _encode,
@@ -86,7 +87,7 @@ def _encode(block: Block, tokenizer: Tokenizer, vocab_size: int, options: DataOp
     def records() -> Iterator[Record]:
         nonlocal error
         try:
-            for record in block_records(block, options):
+            for record in ahead(block_records(block, options)):
                 notes.take(record, options)
                 yield record
         except UserError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -9,14 +10,12 @@ from typing import overload
 import numpy as np
 
 from rwkv_miss.config import DataOptions
+from rwkv_miss.data.ahead import ahead
 from rwkv_miss.data.records import Record
-from rwkv_miss.data.rendering import render
+from rwkv_miss.data.rendering import Span, render
 from rwkv_miss.data.store import Store, Tokens, edges_of, store_in_memory
 from rwkv_miss.data.tokenizers import END, Tokenizer
 from rwkv_miss.errors import UserError
-
-# As many tokens are made an array at a time: a Python list of them takes ten times the memory.
-_SOME = 16384
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,37 +113,35 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
         UserError: the text has a token that the model does not have, or `END`, or a record has two answers to compare.
             The message names the first such record.
     """
-    parts: list[np.ndarray] = []
-    ids: list[int] = []  # those behind `parts`
-    count = 0  # of the tokens in `parts`
+    ids = array("i")  # a Python list of them takes ten times the memory
     places: list[str] = []
     ends: list[int] = []
     span_ends, learned = [0], [False]
-    for record in records:
-        if record.rejected:
-            raise UserError(
-                f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
-                "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
-            )
-        for text, is_learned in render(record, options):
-            ids += tokenizer.encode(text)
-            span_ends.append(count + len(ids))
+    for where, spans in ahead((record.where, _spans(record, options)) for record in records):
+        for text, is_learned in spans:
+            ids.fromlist(tokenizer.encode(text))
+            span_ends.append(len(ids))
             learned.append(is_learned)
         ids.append(END)
-        span_ends.append(count + len(ids))
+        span_ends.append(len(ids))
         learned.append(True)
-        places.append(record.where)
-        ends.append(count + len(ids))
-        if len(ids) >= _SOME:
-            parts.append(np.array(ids, np.int32))
-            count += len(ids)
-            ids = []
-    tokens = np.concatenate([*parts, np.array(ids, np.int32)])
+        places.append(where)
+        ends.append(len(ids))
+    tokens = np.array(ids, np.int32)
     lengths = np.diff(np.array(ends, np.int64), prepend=0)
     if tokens.max(initial=END) >= vocab_size or np.count_nonzero(tokens == END) > len(places):
         for where, of_record in zip(places, np.split(tokens, ends), strict=False):
             check_ids(where, of_record[:-1], tokenizer, vocab_size)
     return Tokens(tokens, lengths, edges_of(np.repeat(learned, np.diff(span_ends, prepend=0))))
+
+
+def _spans(record: Record, options: DataOptions) -> list[Span]:
+    if record.rejected:
+        raise UserError(
+            f"{record.where}: has a chosen and a rejected answer, which no objective learns from yet; to learn the "
+            "chosen ones alone, name them with prompt_field and answer_field, or write them as records of their own"
+        )
+    return render(record, options)
 
 
 def check_ids(where: str, ids: np.ndarray | Sequence[int], tokenizer: Tokenizer, vocab_size: int) -> None:

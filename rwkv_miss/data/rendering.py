@@ -154,9 +154,9 @@ def _thoughts_end(template: Template) -> str:
 
 def unused(record: Record, options: DataOptions) -> list[str]:
     """The names of what the record holds and its template does not write."""
-    answers = [turn for turn in record.turns if turn.role == "assistant"]
-    if not record.tools and not any(turn.calls or turn.thought or "<think>" in turn.content for turn in answers):
+    if not record.tools and not any(turn.calls or turn.thought or "<think>" in turn.content for turn in record.turns):
         return []
+    answers = [turn for turn in record.turns if turn.role == "assistant"]
     template = find_template(options.template)
     thoughts = [_split(record.where, turn, template)[0] for turn in answers]
     there = {
@@ -248,13 +248,13 @@ def _answer(
     prompt, answer = template.prompt, template.answer
     if is_last and thought and template.think_prompt is not None:
         prompt, answer = template.think_prompt, template.after_thought or ""
-        thought = fill(template.thought or "", thought=thought)
+        thought = (template.thought or "").replace("{thought}", thought)
     else:
         thought = ""
         if is_last and template.no_think_prompt is not None:
             prompt, answer = template.no_think_prompt, template.after_thought or ""
     end = template.end if not is_last or options.answer_end == "blank_line" else ""
-    return _Answer(before + prompt, thought, fill(answer, content=said) + end, said, learned)
+    return _Answer(before + prompt, thought, answer.replace("{content}", said) + end, said, learned)
 
 
 def _split(where: str, turn: Turn, template: Template) -> tuple[str, str]:
@@ -276,10 +276,10 @@ def _asked(where: str, turn: Turn, template: Template, question_end: str = "") -
         )
     content, after = turn.content, ""
     if turn.input and template.input is not None:
-        after = fill(template.input, content=_clean(turn.input) if template.cleans else turn.input)
+        after = template.input.replace("{content}", _clean(turn.input) if template.cleans else turn.input)
     elif turn.input:
         content = f"{content}\n{turn.input}"
-    return fill(string, content=(_clean(content) if template.cleans else content) + question_end) + after
+    return string.replace("{content}", (_clean(content) if template.cleans else content) + question_end) + after
 
 
 def _filled_in(where: str, turns: Sequence[Turn], template: Template) -> str:
@@ -295,7 +295,7 @@ def _with_tools(record: Record, template: Template) -> tuple[Turn, ...]:
     """The record's turns, of which the first, the system's, also says which tools there are."""
     if not record.tools or template.tools is None:
         return record.turns
-    content = fill(template.tools, tools="\n".join(_tool_line(tool, template) for tool in record.tools))
+    content = template.tools.replace("{tools}", "\n".join(_tool_line(tool, template) for tool in record.tools))
     if record.turns[0].role != "system":
         return (Turn("system", content), *record.turns)
     return (Turn("system", f"{record.turns[0].content}\n{content}"), *record.turns[1:])
@@ -327,7 +327,9 @@ def _clean(content: str) -> str:
     r"""Ends stripped, `\r\n` made `\n`, and each run of two or more `\n` made one. A lone `\r` and a line of white
     space stay."""
     content = content.strip().replace("\r\n", "\n")
-    return re.sub(r"\n{2,}", "\n", content) if "\n\n" in content else content
+    while "\n\n" in content:
+        content = content.replace("\n\n", "\n")
+    return content
 
 
 def _refuse_text(record: Record) -> Record:

@@ -185,9 +185,6 @@ def recorded(template: Template) -> str:
 
 def fill(string: str, **values: str) -> str:
     """The string with the values in the places of their names in braces; other braces stay, also those of values."""
-    if len(values) == 1:  # much the most frequent, and quicker so
-        [(name, value)] = values.items()
-        return string.replace(f"{{{name}}}", value)
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), string)
 
 

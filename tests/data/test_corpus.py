@@ -18,7 +18,7 @@ from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import UserError
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[0, 2])
 def processes(request, monkeypatch) -> int:
     """Files are read in blocks of 500 bytes by so many processes."""
     monkeypatch.setattr(jsonl, "BLOCK_SIZE", 500)

@@ -19,6 +19,8 @@ from tests.processes import run_process
 def work(item, factor=2):
     if item == "who":
         return os.getpid()
+    if item == "tunables":
+        return os.environ["GLIBC_TUNABLES"]
     if item == "end":
         os.kill(os.getpid(), signal.SIGKILL)
     if item < 0:
@@ -26,7 +28,7 @@ def work(item, factor=2):
     return item * factor
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [0, 1, 3])
 def test_answers_come_in_order(processes):
     assert [*map_in_processes(partial(work, factor=3), range(50), processes)] == [*range(0, 150, 3)]
     assert [*map_in_processes(work, [], processes)] == []
@@ -37,7 +39,13 @@ def test_all_processes_work():
     assert len(others) == 3 and os.getpid() not in others
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+def test_memory_is_in_large_pages_beside_what_the_user_tunes(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    [found] = map_in_processes(work, ["tunables"], 1)
+    assert found == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.parametrize("processes", [0, 2])
 def test_the_first_mistake_is_the_one_of_one_process(processes):
     answers = map_in_processes(work, [*range(20), -7, -8, *range(20)], processes)
     assert [next(answers) for _ in range(20)] == [*range(0, 40, 2)]

@@ -78,6 +78,7 @@ def record_of(where: str, item: Mapping[str, Any], options: DataOptions) -> Reco
     if options.prompt_field is not None and options.answer_field is not None:
         names = (options.prompt_field, options.answer_field)
         choices = _choices(where, fields, options.choices_field, names[1])
+        _check_there(where, fields, names, _ADVICE)
         turns = _question(where, fields, names)
     elif options.text_field != "text":
         turns = (Turn("text", _string(where, fields, options.text_field)),)
@@ -140,7 +141,6 @@ def _fitting(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def _question(where: str, fields: dict[str, Any], names: tuple[str, ...], about: str = "") -> Turns:
-    _check_there(where, fields, names, _ADVICE)
     asked, answered = names
     return (
         Turn("user", _string(where, fields, asked), about),
