@@ -1,8 +1,10 @@
-"""What the models compute between matrix products, on the CPU: the kernels of fused.cpp."""
+"""What the models compute between matrix products, on the CPU: the forward operators and the backward kernels of
+fused.cpp."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,11 +23,20 @@ def unusable(op: FusedOp, device: torch.device, dtype: torch.dtype, width: int) 
     """Why the kernels cannot take tensors of that dtype here, or None if they can. Compiles at the first use."""
     if dtype not in _DTYPES:
         return f"the tensors are {dtype}, they take float32 and bfloat16"
-    return library_or_reason(SOURCE)[1]
+    return _register()
+
+
+@cache
+def _register() -> str | None:
+    """Makes the forward operators; returns why not where they cannot be compiled."""
+    library, reason = library_or_reason(SOURCE)
+    if library is not None:
+        library.register_operators()
+    return reason
 
 
 def launch(kernel: str, arguments: Mapping[str, Tensor | int | float | None]) -> None:
-    """Runs a kernel; see `rwkv_miss.ops.fused_operators.Launch`."""
+    """Runs a backward kernel; see `rwkv_miss.ops.fused_operators.Launch`."""
     x = next(iter(arguments.values()))
     assert isinstance(x, Tensor)
     ready = [y.contiguous() if isinstance(y, Tensor) else y for y in arguments.values()]
