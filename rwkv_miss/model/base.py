@@ -81,11 +81,6 @@ def stacked(*vectors: Tensor) -> Tensor:
     return torch.cat(vectors).flatten(1)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x weight + bias, as one product: (B, T, r), (r, C), (1, 1, C) -> (B, T, C)."""
-    return torch.addmm(bias[0], x.flatten(0, 1), weight).view(*x.shape[:2], -1)
-
-
 def vector(n: int) -> nn.Parameter:
     """An uninitialised parameter of n channels, in the shape that checkpoints have: (1, 1, n)."""
     return nn.Parameter(torch.empty(1, 1, n))

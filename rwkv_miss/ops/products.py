@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_miss.ops.cpu import kernel
 
-_SOURCE = Path(kernel.__file__).with_name("products.cpp")
+SOURCE = Path(kernel.__file__).with_name("products.cpp")
 _FUNCTIONS = {torch.float32: "add_products_f32", torch.bfloat16: "add_products_bf16"}
 
 
@@ -24,9 +24,9 @@ def add_products(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Tenso
     """
     if x.device.type != "cpu":
         _add_at_once(y, x, stack, rows, slots)
-    elif x.shape[1] == 1 and _in_cpp(x):
+    elif x.shape[1] == 1 and in_cpp(x.dtype):
         sizes = len(rows), *stack.shape[1:], torch.get_num_threads()
-        kernel.call(_SOURCE, _FUNCTIONS[x.dtype], [x.contiguous(), stack, rows, slots, y, *sizes])
+        kernel.call(SOURCE, _FUNCTIONS[x.dtype], [x.contiguous(), stack, rows, slots, y, *sizes])
     else:
         _add_one_by_one(y, x, stack, rows, slots)
 
@@ -41,5 +41,6 @@ def _add_one_by_one(y: Tensor, x: Tensor, stack: Tensor, rows: Tensor, slots: Te
         y[row].addmm_(x[row], stack[slot])
 
 
-def _in_cpp(x: Tensor) -> bool:
-    return x.dtype in _FUNCTIONS and kernel.library_or_reason(_SOURCE)[0] is not None
+def in_cpp(dtype: torch.dtype) -> bool:
+    """Whether the kernels of `SOURCE` can take tensors of that dtype. Compiles at the first use."""
+    return dtype in _FUNCTIONS and kernel.operators_or_reason(SOURCE) is None

@@ -4,13 +4,12 @@ fused.cpp."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_miss.ops.cpu.kernel import call, library_or_reason
+from rwkv_miss.ops.cpu.kernel import call, operators_or_reason
 from rwkv_miss.ops.fused_operators import FusedOp
 
 # Tokens whose gradients of parameters are summed at a time.
@@ -23,16 +22,7 @@ def unusable(op: FusedOp, device: torch.device, dtype: torch.dtype, width: int) 
     """Why the kernels cannot take tensors of that dtype here, or None if they can. Compiles at the first use."""
     if dtype not in _DTYPES:
         return f"the tensors are {dtype}, they take float32 and bfloat16"
-    return _register()
-
-
-@cache
-def _register() -> str | None:
-    """Makes the forward operators; returns why not where they cannot be compiled."""
-    library, reason = library_or_reason(SOURCE)
-    if library is not None:
-        library.register_operators()
-    return reason
+    return operators_or_reason(SOURCE)
 
 
 def launch(kernel: str, arguments: Mapping[str, Tensor | int | float | None]) -> None:

@@ -21,6 +21,16 @@ def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
+@cache
+def operators_or_reason(source: Path) -> str | None:
+    """Has a C++ file that has them make its operators of torch.library (`register_operators`). Returns None, or why it
+    has no library."""
+    library, reason = library_or_reason(source)
+    if library is not None:
+        library.register_operators()
+    return reason
+
+
 def call(source: Path, function: str, arguments: Sequence[Tensor | int | float | None]) -> None:
     """Calls a function of a C++ file (declared `extern "C"`, without a result), and returns when it has run.
 
