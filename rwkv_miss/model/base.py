@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.state import State
 from rwkv_miss.ops.log_probs import target_log_probs
+from rwkv_miss.ops.products import linear
 
 
 class Context(NamedTuple):
@@ -130,7 +130,7 @@ class Head(nn.Linear):
         self, hidden: Tensor, targets: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
     ) -> Tensor:
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return linear(hidden, self.weight)
         return target_log_probs(hidden, self.weight, targets, reduction)
 
 

@@ -8,15 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_miss.ops.cpu import kernel
 from rwkv_miss.ops.fused_operators import LIBRARY
-from rwkv_miss.ops.products import SOURCE, in_cpp
+from rwkv_miss.ops.products import multiplies_in_cpp
 
 _ACTIVATIONS = {"none": lambda h: h, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 _NAMES = list(_ACTIVATIONS)
 
 if not hasattr(torch.ops.rwkv_miss, "low_rank"):  # an operator outlives its module, which may be imported once more
     LIBRARY.define("low_rank(Tensor[] x, Tensor[] first, Tensor[] second, Tensor?[] bias, int[] activation) -> Tensor[]")
+    torch.library.register_fake(
+        "rwkv_miss::low_rank",
+        lambda x, first, second, bias, activation: [y @ a @ b for y, a, b in zip(x, first, second, strict=True)],
+        lib=LIBRARY,
+    )
 
 
 class LowRank(NamedTuple):
@@ -34,7 +38,7 @@ def low_rank(parts: Sequence[LowRank]) -> list[Tensor]:
     """The value (B, T, n) of each of `parts`. One token on a CPU, without gradients, is a single pass over all of their
     matrices, whose time is otherwise spent between the products."""
     x = parts[0].x
-    if x.shape[:2] == (1, 1) and not torch.is_grad_enabled() and x.device.type == "cpu" and in_cpp(x.dtype):
+    if x.shape[:2] == (1, 1) and multiplies_in_cpp(x):
         *tensors, activations = zip(*parts, strict=True)
         return torch.ops.rwkv_miss.low_rank.default(*tensors, [_NAMES.index(name) for name in activations])
     return [_value(*part) for part in parts]

@@ -1,5 +1,5 @@
-// Products of single rows, each with a matrix of its own, in fp32 (rwkv_miss/ops/products.py). The matrices are read once
-// from end to end: what takes the time is memory.
+// Products of single rows in fp32 (rwkv_miss/ops/products.py, low_rank.py). The matrices are read once from end to end:
+// what takes the time is memory.
 #include <omp.h>
 
 #include <algorithm>
@@ -43,6 +43,61 @@ void add_products(const T* x, const T* stack, const int64_t* rows, const int64_t
                 write_row(sums.get(), out, size);
             }
     }
+}
+
+// Bytes of a row that are asked for before they are needed.
+constexpr int64_t AHEAD = 1024;
+
+// y[r] = the sum over i < k of x[i] M[r, i] for r < R: several rows at a time, since memory has several ways.
+template <int R, class T>
+void multiply(const float* x, const T* M, T* y, int64_t k) {
+    Vec sums[R] = {};
+    int64_t i = 0;
+    for (; i + W <= k; i += W) {
+        Vec a, b;
+        std::memcpy(&a, x + i, sizeof(a));
+        for (int64_t r = 0; r < R; r++) {
+            const T* m = M + r * k + i;
+            __builtin_prefetch(reinterpret_cast<const char*>(m) + AHEAD);
+            for (int64_t j = 0; j < W; j++) b[j] = to_float(m[j]);
+            sums[r] += a * b;
+        }
+    }
+    for (int64_t r = 0; r < R; r++) {
+        alignas(64) float lanes[W];
+        store(lanes, sums[r]);
+        float total = sum(lanes);
+        for (int64_t j = i; j < k; j++) total += x[j] * to_float(M[r * k + j]);
+        from_float(total, y[r]);
+    }
+}
+
+// x (.., k) of a single row, weight (n, k) -> (.., n)
+Tensor multiply_row(const Tensor& x, const Tensor& weight) {
+    const int64_t k = weight.size(1), n = weight.size(0);
+    TORCH_CHECK(x.numel() == k && x.scalar_type() == weight.scalar_type());
+    auto shape = x.sizes().vec();
+    shape.back() = n;
+    const Tensor y = at::empty(shape, x.options());
+    with_type(x, [&](auto type) {
+        using T = decltype(type);
+        constexpr int64_t R = 4;
+        const Given from(x), matrix(weight);
+        const T *row = from, *M = matrix;
+        T* to = static_cast<T*>(y.mutable_data_ptr());
+        Buffer wide = zeros(k);
+        read_row(row, wide.get(), k);
+#pragma omp parallel for num_threads(at::get_num_threads()) schedule(static)
+        for (int64_t part = 0; part < (n + R - 1) / R; part++) {
+            const int64_t r = part * R;
+            if (r + R <= n) {
+                multiply<R>(wide.get(), M + r * k, to + r, k);
+            } else {
+                for (int64_t j = r; j < n; j++) multiply<1>(wide.get(), M + j * k, to + j, k);
+            }
+        }
+    });
+    return y;
 }
 
 // y (n) = activation(x (k) first (k, rank)) second (rank, n) + bias, which may be null. 0: no activation, 1: tanh, 2:
@@ -120,6 +175,7 @@ std::vector<Tensor> low_rank(at::TensorList x, at::TensorList first, at::TensorL
 // To be called once.
 extern "C" void register_operators() {
     static torch::Library library(torch::Library::IMPL, "rwkv_miss", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    library.impl("multiply_row", multiply_row);
     library.impl("low_rank", low_rank);
 }
 
