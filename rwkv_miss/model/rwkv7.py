@@ -65,8 +65,8 @@ class TimeMix(TimeMixBase):
         if v_first is not None:
             parts.append(LowRank(x_v, self.v1, self.v2, self.v0, "none"))
         # The decay is exp(-e^{-0.5} sigmoid(z)), the in-context learning rate sigmoid(a).
-        z, a, g, *nu = low_rank(parts)
-        nu = nu[0].view(heads) if nu else None
+        z, a, g, *rest = low_rank(parts)
+        nu = rest[0].view(heads) if rest else None
         k, v, minus_kk, kk_rate = wkv7_arguments(k, v, v_first, a.view(heads), nu, self.k_k, self.k_a)
 
         def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,9 @@ _ACTIVATIONS = {"none": lambda h: h, "tanh": torch.tanh, "sigmoid": torch.sigmoi
 _NAMES = list(_ACTIVATIONS)
 
 if not hasattr(torch.ops.rwkv_miss, "low_rank"):  # an operator outlives its module, which may be imported once more
-    LIBRARY.define("low_rank(Tensor[] x, Tensor[] first, Tensor[] second, Tensor?[] bias, int[] activation) -> Tensor[]")
+    LIBRARY.define(
+        "low_rank(Tensor[] x, Tensor[] first, Tensor[] second, Tensor?[] bias, int[] activation) -> Tensor[]"
+    )
     torch.library.register_fake(
         "rwkv_miss::low_rank",
         lambda x, first, second, bias, activation: [y @ a @ b for y, a, b in zip(x, first, second, strict=True)],
@@ -24,8 +26,8 @@ if not hasattr(torch.ops.rwkv_miss, "low_rank"):  # an operator outlives its mod
 
 
 class LowRank(NamedTuple):
-    """activation(x first) second + bias: (B, T, C), (C, r), (r, n) and (1, 1, n), or None without a bias. The activation
-    is "none", "tanh" or "sigmoid"."""
+    """activation(x first) second + bias, of (B, T, C), (C, r), (r, n) and (1, 1, n); bias may be None. `activation` is
+    "none", "tanh" or "sigmoid"."""
 
     x: Tensor
     first: Tensor

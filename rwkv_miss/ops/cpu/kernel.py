@@ -21,14 +21,18 @@ def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
-@cache
 def operators_or_reason(source: Path) -> str | None:
-    """Has a C++ file that has them make its operators of torch.library (`register_operators`). Returns None, or why it
-    has no library."""
+    """Makes the operators of torch.library that a C++ file has (`register_operators`). Returns None, or why there is no
+    library."""
     library, reason = library_or_reason(source)
     if library is not None:
-        library.register_operators()
+        _register_once(library)
     return reason
+
+
+@cache
+def _register_once(library: ctypes.CDLL) -> None:
+    library.register_operators()
 
 
 def call(source: Path, function: str, arguments: Sequence[Tensor | int | float | None]) -> None:
