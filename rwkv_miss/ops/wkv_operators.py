@@ -139,11 +139,14 @@ def register(
         backward(op, tensors, seq_start, kept, grad_y, grad_state, rows)
         return tuple(x if x is row else row.sum(0).to(x.dtype) for x, row in zip(made, rows, strict=True))
 
+    # An operator outlives its module, which may be imported once more.
+    is_new = not hasattr(torch.ops.rwkv_miss, f"{op.name}_{device_type}")
+
     def operator(
         suffix: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable, takes: str, n_outputs: int
     ) -> Any:
         qualified = f"{op.name}_{device_type}{suffix}"
-        if not hasattr(torch.ops.rwkv_miss, qualified):
+        if is_new:
             LIBRARY.define(f"{qualified}({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})")
             # For any device, as the tests run kernels of GPUs in an emulator.
             LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
@@ -163,7 +166,8 @@ def register(
     def differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: Any) -> tuple:
         return *backward_op(*ctx.saved_tensors, grad_y, grad_state), None, None
 
-    torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=LIBRARY)
+    if is_new:
+        torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=LIBRARY)
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
