@@ -318,7 +318,9 @@ class Engine:
 
     def _write(self, logits: Tensor) -> list[Piece]:
         """The next token of each running member, from logits (B, V)."""
-        finite = torch.isfinite(logits).all(dim=-1).tolist()
+        # The ends of a row, which are not numbers where one of its numbers is none: isfinite makes tensors of all.
+        ends = torch.stack(logits.aminmax(dim=-1))
+        finite = torch.isfinite(ends).all(dim=0).tolist()
         members = [member for member, is_finite in zip(self._running, finite, strict=True) if is_finite]
         pieces = []
         if len(members) < len(finite):

@@ -11,13 +11,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_miss.config import ModelConfig
 from rwkv_miss.model.state import State
 from rwkv_miss.ops.log_probs import target_log_probs
+from rwkv_miss.ops.products import linear
 
 
 class Context(NamedTuple):
@@ -81,11 +81,6 @@ def stacked(*vectors: Tensor) -> Tensor:
     return torch.cat(vectors).flatten(1)
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x weight + bias, as one product: (B, T, r), (r, C), (1, 1, C) -> (B, T, C)."""
-    return torch.addmm(bias[0], x.flatten(0, 1), weight).view(*x.shape[:2], -1)
-
-
 def vector(n: int) -> nn.Parameter:
     """An uninitialised parameter of n channels, in the shape that checkpoints have: (1, 1, n)."""
     return nn.Parameter(torch.empty(1, 1, n))
@@ -135,7 +130,7 @@ class Head(nn.Linear):
         self, hidden: Tensor, targets: Tensor | None = None, reduction: Literal["sum", "none"] = "sum"
     ) -> Tensor:
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return linear(hidden, self.weight)
         return target_log_probs(hidden, self.weight, targets, reduction)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rwkv_miss.ops.products import linear
+
 
 class FrozenLinear(nn.Module):
     """y = x W^T with W (out_features, in_features), without a bias: what an adapter may call of the linear that it goes
@@ -39,6 +41,9 @@ class Linear(nn.Linear, FrozenLinear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         return torch.mm(dy, self.weight)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, affine, matrix, stacked, vector
+from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, matrix, stacked, vector
 from rwkv_miss.model.documents import run_from
 from rwkv_miss.model.initial_values import orthogonal, shift
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.ops import wkv6
 from rwkv_miss.ops.fused import gated, relu_squared, token_mix, wkv6_output
+from rwkv_miss.ops.low_rank import LowRank, low_rank
 
 # A step of r, k, v, w that leaves the state as it is: decay 1, nothing written.
 _PADDING = (0.0, 0.0, 0.0, -1e4)
@@ -59,8 +60,8 @@ class TimeMix(TimeMixBase):
         k = self.key(x_k)
         v = self.value(x_v)
         g = self.gate(x_g)
-        low = torch.tanh(x_w @ self.time_decay_w1)
-        w = affine(low, self.time_decay_w2, self.time_decay)  # the decay is exp(-exp(w))
+        # The decay is exp(-exp(w)).
+        [w] = low_rank([LowRank(x_w, self.time_decay_w1, self.time_decay_w2, self.time_decay, "tanh")])
 
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
 

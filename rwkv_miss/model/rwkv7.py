@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_miss.config import ModelConfig
-from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, affine, matrix, stacked, vector
+from rwkv_miss.model.base import RWKV, ChannelMixBase, Context, Sizes, TimeMixBase, matrix, stacked, vector
 from rwkv_miss.model.documents import run_from
 from rwkv_miss.model.initial_values import head_zigzag, orthogonal, shift
 from rwkv_miss.model.linear import Linear
 from rwkv_miss.ops import wkv7
 from rwkv_miss.ops.fused import relu_squared, token_mix, wkv7_arguments, wkv7_output
+from rwkv_miss.ops.low_rank import LowRank, low_rank
 
 # A step of r, z, k, v, a, b that leaves the state as it is: decay 1, nothing removed or written.
 _PADDING = (0.0, -1e4, 0.0, 0.0, 0.0, 0.0)
@@ -55,12 +56,18 @@ class TimeMix(TimeMixBase):
         r = self.receptance(x_r).view(heads)
         k = self.key(x_k).view(heads)
         v = self.value(x_v).view(heads)
-        z = affine(torch.tanh(x_w @ self.w1), self.w2, self.w0)  # the decay is exp(-e^{-0.5} sigmoid(z))
-        a = affine(x_a @ self.a1, self.a2, self.a0).view(heads)  # the in-context learning rate is sigmoid(a)
-        g = torch.sigmoid(x_g @ self.g1) @ self.g2
         v_first = context.first
-        nu = None if v_first is None else affine(x_v @ self.v1, self.v2, self.v0).view(heads)
-        k, v, minus_kk, kk_rate = wkv7_arguments(k, v, v_first, a, nu, self.k_k, self.k_a)
+        parts = [
+            LowRank(x_w, self.w1, self.w2, self.w0, "tanh"),
+            LowRank(x_a, self.a1, self.a2, self.a0, "none"),
+            LowRank(x_g, self.g1, self.g2, None, "sigmoid"),
+        ]
+        if v_first is not None:
+            parts.append(LowRank(x_v, self.v1, self.v2, self.v0, "none"))
+        # The decay is exp(-e^{-0.5} sigmoid(z)), the in-context learning rate sigmoid(a).
+        z, a, g, *rest = low_rank(parts)
+        nu = rest[0].view(heads) if rest else None
+        k, v, minus_kk, kk_rate = wkv7_arguments(k, v, v_first, a.view(heads), nu, self.k_k, self.k_a)
 
         def op(x: Sequence[Tensor], state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
             r, z, k, v, a, b = x

@@ -31,7 +31,7 @@ from rwkv_miss.ops.fused_operators import (
 
 # By type of device.
 KERNELS = {
-    "cpu": Kernels(cpu.unusable, cpu.launch, cpu.PART_ROWS),
+    "cpu": Kernels(cpu.unusable, cpu.launch, cpu.PART_ROWS, makes_forward=True),
     "cuda": Kernels(cuda.unusable, cuda.launch, cuda.PART_ROWS),
 }
 _OPERATORS = {op: register(op, KERNELS) for op in OPS}

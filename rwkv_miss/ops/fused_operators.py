@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -119,21 +119,23 @@ class Kernels:
             width: the last size of the op's first argument, which is the head size where it has heads.
         launch: see `Launch`.
         part_rows: tokens whose gradients of parameters a kernel sums.
+        makes_forward: whether `unusable`, where it returns None, has made the forward operators itself. `launch` then
+            gets backward kernels alone.
     """
 
     unusable: Callable[[FusedOp, torch.device, torch.dtype, int], str | None]
     launch: Launch
     part_rows: int
+    makes_forward: bool = False
 
 
-_LIBRARY = torch.library.Library("rwkv_miss", "FRAGMENT")
+LIBRARY = torch.library.Library("rwkv_miss", "FRAGMENT")
 
 
 def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Sequence[Tensor]]:
     """Makes the operators `rwkv_miss::{op.name}` and `rwkv_miss::{op.name}_backward`.
 
-    They are defined without torch.library.custom_op, whose calls take 30 microseconds more: a step of generating has
-    five in every layer.
+    They are defined without torch.library.custom_op, whose calls take 30 microseconds more.
 
     Args:
         kernels: by type of device; read at each call.
@@ -141,15 +143,6 @@ def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Seque
     Returns:
         The differentiable op: its arguments -> the outputs that are there.
     """
-
-    def outputs(*arguments: Any) -> list[Tensor | None]:
-        return [None if x is None else _empty(x) for x in op.like(*arguments)]
-
-    def forward(*arguments: Any) -> list[Tensor]:
-        made = outputs(*arguments)
-        named = dict(zip((*op.arguments, *op.outputs), (*arguments, *made), strict=True))
-        kernels[arguments[0].device.type].launch(f"{op.name}_forward", named | op.sizes(*arguments))
-        return _there(made)
 
     def backward(*given: Any) -> list[Tensor]:
         *arguments, grads, needs = given
@@ -178,15 +171,16 @@ def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Seque
         return [_empty(x) for x, needed in zip(arguments, needs, strict=False) if needed]
 
     for name, schema, run, fake in (
-        (op.name, op.schema, forward, lambda *x: _there(outputs(*x))),
+        (op.name, op.schema, partial(launch_forward, op, kernels), lambda *x: _there(_outputs(op, *x))),
         (f"{op.name}_backward", f"{op.schema}, Tensor[] grads, bool[] needs", backward, fake_backward),
     ):
         if hasattr(torch.ops.rwkv_miss, name):  # an operator outlives its module, which may be imported once more
             continue
-        _LIBRARY.define(f"{name}({schema}) -> Tensor[]")
-        for device_type in kernels:
-            _LIBRARY.impl(name, run, device_type.upper())
-        torch.library.register_fake(f"rwkv_miss::{name}", fake, lib=_LIBRARY)
+        LIBRARY.define(f"{name}({schema}) -> Tensor[]")
+        for device_type, own in kernels.items():
+            if name != op.name or not own.makes_forward:
+                LIBRARY.impl(name, run, device_type.upper())
+        torch.library.register_fake(f"rwkv_miss::{name}", fake, lib=LIBRARY)
     forward_op, backward_op = (getattr(torch.ops.rwkv_miss, f"{op.name}{x}").default for x in ("", "_backward"))
 
     class Differentiable(torch.autograd.Function):
@@ -211,6 +205,18 @@ def register(op: FusedOp, kernels: Mapping[str, Kernels]) -> Callable[..., Seque
         return forward_op(*arguments)
 
     return call
+
+
+def launch_forward(op: FusedOp, kernels: Mapping[str, Kernels], *arguments: Any) -> list[Tensor]:
+    """The outputs that are there, filled by a kernel of the device of `arguments`."""
+    made = _outputs(op, *arguments)
+    named = dict(zip((*op.arguments, *op.outputs), (*arguments, *made), strict=True))
+    kernels[arguments[0].device.type].launch(f"{op.name}_forward", named | op.sizes(*arguments))
+    return _there(made)
+
+
+def _outputs(op: FusedOp, *arguments: Any) -> list[Tensor | None]:
+    return [None if x is None else _empty(x) for x in op.like(*arguments)]
 
 
 def _empty(x: Tensor) -> Tensor:

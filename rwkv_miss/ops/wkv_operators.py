@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rwkv_miss.ops.fused_operators import LIBRARY
+
 
 @dataclass(frozen=True)
 class WkvOp:
@@ -137,17 +139,24 @@ def register(
         backward(op, tensors, seq_start, kept, grad_y, grad_state, rows)
         return tuple(x if x is row else row.sum(0).to(x.dtype) for x, row in zip(made, rows, strict=True))
 
-    def custom_op(
-        name: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable, takes: str, n_outputs: int
-    ) -> Any:
-        schema = f"({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})"
-        made = torch.library.custom_op(name, function, mutates_args=(), device_types=device_type, schema=schema)
-        made.register_fake(fake)
-        return made
+    # An operator outlives its module, which may be imported once more.
+    is_new = not hasattr(torch.ops.rwkv_miss, f"{op.name}_{device_type}")
 
-    forward_op = custom_op(name, run_forward, outputs, "Tensor state, Tensor? seq_start, bool save", 3 + len(op.saved))
+    def operator(
+        suffix: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable, takes: str, n_outputs: int
+    ) -> Any:
+        qualified = f"{op.name}_{device_type}{suffix}"
+        if is_new:
+            LIBRARY.define(f"{qualified}({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})")
+            # For any device, as the tests run kernels of GPUs in an emulator.
+            LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"rwkv_miss::{qualified}", fake, lib=LIBRARY)
+        return getattr(torch.ops.rwkv_miss, qualified).default
+
+    takes = "Tensor state, Tensor? seq_start, bool save"
+    forward_op = operator("", run_forward, outputs, takes, 3 + len(op.saved))
     takes = f"Tensor? seq_start, {saved}, Tensor? grad_y, Tensor? grad_state"
-    backward_op = custom_op(f"{name}_backward", run_backward, gradients, takes, len(op.inputs) + 1)
+    backward_op = operator("_backward", run_backward, gradients, takes, len(op.inputs) + 1)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, _state, seq_start, _save = inputs
@@ -157,7 +166,8 @@ def register(
     def differentiate(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, *_: Any) -> tuple:
         return *backward_op(*ctx.saved_tensors, grad_y, grad_state), None, None
 
-    forward_op.register_autograd(differentiate, setup_context=setup_context)
+    if is_new:
+        torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=LIBRARY)
 
     def run(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rwkv_miss.benchmarks.common import threads as thread_count
 from rwkv_miss.ops import fused, fused_torch
 from rwkv_miss.ops.fused_operators import OPS, FusedOp
 from tests.ops.cases import odd_starts
@@ -122,10 +123,10 @@ def assert_close(found: list, expected: list, tolerance: float) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_in_float64(case, dtype, shape, threads, poisoned, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_in_float64(case, dtype, shape, threads, poisoned):
     arguments = make(case, shape, dtype)
-    outputs, grads = run(in_kernels(case), arguments)
+    with thread_count(threads):
+        outputs, grads = run(in_kernels(case), arguments)
     expected_outputs, expected_grads = exact(case, arguments)
     assert {x.dtype for x in (*outputs, *grads) if x is not None} == {dtype}
     assert_close(outputs, expected_outputs, TOLERANCE[dtype])

@@ -34,8 +34,8 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     """Loads the library of a C++ source, after compiling it if it is not in the cache.
 
     The library in the cache is named by a hash of all that goes into it (the source, the headers beside it, the
-    options, the compiler and the machine), so that it is never out of date, and compiled again if it is damaged. Of
-    several processes that need it at once one compiles and the others wait; if that one is killed, the next
+    options, the compiler, PyTorch and the machine), so that it is never out of date, and compiled again if it is
+    damaged. Of several processes that need it at once one compiles and the others wait; if that one is killed, the next
     compiles. Where nothing can be written to the cache, the library is used without it, with a warning.
 
     Args:
@@ -49,7 +49,8 @@ def load_library(source: Path, capability: str | None = None, cache: Path | None
     capability = capability or torch.backends.cpu.get_cpu_capability()
     flags = [*_FLAGS, *INSTRUCTION_SETS.get(capability, ())]
     headers = sorted(source.parent.glob("*.h"))
-    parts = [*(path.read_text() for path in (source, *headers)), *flags, _compiler_version(), platform.machine()]
+    programs = _compiler_version(), torch.__version__, platform.machine()
+    parts = [*(path.read_text() for path in (source, *headers)), *flags, *programs]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = cache or cache_folder()
     library = cache / f"{source.stem}-{digest}.so"

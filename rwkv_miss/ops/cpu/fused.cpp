@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "tensors.h"
 
 #define LANES _Pragma("GCC ivdep") for (int64_t i = 0; i < n; i++)
 
@@ -492,16 +493,93 @@ void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, i
     });
 }
 
+// The forward operators of rwkv_miss/ops/fused_operators.py: a step of generating calls so many that Python between the
+// model and the kernels would take longer than the kernels.
+
+std::vector<Tensor> token_mix(const Tensor& x, const Tensor& last, const MaybeTensor& seq_start, const Tensor& mixes,
+                              const MaybeTensor& extra) {
+    const int64_t n_mixes = mixes.size(0);
+    TORCH_CHECK(n_mixes <= MAX_MIXES, "expected at most ", MAX_MIXES, " mixes, found ", n_mixes);
+    std::vector<Tensor> made;
+    with_type(x, [&](auto type) {
+        using T = decltype(type);
+        T* out[MAX_MIXES];
+        for (int64_t m = 0; m < n_mixes; m++) {
+            const Made y(x);
+            out[m] = y;
+            made.push_back(y.tensor);
+        }
+        mix_forward<T>({Given(x), Given(last), Given(seq_start), Given(mixes), Given(extra), x.size(0), x.size(1),
+                        x.size(2), n_mixes},
+                       out, at::get_num_threads());
+    });
+    return made;
+}
+
+std::vector<Tensor> wkv7_arguments(const Tensor& k, const MaybeTensor& v, const MaybeTensor& v_first, const Tensor& a,
+                                   const MaybeTensor& nu, const Tensor& k_k, const Tensor& k_a) {
+    const Made k_out(k), v_out(k), minus_kk(k), kk_rate(k);
+    with_type(k, [&](auto type) {
+        using T = decltype(type);
+        arguments_forward<T>(Given(k), Given(v), Given(v_first), Given(a), Given(nu), Given(k_k), Given(k_a), k_out,
+                             v ? static_cast<T*>(v_out) : nullptr, minus_kk, kk_rate, k.size(0) * k.size(1), k.size(2),
+                             k.size(3), at::get_num_threads());
+    });
+    if (!v) return {k_out.tensor, minus_kk.tensor, kk_rate.tensor};
+    return {k_out.tensor, v_out.tensor, minus_kk.tensor, kk_rate.tensor};
+}
+
+std::vector<Tensor> wkv7_output(const Tensor& y, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& g,
+                                const Tensor& weight, const Tensor& bias, const Tensor& r_k, double eps) {
+    const Made out(g);
+    with_type(y, [&](auto type) {
+        output7_forward<decltype(type)>(Given(y), Given(r), Given(k), Given(v), Given(g), Given(weight), Given(bias),
+                                        Given(r_k), float(eps), out, y.size(0) * y.size(1), y.size(2), y.size(3),
+                                        at::get_num_threads());
+    });
+    return {out.tensor};
+}
+
+std::vector<Tensor> relu_squared(const Tensor& x) {
+    const Made out(x);
+    with_type(x, [&](auto type) {
+        relu_forward<decltype(type)>(Given(x), out, x.numel(), at::get_num_threads());
+    });
+    return {out.tensor};
+}
+
+std::vector<Tensor> wkv6_output(const Tensor& y, const Tensor& g, const Tensor& weight, const Tensor& bias,
+                                double eps) {
+    const Made out(g);
+    with_type(y, [&](auto type) {
+        output6_forward<decltype(type)>(Given(y), Given(g), Given(weight), Given(bias), float(eps), out,
+                                        y.size(0) * y.size(1), y.size(2), y.size(3), at::get_num_threads());
+    });
+    return {out.tensor};
+}
+
+std::vector<Tensor> gated(const Tensor& gate, const Tensor& x) {
+    const Made out(x);
+    with_type(x, [&](auto type) {
+        gated_forward<decltype(type)>(Given(gate), Given(x), out, x.numel(), at::get_num_threads());
+    });
+    return {out.tensor};
+}
+
 }  // namespace
 
+// To be called once.
+extern "C" void register_operators() {
+    static torch::Library library(torch::Library::IMPL, "rwkv_miss", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    library.impl("token_mix", token_mix);
+    library.impl("wkv7_arguments", wkv7_arguments);
+    library.impl("wkv7_output", wkv7_output);
+    library.impl("relu_squared", relu_squared);
+    library.impl("wkv6_output", wkv6_output);
+    library.impl("gated", gated);
+}
+
 #define FUNCTIONS(T, NAME)                                                                                             \
-    extern "C" void token_mix_forward_##NAME(const T* x, const T* last, const uint8_t* seq_start, const T* mixes,      \
-                                             const T* extra, T* out0, T* out1, T* out2, T* out3, T* out4, T* out5,     \
-                                             int64_t batch, int64_t steps, int64_t channels, int64_t n_mixes,          \
-                                             int64_t threads) {                                                        \
-        T* const out[MAX_MIXES] = {out0, out1, out2, out3, out4, out5};                                                \
-        mix_forward<T>({x, last, seq_start, mixes, extra, batch, steps, channels, n_mixes}, out, threads);             \
-    }                                                                                                                  \
     extern "C" void token_mix_backward_##NAME(                                                                         \
         const T* x, const T* last, const uint8_t* seq_start, const T* mixes, const T* extra, const T* dout0,           \
         const T* dout1, const T* dout2, const T* dout3, const T* dout4, const T* dout5, T* dx, T* dlast,               \
@@ -511,13 +589,6 @@ void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, i
         mix_backward<T>({x, last, seq_start, mixes, extra, batch, steps, channels, n_mixes}, dout, dx, dlast, dmixes,  \
                         dextra, part_rows, threads);                                                                   \
     }                                                                                                                  \
-    extern "C" void wkv7_arguments_forward_##NAME(const T* k, const T* v, const T* v_first, const T* a, const T* nu,   \
-                                                  const T* k_k, const T* k_a, T* k_out, T* v_out, T* minus_kk,         \
-                                                  T* kk_rate, int64_t rows, int64_t heads, int64_t n,                  \
-                                                  int64_t threads) {                                                   \
-        arguments_forward<T>(k, v, v_first, a, nu, k_k, k_a, k_out, v_out, minus_kk, kk_rate, rows, heads, n,          \
-                             threads);                                                                                 \
-    }                                                                                                                  \
     extern "C" void wkv7_arguments_backward_##NAME(                                                                    \
         const T* k, const T* v, const T* v_first, const T* a, const T* nu, const T* k_k, const T* k_a,                 \
         const T* dk_out, const T* dv_out, const T* dminus_kk, const T* dkk_rate, T* dk, T* dv, T* dv_first, T* da,     \
@@ -526,11 +597,6 @@ void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, i
         arguments_backward<T>(k, v, v_first, a, nu, k_k, k_a, dk_out, dv_out, dminus_kk, dkk_rate, dk, dv, dv_first,   \
                               da, dnu, dk_k, dk_a, rows, heads, n, part_rows, threads);                                \
     }                                                                                                                  \
-    extern "C" void wkv7_output_forward_##NAME(const T* y, const T* r, const T* k, const T* v, const T* g,             \
-                                               const T* weight, const T* bias, const T* r_k, float eps, T* out,        \
-                                               int64_t rows, int64_t heads, int64_t n, int64_t threads) {              \
-        output7_forward<T>(y, r, k, v, g, weight, bias, r_k, eps, out, rows, heads, n, threads);                       \
-    }                                                                                                                  \
     extern "C" void wkv7_output_backward_##NAME(                                                                       \
         const T* y, const T* r, const T* k, const T* v, const T* g, const T* weight, const T* bias, const T* r_k,      \
         float eps, const T* dout, T* dy, T* dr, T* dk, T* dv, T* dg, float* dweight, float* dbias, float* dr_k,        \
@@ -538,16 +604,9 @@ void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, i
         output7_backward<T>(y, r, k, v, g, weight, bias, r_k, eps, dout, dy, dr, dk, dv, dg, dweight, dbias, dr_k,     \
                             rows, heads, n, part_rows, threads);                                                       \
     }                                                                                                                  \
-    extern "C" void relu_squared_forward_##NAME(const T* x, T* out, int64_t count, int64_t threads) {                  \
-        relu_forward<T>(x, out, count, threads);                                                                       \
-    }                                                                                                                  \
     extern "C" void relu_squared_backward_##NAME(const T* x, const T* dout, T* dx, int64_t count, int64_t part_rows,   \
                                                  int64_t threads) {                                                    \
         relu_backward<T>(x, dout, dx, count, threads);                                                                 \
-    }                                                                                                                  \
-    extern "C" void wkv6_output_forward_##NAME(const T* y, const T* g, const T* weight, const T* bias, float eps,      \
-                                               T* out, int64_t rows, int64_t heads, int64_t n, int64_t threads) {      \
-        output6_forward<T>(y, g, weight, bias, eps, out, rows, heads, n, threads);                                     \
     }                                                                                                                  \
     extern "C" void wkv6_output_backward_##NAME(const T* y, const T* g, const T* weight, const T* bias, float eps,     \
                                                 const T* dout, T* dy, T* dg, float* dweight, float* dbias,             \
@@ -555,9 +614,6 @@ void gated_backward(const T* gate, const T* x, const T* dout, T* dgate, T* dx, i
                                                 int64_t threads) {                                                     \
         output6_backward<T>(y, g, weight, bias, eps, dout, dy, dg, dweight, dbias, rows, heads, n, part_rows,          \
                             threads);                                                                                  \
-    }                                                                                                                  \
-    extern "C" void gated_forward_##NAME(const T* gate, const T* x, T* out, int64_t count, int64_t threads) {          \
-        gated_forward<T>(gate, x, out, count, threads);                                                                \
     }                                                                                                                  \
     extern "C" void gated_backward_##NAME(const T* gate, const T* x, const T* dout, T* dgate, T* dx, int64_t count,    \
                                           int64_t part_rows, int64_t threads) {                                        \

@@ -21,6 +21,20 @@ def library_or_reason(source: Path) -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
 
 
+def operators_or_reason(source: Path) -> str | None:
+    """Makes the operators of torch.library that a C++ file has (`register_operators`). Returns None, or why there is no
+    library."""
+    library, reason = library_or_reason(source)
+    if library is not None:
+        _register_once(library)
+    return reason
+
+
+@cache
+def _register_once(library: ctypes.CDLL) -> None:
+    library.register_operators()
+
+
 def call(source: Path, function: str, arguments: Sequence[Tensor | int | float | None]) -> None:
     """Calls a function of a C++ file (declared `extern "C"`, without a result), and returns when it has run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ SAVE_EVERY = 32
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+@cache
 def source(op: str) -> Path:
     """The C++ file of "wkv6" or "wkv7"."""
     return Path(__file__).with_name(f"{op}.cpp")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from rwkv_miss.ops import fused
 from rwkv_miss.ops.cuda import driver, kernel, nvrtc
 from rwkv_miss.ops.cuda import fused as cuda
 from rwkv_miss.ops.dispatch import announce
+from rwkv_miss.ops.fused_operators import LIBRARY, OPS, launch_forward
 from tests.ops.cuda.emulated import EMULATED
 from tests.ops.cuda.stub import connect, read_manifest
 
@@ -37,6 +39,8 @@ def session(library):
         if name.startswith("rwkv_miss::") and "_cuda" in name:
             op.register_kernel("cpu")(op._init_fn)
     fused.KERNELS["cpu"] = fused.KERNELS["cuda"]
+    for fused_op in OPS:
+        LIBRARY.impl(fused_op.name, partial(launch_forward, fused_op, fused.KERNELS), "CPU")
     cuda.BLOCKS = 8  # in the emulator a block costs more than the rows that it goes through
     return connect(library, read_manifest(Path(os.environ["STUB_MANIFEST"])), EMULATED)
 
