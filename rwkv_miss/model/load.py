@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -82,24 +80,12 @@ def build_model(
             if is_state(key)
             else t
             if as_stored or t.dtype == dtype
-            else _empty(t.shape, dtype).copy_(reader.read(t))
+            else reader.read(t).to(dtype)
             for key, t in tensors.items()
             if key not in kind.unused and key.removesuffix(".weight") not in quantised
         }
     model.load_state_dict(weights, assign=True)
     return model.to(device)
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Memory for a weight, in pages of 2 MB where Linux has them: a product of few rows takes as long as its weight is
-    read, and with pages of 4 kB much of that is looking for the pages."""
-    n_bytes = shape.numel() * dtype.itemsize
-    if n_bytes < 2**20 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # Linux without large pages refuses the advice
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def running_dtype(tensors: Mapping[str, Tensor], dtype: str | torch.dtype | None) -> torch.dtype:
