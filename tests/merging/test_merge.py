@@ -172,7 +172,8 @@ def test_a_state_file_in_the_rwkv_package(tiny_model, tmp_path, rwkv_logits, met
         assert torch.equal(rwkv_logits(tiny_model, tokens.tolist(), wkv), theirs)
 
 
-@pytest.mark.parametrize(("stored", "wanted"), [(BF16, None), (FP16, "bf16"), (FP32, "bf16"), (BF16, "fp32")])
+@pytest.mark.parametrize("stored", [BF16, FP16, FP32])
+@pytest.mark.parametrize("wanted", [None, "bf16", "fp32"])
 def test_every_trained_tensor_is_written_and_the_rest_is_the_bases(make_base, tmp_path, stored, wanted):
     base = make_base(dtype=stored, layer0_v=True)
     config = AdapterConfig("miss+state", r=7, modules_to_save=["time", "ln_out"])
@@ -442,15 +443,8 @@ def test_how_far_it_is_is_told(base, folder, tmp_path):
     assert told == [(i, 2 * n) for i in range(1, 2 * n + 1)]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("emb.weight", math.nan),
-        ("head.weight", math.inf),
-        ("blocks.1.ffn.key.weight", -math.inf),
-        ("blocks.2.att.w0", math.nan),
-    ],
-)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["emb.weight", "head.weight", "blocks.1.ffn.key.weight", "blocks.2.att.w0"])
 def test_a_base_with_values_that_are_not_finite(base, tmp_path, out, key, value):
     """Also in the embedding of one token, which the check's logits do not meet."""
     weights = torch.load(base)

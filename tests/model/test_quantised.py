@@ -105,7 +105,8 @@ def test_float64_gradient_of_the_product(format):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
-@pytest.mark.parametrize(("format", "dtype"), [("nf4", "fp32"), ("int8", "bf16")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
 def test_models_compute_with_the_dequantised_weights(either_base, format, dtype, method):
     """Outputs and the gradients of what is trained, against a plain model that holds the dequantised weights."""
     model = load_model(either_base, dtype, quant=format, quant_skip=["att.key"])
