@@ -8,21 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_miss.ops.fused_operators import LIBRARY
+from rwkv_miss.ops.library import define
 from rwkv_miss.ops.products import multiplies_in_cpp
 
 _ACTIVATIONS = {"none": lambda h: h, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 _NAMES = list(_ACTIVATIONS)
 
-if not hasattr(torch.ops.rwkv_miss, "low_rank"):  # an operator outlives its module, which may be imported once more
-    LIBRARY.define(
-        "low_rank(Tensor[] x, Tensor[] first, Tensor[] second, Tensor?[] bias, int[] activation) -> Tensor[]"
-    )
-    torch.library.register_fake(
-        "rwkv_miss::low_rank",
-        lambda x, first, second, bias, activation: [y @ a @ b for y, a, b in zip(x, first, second, strict=True)],
-        lib=LIBRARY,
-    )
+define(
+    "low_rank",
+    "(Tensor[] x, Tensor[] first, Tensor[] second, Tensor?[] bias, int[] activation) -> Tensor[]",
+    lambda x, first, second, bias, activation: [y @ a @ b for y, a, b in zip(x, first, second, strict=True)],
+)
 
 
 class LowRank(NamedTuple):

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_miss.ops.cpu import kernel
-from rwkv_miss.ops.fused_operators import LIBRARY
+from rwkv_miss.ops.library import define
 
 _SOURCE = Path(kernel.__file__).with_name("products.cpp")
 _FUNCTIONS = {torch.float32: "add_products_f32", torch.bfloat16: "add_products_bf16"}
 
-if not hasattr(torch.ops.rwkv_miss, "multiply_row"):  # an operator outlives its module, which may be imported once more
-    LIBRARY.define("multiply_row(Tensor x, Tensor weight) -> Tensor")
-    torch.library.register_fake("rwkv_miss::multiply_row", F.linear, lib=LIBRARY)
+define("multiply_row", "(Tensor x, Tensor weight) -> Tensor", F.linear)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

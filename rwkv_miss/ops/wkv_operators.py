@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rwkv_miss.ops.fused_operators import LIBRARY
+from rwkv_miss.ops.library import LIBRARY, define
 
 
 @dataclass(frozen=True)
@@ -139,24 +139,19 @@ def register(
         backward(op, tensors, seq_start, kept, grad_y, grad_state, rows)
         return tuple(x if x is row else row.sum(0).to(x.dtype) for x, row in zip(made, rows, strict=True))
 
-    # An operator outlives its module, which may be imported once more.
-    is_new = not hasattr(torch.ops.rwkv_miss, f"{op.name}_{device_type}")
-
     def operator(
         suffix: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable, takes: str, n_outputs: int
-    ) -> Any:
+    ) -> tuple[Any, bool]:
         qualified = f"{op.name}_{device_type}{suffix}"
-        if is_new:
-            LIBRARY.define(f"{qualified}({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})")
-            # For any device, as the tests run kernels of GPUs in an emulator.
+        is_new = define(qualified, f"({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})", fake)
+        if is_new:  # for any device, as the tests run kernels of GPUs in an emulator
             LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"rwkv_miss::{qualified}", fake, lib=LIBRARY)
-        return getattr(torch.ops.rwkv_miss, qualified).default
+        return getattr(torch.ops.rwkv_miss, qualified).default, is_new
 
     takes = "Tensor state, Tensor? seq_start, bool save"
-    forward_op = operator("", run_forward, outputs, takes, 3 + len(op.saved))
+    forward_op, is_new = operator("", run_forward, outputs, takes, 3 + len(op.saved))
     takes = f"Tensor? seq_start, {saved}, Tensor? grad_y, Tensor? grad_state"
-    backward_op = operator("_backward", run_backward, gradients, takes, len(op.inputs) + 1)
+    backward_op, _ = operator("_backward", run_backward, gradients, takes, len(op.inputs) + 1)
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, _state, seq_start, _save = inputs

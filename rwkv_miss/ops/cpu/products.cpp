@@ -54,8 +54,8 @@ void multiply(const float* x, const T* M, T* y, int64_t k) {
     Vec sums[R] = {};
     int64_t i = 0;
     for (; i + W <= k; i += W) {
-        Vec a, b;
-        std::memcpy(&a, x + i, sizeof(a));
+        const Vec a = load(x + i);
+        Vec b;
         for (int64_t r = 0; r < R; r++) {
             const T* m = M + r * k + i;
             __builtin_prefetch(reinterpret_cast<const char*>(m) + AHEAD);

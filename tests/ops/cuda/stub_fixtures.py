@@ -18,7 +18,8 @@ from rwkv_miss.ops import fused
 from rwkv_miss.ops.cuda import driver, kernel, nvrtc
 from rwkv_miss.ops.cuda import fused as cuda
 from rwkv_miss.ops.dispatch import announce
-from rwkv_miss.ops.fused_operators import LIBRARY, OPS, launch_forward
+from rwkv_miss.ops.fused_operators import OPS, launch_forward
+from rwkv_miss.ops.library import LIBRARY
 from tests.ops.cuda.emulated import EMULATED
 from tests.ops.cuda.stub import connect, read_manifest
 
