@@ -10,8 +10,8 @@ from rwkv_miss.errors import UserError
 
 _T = TypeVar("_T")
 
-# More gain little, and each may be large.
-_COUNT = 8
+# More gain nothing.
+_COUNT = 64
 
 
 def ahead(items: Iterable[_T]) -> Iterator[_T]:

@@ -113,7 +113,7 @@ def encode_records(records: Iterable[Record], tokenizer: Tokenizer, vocab_size: 
         UserError: the text has a token that the model does not have, or `END`, or a record has two answers to compare.
             The message names the first such record.
     """
-    ids = array("i")  # a Python list of them takes ten times the memory
+    ids = array("I")  # a Python list takes ten times the memory, and an array of signed integers four times as long
     places: list[str] = []
     ends: list[int] = []
     span_ends, learned = [0], [False]

@@ -208,7 +208,7 @@ def test_content_of_another_format(read, suffix):
 
 MB = 1 << 20
 BOMBS: dict[str, tuple[bytes, bytes, str]] = {  # how the text begins, what then comes again and again, and what is said
-    "a.jsonl": (b"", b"a", ":1: is longer than 33,554,432 bytes"),
+    "a.jsonl": (b'{"text": "a"}\n', b"a", ":2: is longer than 33,554,432 bytes"),
     "a.json": (b'[{"text": "', b"a", ":1: is longer than 33,554,432 characters"),
     "b.json": (b"[", b" ", "unpacks to more than 200 times its size"),
     "a.csv": (b'text\n"', b"a", ":2: is longer than 33,554,432 bytes; no record may be. Is a quotation mark missing?"),

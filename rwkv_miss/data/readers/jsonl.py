@@ -19,19 +19,14 @@ _DECODER = json.JSONDecoder()  # `json.loads` takes as long for its arguments as
 
 def jsonl_blocks(path: Path, file: BinaryIO, options: DataOptions) -> Iterator[Block]:
     """Whole lines as bytes, some MB at a time."""
-    number, rest = 1, b""
-    while piece := file.read(BLOCK_SIZE):
-        lines, newline, after = piece.rpartition(b"\n")
-        if newline:
-            content, rest = rest + lines + newline, after
-            yield Block(path, number, content)
-            number += content.count(b"\n")
-        else:
-            rest += piece
+    number = 1
+    while content := file.read(BLOCK_SIZE):
+        rest = file.readline(LONGEST + 1)
+        content, lines = content + rest, content.count(b"\n")
         if len(rest) > LONGEST:
-            raise UserError(f"{path}:{number}: is longer than {LONGEST:,} bytes; no record may be, so part it")
-    if rest:
-        yield Block(path, number, rest)
+            raise UserError(f"{path}:{number + lines}: is longer than {LONGEST:,} bytes; no record may be, so part it")
+        yield Block(path, number, content)
+        number += lines + rest.endswith(b"\n")
 
 
 def jsonl_records(block: Block, options: DataOptions) -> Iterator[Record]:
