@@ -4,6 +4,7 @@ the arguments are wrong."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rwkv_miss.config import AdapterConfig, ModelConfig, PlanConfig
 from rwkv_miss.errors import UserError
-from rwkv_miss.files import atomic_write, check_name
+from rwkv_miss.files import atomic_write, check_is_file, check_name
 from rwkv_miss.model.recognise import infer_config
 from rwkv_miss.ops import fused, wkv6, wkv7
 from rwkv_miss.ops.cuda.nvrtc import CompileError, compile_source, version
@@ -270,6 +271,61 @@ def add_time(op: str, backend: str, shape: tuple[int, int, int], peak: float, re
     report.add(what, result, **values)
 
 
+def whole_rows(backend: str) -> Callable[..., Tensor]:
+    """The y of WKV-7 without a first state, of rows that are one document each."""
+    return lambda *tensors: OPS["wkv7"](*tensors, backend=backend)[0]
+
+
+def load_other(file: Path) -> Callable[..., Tensor]:
+    """The function `wkv7` of a Python file: (r, z, k, v, a, b) -> y as `whole_rows` has them, differentiable."""
+    check_is_file(file, "other kernel's file")
+    spec = importlib.util.spec_from_file_location("other", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: is no Python file; give one, .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(kernel := getattr(module, "wkv7", None)):
+        raise UserError(f"{file}: has no function wkv7(r, z, k, v, a, b) that returns y; give it one")
+    return kernel
+
+
+def outcome(kernel: Callable[..., Tensor], tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """y and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = kernel(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def add_whole_rows(name: str, kernel: Callable[..., Tensor], report: Report) -> None:
+    """A kernel of WKV-7 on rows of one document each, which everybody's can take, in bf16 with N = 64."""
+    what = f"wkv7, {name}, whole rows"
+    if not report.has_time(what):
+        return
+    (*tensors, _), _, dy = inputs("wkv7", 2, 256, 3, 64, torch.bfloat16, "cuda")
+    exact = outcome(whole_rows("reference"), [x.cpu().double() for x in tensors], dy.cpu().double())
+    error = largest(outcome(kernel, tensors, dy), exact)
+    report.add(f"{what}, worst relative error", f"{error:.1e}", error=error)
+    for B, T, H in SHAPES:
+        (*tensors, _), _, dy = inputs("wkv7", B, T, H, 64, torch.bfloat16, "cuda")
+        with torch.no_grad():
+            forward = milliseconds(partial(kernel, *tensors))
+        both = milliseconds(partial(outcome, kernel, tensors, dy))
+        shape = f"{what}: B{B} T{T} H{H} N64 bf16, forward / with backward"
+        report.add(shape, f"{forward:.2f} / {both:.2f} ms", forward_ms=forward, both_ms=both)
+
+
+def add_others(other: Callable[..., Tensor] | None, report: Report) -> None:
+    """The chunked WKV-7 and the kernels of others, on the same rows. What one of them raises is its result."""
+    kernels = {"cuda": whole_rows("cuda"), "other": other, "fla": whole_rows("fla")}
+    for name, kernel in kernels.items():
+        if kernel is None:
+            continue
+        try:
+            add_whole_rows(name, kernel, report)
+        except Exception as error:
+            report.add(f"wkv7, {name}, whole rows", f"failed: {error}")
+
+
 def add_times(op: str, peak: float, report: Report) -> None:
     for backend in (*KERNELS[op], "torch"):
         add_time(op, backend, (8, 1024, 32), peak, report)
@@ -306,9 +362,10 @@ def add_step(shape: str, backend: str, report: Report) -> None:
     report.add(what, result, ms=ms, tokens_per_s=speed, memory_gib=memory, gpu_ms=parts)
 
 
-def main(json_file: Path | None = None, minutes: float = 8.0) -> int:
+def main(json_file: Path | None = None, minutes: float = 8.0, other_file: Path | None = None) -> int:
     if json_file:
         check_name(json_file, "the results' file")
+    other = load_other(other_file) if other_file else None
     report = Report(60 * minutes)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -339,8 +396,10 @@ def main(json_file: Path | None = None, minutes: float = 8.0) -> int:
         else:
             report.add(f"{op} against the reference", "skipped: torch finds no GPU")
             report.add(f"{op}: times of the kernels and of a training step", "skipped: torch finds no GPU")
-    for shape, backend in product(STEPS if on_gpu else (), (*KERNELS["wkv7"], "fla")):
-        add_step(shape, backend, report)
+    if on_gpu:
+        add_others(other, report)
+        for backend, shape in product((*KERNELS["wkv7"], "fla"), STEPS):
+            add_step(shape, backend, report)
     Console(markup=False).print(report.table)
     if json_file:
         with atomic_write(json_file) as part:
@@ -352,6 +411,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Check and time the CUDA kernels on this machine's GPU.")
     parser.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="also write the results there")
     parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after so long (8 if not given)")
+    said = "a Python file with another WKV-7 to time: wkv7(r, z, k, v, a, b) -> y, each (B, T, H, N)"
+    parser.add_argument("--other", type=Path, metavar="FILE", dest="other_file", help=said)
     try:
         sys.exit(main(**vars(parser.parse_args())))
     except UserError as error:

@@ -114,8 +114,44 @@ def test_nothing_begins_when_the_time_is_over(as_on_a_gpu, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     skipped = [line for line in lines if "skipped: the time is over" in line]
     assert (
-        len(skipped) == 2 * len(OPS) + 3 * 4 + 3 * 5 + 2 + 5 + 4
-    )  # errors twice, ops, torch's ops, steps of 0.1B, of 0.4B and 1.5B
+        len(skipped) == 2 * len(OPS) + 3 * 4 + 3 * 5 + 2 + 5 + 2 + 4
+    )  # errors twice, ops, torch's ops, steps of 0.1B, whole rows, steps of 0.4B and 1.5B
+
+
+OTHER = """
+from rwkv_miss.ops.wkv7 import wkv7 as ours
+
+
+def wkv7(r, z, k, v, a, b):
+    return ours(r, z, k, v, a, b, backend="torch")[0]{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("", "e-03"), (" * 1.1", "1.0e-01"), (" / None", "failed: unsupported operand")]
+)
+def test_the_kernel_of_another(as_on_a_gpu, tmp_path, capsys, change, said):
+    (file := tmp_path / "other.py").write_text(OTHER.format(change))
+    report = as_on_a_gpu.Report(60)
+    as_on_a_gpu.add_others(as_on_a_gpu.load_other(file), report)
+    found = {x["what"]: x for x in report.records}
+    names = [name.removeprefix("wkv7, ").partition(",")[0] for name in found]
+    times = 0 if "/ None" in change else 4
+    assert names == ["cuda"] * 5 + ["other"] * (1 + times) + ["fla"], "fla-core is not here"
+    (error,) = [x for what, x in found.items() if "other, whole rows" in what and "bf16" not in what]
+    assert said in error["result"]
+    assert sum(x.get("both_ms") == 1.5 for x in found.values()) == 4 + times
+    assert found["wkv7, cuda, whole rows, worst relative error"]["error"] < 5e-3
+    assert "fla" in found["wkv7, fla, whole rows"]["result"]
+
+
+def test_a_file_without_a_kernel(gpu_check, tmp_path):
+    (file := tmp_path / "other.py").write_text("wkv6 = print\n")
+    with pytest.raises(UserError, match=r"other\.py: has no function wkv7\(r, z, k, v, a, b\) that returns y"):
+        gpu_check.main(other_file=file)
+    with pytest.raises(UserError, match=r"a\.cu: is no Python file"):
+        (file := tmp_path / "a.cu").touch()
+        gpu_check.main(other_file=file)
 
 
 def test_a_step_that_does_not_fit(as_on_a_gpu, monkeypatch):
@@ -194,7 +230,7 @@ def test_a_gpu_that_the_kernels_cannot_use_is_a_status_of_1(as_on_a_gpu, monkeyp
 
     monkeypatch.setattr(as_on_a_gpu, "worst_error", refuse)
     assert as_on_a_gpu.main() == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "failed: " in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "on the GPU" in line and "failed: " in line]
     assert ["wkv6 on the GPU" in lines[0], "wkv7 on the GPU" in lines[1]] == [True, True]
     assert all("built for AMD's ROCm" in line for line in lines)
 
