@@ -24,12 +24,12 @@ constexpr int REPLAYED = SAVE_EVERY / CHUNK - 1;  // chunks of a segment that ar
 constexpr int TILES = N / 16;                     // of 16 values or keys in a row of N
 constexpr int ROW = N + 16;                     // elements between rows of N in shared memory, for row_at
 constexpr int SQUARE_ROW = 24, SOLVE_ROW = 24;  // the same for rows of 16, of bf16 and of fp32
-static_assert(N == 32 || N == 64, "HEAD_SIZE: 32 or 64");
+static_assert(N == 32 || N == 64 || N == 128, "HEAD_SIZE: 32, 64 or 128");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
 // How many blocks an SM has room for with 128 and 255 registers a thread.
-constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
+constexpr int FORWARD_BLOCKS = N == 128 ? 1 : 256 / N, BACKWARD_BLOCKS = 128 / N;
 
 // Sizes in shared memory, in bytes.
 constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2;
@@ -208,23 +208,14 @@ __device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
     WRITE_AS(Word, to) = static_cast<Word>(pack(x[2], x[3])) << 32 | pack(x[0], x[1]);
 }
 
-// Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
-// of products, and writes the product of all decays of the piece to `ends`. What rounding takes away from k and b goes
-// to k_rest and b_rest, which may be the places of z and r if these are not needed any more.
-template <bool WITH_R>
-__device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
-                                        Shared<bf16> k_rest, Shared<bf16> b_rest, Shared<float> ends, int rows,
-                                        const Lane& at, Decays& d) {
-    float logs[2][4], before[2][4], totals[4], in_a[2][4], in_r[2][4], in_k[2][4], in_b[2][4];
+// totals: the sums of the logs of all decays of the piece, as sum_rows has them.
+__device__ __forceinline__ void find_decays(Shared<bf16> z, int rows, const Lane& at, Decays& d, float (&totals)[4]) {
+    float logs[2][4], before[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = at.g + 8 * half;
         float x[4];
         read_four(z + row_at<ROW>(row), at, x);
-        read_four(a + row_at<ROW>(row), at, in_a[half]);
-        if (WITH_R) read_four(r + row_at<ROW>(row), at, in_r[half]);
-        read_four(k + row_at<ROW>(row), at, in_k[half]);
-        read_four(b + row_at<ROW>(row), at, in_b[half]);
 #pragma unroll
         for (int q = 0; q < 4; q++) {
             const float small = exp2_of(-LOG2_E * fabsf(x[q]));
@@ -233,15 +224,36 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
         }
     }
     sum_rows<false>(logs, before, totals, at);
-    __syncwarp(0xffffffffu);  // all lanes have read their keys
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             d.to_a[j][i] = exp2_of(before[j][i]);
             d.to_r[j][i] = exp2_of(before[j][i] + logs[j][i]);
             d.undo[j][i] = reciprocal(d.to_r[j][i]);
         }
+}
+
+// Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
+// of products, and writes the product of all decays of the piece to `ends`. What rounding takes away from k and b goes
+// to k_rest and b_rest, which may be the places of z and r if these are not needed any more.
+template <bool WITH_R>
+__device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<bf16> k, Shared<bf16> a, Shared<bf16> b,
+                                        Shared<bf16> k_rest, Shared<bf16> b_rest, Shared<float> ends, int rows,
+                                        const Lane& at, Decays& d) {
+    float totals[4], in_a[2][4], in_r[2][4], in_k[2][4], in_b[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = at.g + 8 * half;
+        read_four(a + row_at<ROW>(row), at, in_a[half]);
+        if (WITH_R) read_four(r + row_at<ROW>(row), at, in_r[half]);
+        read_four(k + row_at<ROW>(row), at, in_k[half]);
+        read_four(b + row_at<ROW>(row), at, in_b[half]);
+    }
+    find_decays(z, rows, at, d, totals);
+    __syncwarp(0xffffffffu);  // all lanes have read their keys
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int p = place(at, j, half), i = 2 * half;
@@ -866,6 +878,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 }
             }
         float unused[4];
+        if (N == 128) find_decays(zs, rows, at, d, unused);
         sum_rows<false>(through, before, unused, at);
         sum_rows<true>(later, after, unused, at);
         float end[4];
