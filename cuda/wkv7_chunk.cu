@@ -28,7 +28,7 @@ static_assert(N == 32 || N == 64 || N == 128, "HEAD_SIZE: 32, 64 or 128");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
-// How many blocks an SM has room for with 128 and 255 registers a thread.
+// How many blocks an SM has room for with 128 and 255 registers a thread. At N = 128 the forward needs more than 128.
 constexpr int FORWARD_BLOCKS = N == 128 ? 1 : 256 / N, BACKWARD_BLOCKS = 128 / N;
 
 // Sizes in shared memory, in bytes.
@@ -874,7 +874,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 }
             }
         float unused[4];
-        if (N == 128) {  // again: with 64 registers for the gradient of the state there are none to keep them
+        if (N == 128) {  // again, as there are no registers to keep them: the state's gradient takes 64
             float logs[2][4];
 #pragma unroll
             for (int half = 0; half < 2; half++) read_logs(zs, half, rows, at, logs);
