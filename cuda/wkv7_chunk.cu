@@ -5,7 +5,7 @@
 // before it is a multiple of CHUNK, and at T. So nothing of one document is ever multiplied with anything of another,
 // not even by zero. The rows of a piece are its steps; rows that it has too few are zeros and change nothing.
 //
-// Options: -DHEAD_SIZE=64 sets the head size N (32 or 64). Launch: grid (B * H, P), block 2 N threads, dynamic
+// Options: -DHEAD_SIZE=64 sets the head size N (32, 64 or 128). Launch: grid (B * H, P), block 2 N threads, dynamic
 // shared memory FORWARD_BYTES or BACKWARD_BYTES. Each warp has 16 values (rows of the state) where it works on the
 // state, and 16 keys where it works on inputs and their gradients. The P blocks of a head share out its documents
 // (Range): any P from 1 on gives the same results to the bit.
@@ -24,12 +24,12 @@ constexpr int REPLAYED = SAVE_EVERY / CHUNK - 1;  // chunks of a segment that ar
 constexpr int TILES = N / 16;                     // of 16 values or keys in a row of N
 constexpr int ROW = N + 16;                     // elements between rows of N in shared memory, for row_at
 constexpr int SQUARE_ROW = 24, SOLVE_ROW = 24;  // the same for rows of 16, of bf16 and of fp32
-static_assert(N == 32 || N == 64, "HEAD_SIZE: 32 or 64");
+static_assert(N == 32 || N == 64 || N == 128, "HEAD_SIZE: 32, 64 or 128");
 
 constexpr float DECAY_SCALE = 0.6065306597126334f;  // e^-0.5
 constexpr float LOG2_E = 1.4426950408889634f;       // logs of decays are to the base 2
-// How many blocks an SM has room for with 128 and 255 registers a thread.
-constexpr int FORWARD_BLOCKS = 256 / N, BACKWARD_BLOCKS = 128 / N;
+// How many blocks an SM has room for with 128 and 255 registers a thread. At N = 128 the forward needs more than 128.
+constexpr int FORWARD_BLOCKS = N == 128 ? 1 : 256 / N, BACKWARD_BLOCKS = 128 / N;
 
 // Sizes in shared memory, in bytes.
 constexpr int INPUT = CHUNK * ROW * 2, STATE = N * ROW * 2;
@@ -164,6 +164,12 @@ __device__ __forceinline__ void write_pair(Shared<bf16> p, unsigned x) { WRITE_A
 // product of the decays before the row, to_r: with the row's own, undo: 1 / to_r.
 struct Decays {
     float to_a[2][4], to_r[2][4], undo[2][4];
+    // From the sum of the logs of the decays before the row, and the log of the row's own.
+    __device__ void set(int j, int i, float before, float log) {
+        to_a[j][i] = exp2_of(before);
+        to_r[j][i] = exp2_of(before + log);
+        undo[j][i] = reciprocal(to_r[j][i]);
+    }
 };
 
 // Sums over the rows of two tiles of C, for each column: of the rows before a lane's own, or of those after it.
@@ -208,6 +214,19 @@ __device__ __forceinline__ void write_four(io* to, const float (&x)[4]) {
     WRITE_AS(Word, to) = static_cast<Word>(pack(x[2], x[3])) << 32 | pack(x[0], x[1]);
 }
 
+// The logs of the decays of rows g (half 0) or g + 8 (half 1); 0 for rows that a piece has too few.
+__device__ __forceinline__ void read_logs(Shared<bf16> z, int half, int rows, const Lane& at, float (&logs)[2][4]) {
+    const int row = at.g + 8 * half;
+    float x[4];
+    read_four(z + row_at<ROW>(row), at, x);
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        const float small = exp2_of(-LOG2_E * fabsf(x[q]));
+        const float log = -DECAY_SCALE * LOG2_E * (x[q] < 0 ? small : 1.0f) * reciprocal(1.0f + small);
+        logs[q / 2][2 * half + q % 2] = row < rows ? log : 0.0f;
+    }
+}
+
 // Multiplies the warp's keys of a, r (if WITH_R), k and b by their products of decays, in their places and in the order
 // of products, and writes the product of all decays of the piece to `ends`. What rounding takes away from k and b goes
 // to k_rest and b_rest, which may be the places of z and r if these are not needed any more.
@@ -219,29 +238,18 @@ __device__ __forceinline__ void prepare(Shared<bf16> r, Shared<bf16> z, Shared<b
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = at.g + 8 * half;
-        float x[4];
-        read_four(z + row_at<ROW>(row), at, x);
+        read_logs(z, half, rows, at, logs);
         read_four(a + row_at<ROW>(row), at, in_a[half]);
         if (WITH_R) read_four(r + row_at<ROW>(row), at, in_r[half]);
         read_four(k + row_at<ROW>(row), at, in_k[half]);
         read_four(b + row_at<ROW>(row), at, in_b[half]);
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            const float small = exp2_of(-LOG2_E * fabsf(x[q]));
-            const float log = -DECAY_SCALE * LOG2_E * (x[q] < 0 ? small : 1.0f) * reciprocal(1.0f + small);
-            logs[q / 2][2 * half + q % 2] = row < rows ? log : 0.0f;
-        }
     }
     sum_rows<false>(logs, before, totals, at);
     __syncwarp(0xffffffffu);  // all lanes have read their keys
 #pragma unroll
     for (int j = 0; j < 2; j++) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            d.to_a[j][i] = exp2_of(before[j][i]);
-            d.to_r[j][i] = exp2_of(before[j][i] + logs[j][i]);
-            d.undo[j][i] = reciprocal(d.to_r[j][i]);
-        }
+        for (int i = 0; i < 4; i++) d.set(j, i, before[j][i], logs[j][i]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int p = place(at, j, half), i = 2 * half;
@@ -866,6 +874,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS)
                 }
             }
         float unused[4];
+        if (N == 128) {  // again, as there are no registers to keep them: the state's gradient takes 64
+            float logs[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) read_logs(zs, half, rows, at, logs);
+            sum_rows<false>(logs, before, unused, at);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) d.set(j, i, before[j][i], logs[j][i]);
+        }
         sum_rows<false>(through, before, unused, at);
         sum_rows<true>(later, after, unused, at);
         float end[4];

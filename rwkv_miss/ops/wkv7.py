@@ -34,8 +34,8 @@ def wkv7(
         backend: one of `BACKENDS`. "auto" takes the first that can be used, and logs once which: on NVIDIA's GPUs
             "cuda", then "fla"; on other GPUs "fla"; on a CPU "cpu"; and where none can, "torch". "cuda" takes head
             sizes N of 8, 16, 24, 32, 64, 96 and 128, "fla" those from 16 to 256. "cuda" computes on tensor cores, with
-            operands rounded to bfloat16, if the inputs are bfloat16, N is 32 or 64 and the GPU is sm_80 or later;
-            "cuda_scalar" never does.
+            operands rounded to bfloat16, if the inputs are bfloat16, N is 32, 64 or 128 and the GPU is sm_80 or later
+            (N = 128: one whose blocks have 162 KB of shared memory); "cuda_scalar" never does.
 
     Returns:
         y (B, T, H, N) in v's dtype, contiguous; and the state after the last step, shape and dtype as `state`, in

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 from cuda.bindings import nvrtc
 
 from rwkv_miss.ops.cuda import fused
+from rwkv_miss.ops.cuda.kernel import Program
 from rwkv_miss.ops.cuda.nvrtc import SOURCES
 from rwkv_miss.ops.cuda.programs import PROGRAMS
 from rwkv_miss.ops.cuda.wkv import launch_shape
@@ -121,13 +122,24 @@ def head_size(options: tuple[str, ...]) -> int:
     return macros(options).get("HEAD_SIZE", 0)
 
 
+def shared_of_a_block(architecture: int) -> int:
+    """The bytes of shared memory that a block may have: from compute capability 8.0 on it takes 1 KB beside its own."""
+    return (ARCHITECTURES[architecture].shared_kb - (1 if architecture >= 80 else 0)) * 1024
+
+
+def architectures(program: Program, variant: Hashable) -> list[int]:
+    """The architectures that a variant of a program is for, and on which a block has its shared memory."""
+    needs = max(program.shared_bytes(variant).values())
+    return [x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest and needs <= shared_of_a_block(x)]
+
+
 def measure_all(sample: bool) -> dict[Key, Resources]:
     """Measures every variant of every program for every architecture, in as many processes as there are processors; for
     a sample, each variant for one architecture, which takes turns."""
     combinations = []
     for name, program in PROGRAMS.items():
-        built_for = [x for x in ARCHITECTURES if divmod(x, 10) >= program.oldest]
-        for turn, options in enumerate(program.variants.values()):
+        for turn, (variant, options) in enumerate(program.variants.items()):
+            built_for = architectures(program, variant)
             chosen = [built_for[turn % len(built_for)]] if sample else built_for
             combinations += [(name, options, architecture) for architecture in chosen]
     combinations.sort(key=lambda x: -head_size(x[1]))  # what takes longest first
@@ -151,7 +163,8 @@ def blocks_per_sm(resources: Resources, architecture: int) -> int:
 
 def rows(found: dict[Key, Resources]) -> list[list[str]]:
     """A row for each kernel, head size and type: shared memory, then registers and blocks per SM by architecture. "-"
-    stands for an architecture that the program is not written for, and for the head size of one that has none."""
+    stands for an architecture that is none of the variant's `architectures`, and for the head size of one that has
+    none."""
     lines = []
     for kernel, n, dtype in sorted({key[:3] for key in found}):
         of = {x: found[kernel, n, dtype, x] for x in ARCHITECTURES if (kernel, n, dtype, x) in found}
@@ -188,8 +201,8 @@ def text(found: dict[Key, Resources]) -> str:
 Written by `python -m tests.simt.resources`, by NVRTC {version()}, of sources {fingerprint()}.
 tests/simt/test_resources.py compares that, and measures a seventh of the table again. The columns: bytes of shared
 memory per block, then for each architecture the registers per thread and, in brackets, the blocks that an SM runs at
-once. A block has 2N threads, but 64 above N = 64 in the scalar kernels of WKV, and {fused.THREADS} in those without N.
-No kernel spills registers: a test fails if one does.
+once; "-" is where it does not run. A block has 2N threads, but 64 above N = 64 in the scalar kernels of WKV, and
+{fused.THREADS} in those without N. No kernel spills registers: a test fails if one does.
 
 """ + "".join(f"| {' | '.join(row)} |\n" for row in table)
 

@@ -1,6 +1,5 @@
 """docs/kernels_resources.md is what NVRTC says: it was written of the sources as they are, and a sample of it, measured
-again, is the same. No kernel spills registers, and none needs more than the 99 KB of shared memory that every GPU from
-sm_80 on gives a block."""
+again, is the same. No kernel spills registers."""
 
 from __future__ import annotations
 
@@ -19,6 +18,9 @@ from tests.simt.resources import TABLE, Resources, blocks_per_sm, parse, text
 
 ROOT = TABLE.parents[1]
 MAKE = "python -m tests.simt.resources"
+# Where chunked kernels do not run, by their names' first ten letters and the head size: sm_75 has no bf16 on tensor
+# cores, and at N = 128 a block needs more than the 99 KB of shared memory that it may have on the others.
+LACKING = {("wkv7_chunk", "32"): [75], ("wkv7_chunk", "64"): [75], ("wkv7_chunk", "128"): [75, 86, 89, 120]}
 Table = tuple[str, dict[tuple[str, ...], list[str]]]
 
 
@@ -49,9 +51,13 @@ def test_every_kernel_head_size_type_and_architecture_compiles_without_spills():
     assert of == f"NVRTC {resources.version()}, of sources {resources.fingerprint()}", f"`{MAKE}` writes it again"
     assert len(table) == sum(len(x.kernels) * len(x.variants) for x in PROGRAMS.values())
     for row, (shared, *cells) in table.items():
-        assert int(shared) <= 99 * 1024, row  # one number: the same for all architectures
+        assert int(shared) <= 227 * 1024, row  # one number: the same for all architectures
         assert len(cells) == 7
-        for cell in cells[1:] if row[0].startswith("wkv7_chunk") else cells:
+        lacking = [x for x, cell in zip(resources.ARCHITECTURES, cells, strict=True) if cell == "-"]
+        assert lacking == LACKING.get((row[0][:10], row[1]), []), row
+        for cell in cells:
+            if cell == "-":
+                continue
             assert "spilled" not in cell, (row, cell)
             registers, blocks = cell.rstrip(")").split(" (")
             assert 0 < int(registers) <= 255 and int(blocks) > 0, (row, cell)

@@ -51,8 +51,9 @@ def test_agrees_with_the_reference(n_steps, starts):
 
 
 @pytest.mark.slow
-def test_agrees_with_the_reference_at_the_other_head_size():
-    inputs, state, weights = make_case(70, 32)
+@pytest.mark.parametrize("n", [32, 128])
+def test_agrees_with_the_reference_at_the_other_head_sizes(n):
+    inputs, state, weights = make_case(70, n)
     check(inputs, state, odd_starts(70), weights)
 
 
@@ -88,9 +89,10 @@ def zeros(inputs: list[Tensor]) -> None:
         inputs[i][:, 1::3] = 0
 
 
+@pytest.mark.parametrize("n", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", [equal_keys, near_equal_keys, strongest_decay, weakest_decay, outliers, zeros])
-def test_hard_inputs(change):
-    inputs, state, _ = make_case(100, batch=1)
+def test_hard_inputs(change, n):
+    inputs, state, _ = make_case(100, n, batch=1, n_head=128 // n)
     change(inputs)
     check(inputs, state, None, WKV7.make_weights(inputs, state))
 
@@ -102,10 +104,11 @@ def test_the_model_without_roundings_is_the_op():
     WKV7.assert_close(model, exact(inputs, state, odd_starts(70), weights), 1e-13)
 
 
-def test_rounds_where_the_model_rounds():
+@pytest.mark.parametrize("n", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_rounds_where_the_model_rounds(n):
     """What is left are roundings that went the other way, for sums taken in another order."""
-    inputs, state, weights = make_case(100)
-    mine = run_chunk(kernels(), inputs, state, odd_starts(100), weights, 0)
+    inputs, state, weights = make_case(100, n, n_head=128 // n)
+    mine = run_chunk(kernels(n), inputs, state, odd_starts(100), weights, 0)
     model = wkv7_chunk_model(
         inputs, state, odd_starts(100), *weights, rnd=to_bf16, split=to_two_bf16, checkpoint=to_bf16, every=4
     )
@@ -124,10 +127,13 @@ def test_documents_begin_anywhere(where):
     assert (mine[3][start] == 0).all() and (mine[6][start] == 0).all()  # dz, da: there is no state there
 
 
-@pytest.mark.parametrize(("begin", "end"), [(0, 5), (5, 33), (33, 70)])
-def test_nothing_crosses_a_border(begin, end):
-    """A document's results are the same to the bit whatever the others hold, infinities and NaN too."""
-    inputs, state, weights = make_case(70, batch=1)
+@pytest.mark.parametrize(
+    ("begin", "end", "n"), [(0, 5, 64), (5, 33, 64), (33, 70, 64), pytest.param(5, 33, 128, marks=pytest.mark.slow)]
+)
+def test_nothing_crosses_a_border(begin, end, n):
+    """A document's results are the same to the bit whatever the others hold, infinities and NaN too, and however many
+    blocks share a head."""
+    inputs, state, weights = make_case(70, n, batch=1, n_head=128 // n)
     start = torch.zeros(1, 70, dtype=torch.bool)
     start[0, [0, 5, 33]] = True
 
@@ -136,12 +142,12 @@ def test_nothing_crosses_a_border(begin, end):
         x[:, :begin], x[:, end:] = value, value
         return x
 
-    plain = run_chunk(kernels(), inputs, state, start, weights, 0)
+    plain = run_chunk(kernels(n), inputs, state, start, weights, 0)
     for value in (float("inf"), float("nan")):
         changed = [others(x, value) for x in inputs]
         last = weights[1] if end == 70 else torch.full_like(weights[1], value)
         first = torch.full_like(state, value)
-        found = run_chunk(kernels(), changed, first, start, [others(weights[0], value), last], 1, n_blocks=3)
+        found = run_chunk(kernels(n), changed, first, start, [others(weights[0], value), last], 1, n_blocks=3)
         for i, (x, y) in enumerate(zip(plain, found, strict=True)):
             if x.dim() == 4 and x.shape[1] == 70:
                 assert torch.equal(x[:, begin:end], y[:, begin:end]), WKV7.results[i]
@@ -282,8 +288,8 @@ def test_a_fault_in_the_kernel_is_found(fault, tmp_path):
 
 @pytest.mark.slow
 def test_every_line_of_the_kernels_has_run(tmp_path: Path):
-    library = build(PROGRAM.source, tmp_path, *PROGRAM.variants[BF16, 32], *coverage.OPTIONS)
-    inputs, state, weights = make_case(135, 32, 1, 1)
+    library = build(PROGRAM.source, tmp_path, *PROGRAM.variants[BF16, 128], *coverage.OPTIONS)
+    inputs, state, weights = make_case(135, 128, 1, 1)
     start = odd_starts(135, 1)
     start[0, 50] = True  # in the last chunk of a segment
     run_chunk(library, inputs, state, start, weights, 0, n_blocks=8)

@@ -73,6 +73,16 @@ def capability(index: int) -> tuple[int, int]:
     return major, minor
 
 
+def shared_memory(index: int) -> int:
+    """How many bytes of shared memory a block may ask for on the device of that index.
+
+    Raises:
+        DriverError: the driver cannot say.
+    """
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return _call("cuDeviceGetAttribute", attribute, _device(index))[0]
+
+
 def load(image: bytes, shared: Mapping[str, int], index: int) -> dict[str, object]:
     """Loads a compiled source onto a device, for as long as the process lives.
 

@@ -70,6 +70,9 @@ def functions_or_reason(program: Program, variant: Hashable, index: int) -> tupl
         if capability < program.oldest:
             have, need = (10 * major + minor for major, minor in (capability, program.oldest))
             return None, f"this GPU is sm_{have}, {program.source.name} is for sm_{need} and later"
+        needs, has = max(program.shared_bytes(variant).values()), driver.shared_memory(index)
+        if needs > has:
+            return None, f"a block of {program.source.name} takes {needs} bytes of shared memory, this GPU has {has}"
         image = compile_source(program.source, program.variants[variant], capability)
         return driver.load(image, program.shared_bytes(variant), index), None
     except (CompileError, driver.DriverError) as error:

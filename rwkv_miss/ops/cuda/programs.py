@@ -18,7 +18,7 @@ _WKV_VARIANTS: dict[Hashable, tuple[str, ...]] = {
     (dtype, n): (f"-DHEAD_SIZE={n}", option) for dtype, option in IO.items() for n in HEAD_SIZES
 }
 # The head sizes of cuda/wkv7_chunk.cu, which takes bfloat16 alone.
-CHUNK_HEAD_SIZES = (32, 64)
+CHUNK_HEAD_SIZES = (32, 64, 128)
 
 
 def _chunk_shared(n: int) -> dict[str, int]:

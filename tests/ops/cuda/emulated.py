@@ -75,7 +75,9 @@ EMULATED = {
     "wkv6": Emulated(PROGRAMS["wkv6"], _wkv_elements("rkvwu"), _WKV_VARIANTS),
     "wkv7": Emulated(PROGRAMS["wkv7"], _wkv_elements("rzkvab"), _WKV_VARIANTS),
     "wkv7_chunk": Emulated(
-        PROGRAMS["wkv7_chunk"], _wkv_elements("rzkvab", CHUNK_SAVE_EVERY), (((BF16, 32), 90), ((BF16, 64), 90))
+        PROGRAMS["wkv7_chunk"],
+        _wkv_elements("rzkvab", CHUNK_SAVE_EVERY),
+        (((BF16, 32), 90), ((BF16, 64), 90), ((BF16, 128), 90)),
     ),
     "fused": Emulated(PROGRAMS["fused"], _fused_elements, ((FP32, 90), (BF16, 90))),
     "toy": Emulated(TOY, _toy_elements, ((FP32, 90), (FP32, 75), (BF16, 90))),

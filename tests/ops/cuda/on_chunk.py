@@ -11,6 +11,7 @@ import torch
 
 from rwkv_miss.ops.cuda import driver
 from rwkv_miss.ops.cuda.programs import PROGRAMS
+from rwkv_miss.ops.cuda.wkv import kernel_taken
 from rwkv_miss.ops.dispatch import choose
 from tests.helpers import loss_sum
 from tests.model import test_chunks as models
@@ -38,7 +39,7 @@ def assert_close_to_the_reference(inputs, state, start):
     )
 
 
-@pytest.mark.parametrize(("n", "n_steps", "starts"), [(64, 1, False), (64, 70, True), (32, 131, True)])
+@pytest.mark.parametrize(("n", "n_steps", "starts"), [(64, 1, False), (64, 70, True), (32, 131, True), (128, 70, True)])
 def test_agrees_with_the_reference(session, n, n_steps, starts, poisoned):
     inputs, state, start = case(n, n_steps)
     assert_close_to_the_reference(inputs, state, start if starts else None)
@@ -126,13 +127,22 @@ def test_which_kernel_is_taken(session, gpu, n, dtype, backend, device, kernel, 
     assert [x.kernel for x in session.launches] == [kernel]
 
 
+def test_where_a_block_has_too_little_shared_memory(session, forgetful, monkeypatch):
+    monkeypatch.setattr(driver, "shared_memory", lambda _: 99 * 1024)  # of sm_86, sm_89 and sm_120
+    inputs, state = WKV7.make_inputs(3, 128, BF16)
+    on_cuda(*inputs, state)
+    assert [x.kernel for x in session.launches] == ["wkv7_forward"]
+    said = kernel_taken("wkv7", torch.device("cuda", 0), BF16, 128)
+    assert said.endswith("a block of wkv7_chunk.cu takes 165120 bytes of shared memory, this GPU has 101376")
+
+
 @pytest.mark.parametrize(
     ("index", "dtype", "n", "said"),
     [
         (0, BF16, 64, "chunked kernels on tensor cores"),
         (0, FP32, 16, "scalar kernels; no chunked one: the tensors are torch.float32, it takes bfloat16"),
         (1, BF16, 64, "this GPU is sm_75, wkv7_chunk.cu is for sm_80 and later"),
-        (0, BF16, 16, "the head size is 16, it takes 32, 64"),
+        (0, BF16, 16, "the head size is 16, it takes 32, 64, 128"),
     ],
 )
 def test_auto_says_which_kernel_it_takes(gpu, index, dtype, n, said, forgetful, caplog, monkeypatch):

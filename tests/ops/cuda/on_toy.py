@@ -94,6 +94,14 @@ def test_a_gpu_that_it_is_not_written_for_is_said(gpu, monkeypatch, forgetful):
         squared_relu(draw(5)[0])
 
 
+def test_a_gpu_with_too_little_shared_memory_is_said(gpu, monkeypatch, forgetful):
+    monkeypatch.setattr(toy, "TOY", dataclasses.replace(TOY, shared={FP32: {next(iter(TOY.kernels)): 65537}}))
+    assert_right(*draw(5))
+    gpu.device = 1
+    with pytest.raises(UserError, match=r"a block of toy\.cu takes 65537 bytes of shared memory, this GPU has 65536"):
+        squared_relu(draw(5)[0])
+
+
 def small_size(grid, block, arguments):
     return grid, block, [*arguments[:-1], arguments[-1] - 1]
 

@@ -35,6 +35,7 @@ struct Function {
 static Context contexts[DEVICES] = {{0}, {1}};
 static int capabilities[DEVICES][2] = {{9, 0}, {7, 5}};
 static int multiprocessors[DEVICES] = {3, 3};
+static int shared_memory[DEVICES] = {227 * 1024, 64 * 1024};  // of a block, at most
 constexpr int BLOCKS = 2;         // of any kernel that a multiprocessor runs at once
 static int version = 13000;       // of CUDA: 13.0
 static void* captured = nullptr;  // the stream that is recorded into a graph
@@ -77,9 +78,13 @@ int cuDeviceGet(int* device, int index) {
 }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     CALLED;
-    if (attribute != 16 && attribute != 75 && attribute != 76) return INVALID_VALUE;
-    // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, and the compute capability, major and minor.
-    *value = attribute == 16 ? multiprocessors[device] : capabilities[device][attribute - 75];
+    switch (attribute) {
+        case 16: *value = multiprocessors[device]; break;  // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        case 75: *value = capabilities[device][0]; break;  // _COMPUTE_CAPABILITY_MAJOR
+        case 76: *value = capabilities[device][1]; break;  // _COMPUTE_CAPABILITY_MINOR
+        case 97: *value = shared_memory[device]; break;    // _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        default: return INVALID_VALUE;
+    }
     return SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(Context** context, int device) {
@@ -124,7 +129,8 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
     CALLED;
     if (current.empty() || function->module->context != current.back()) return INVALID_CONTEXT;
-    if (attribute != 8) return INVALID_VALUE;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if (attribute != 8 || value > shared_memory[function->module->context->device]) return INVALID_VALUE;
     function->shared = value;
     return SUCCESS;
 }
