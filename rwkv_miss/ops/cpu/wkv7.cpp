@@ -1,8 +1,7 @@
 // WKV-7 forward and backward for CPUs. Each head has a state S of (value i, key j). With d = exp(-e^-0.5 sigmoid(z)), a
 // step does, in this order:
 //     S = 0 if start;  u = S a;  S = S diag(d) + u b^T + v k^T;  y = S r
-// Tensors are contiguous: r, z, k, v, a, b and y are (B, T, H, N), states are (B, H, N_value, N_key) fp32. These are
-// plain C functions over raw pointers, without torch's headers, so that they compile in seconds.
+// Tensors are contiguous: r, z, k, v, a, b and y are (B, T, H, N), states are (B, H, N_value, N_key) fp32.
 //
 // Up to STEPS steps are a piece, which is computed by products of matrices, so that a state is loaded and stored once a
 // piece, not once a step. A piece ends where a document begins: no row of one document meets a row of another. With the
@@ -19,6 +18,7 @@
 #include <initializer_list>
 
 #include "matrix.h"
+#include "tensors.h"
 
 namespace {
 
@@ -359,18 +359,30 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const flo
     });
 }
 
+// The operator of rwkv_miss/ops/wkv_operators.py.
+std::tuple<Tensor, Tensor, Tensor, Tensor> wkv7_cpu(const Tensor& r, const Tensor& z, const Tensor& k, const Tensor& v,
+                                                    const Tensor& a, const Tensor& b, const Tensor& state,
+                                                    const MaybeTensor& seq_start, bool save) {
+    const Sizes s{v.size(0), v.size(1), v.size(2), v.size(3), SAVE_EVERY};
+    const Made y(v), last(state);
+    const Saved states(save, {s.batch, s.heads, s.chunks(), s.n, s.n}, state), u(save, v.sizes(), state);
+    with_type(v, [&](auto type) {
+        forward<decltype(type)>(s, {Given(r), Given(z), Given(k), Given(v), Given(a), Given(b), Given(seq_start)},
+                                Given(state), y, last, states, u, at::get_num_threads());
+    });
+    return {y.tensor, last.tensor, states.tensor, u.tensor};
+}
+
 }  // namespace
 
+// To be called once.
+extern "C" void register_operators() {
+    static torch::Library library(torch::Library::IMPL, "rwkv_miss", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    library.impl("wkv7_cpu", wkv7_cpu);
+}
+
 // start: uint8 (B, T), or null where no document begins. saved: (B, H, chunks, N_value, N_key) and saved_u: (B, T, H,
-// N), fp32, are null where nothing is to be saved.
-#define FORWARD(name, T)                                                                                            \
-    extern "C" void name(const T* r, const T* z, const T* k, const T* v, const T* a, const T* b,                    \
-                         const float* state_in, const uint8_t* start, T* y, float* state_out, float* saved,         \
-                         float* saved_u, int64_t batch, int64_t steps, int64_t heads, int64_t n, int64_t chunk,     \
-                         int64_t threads) {                                                                         \
-        forward<T>({batch, steps, heads, n, chunk}, {r, z, k, v, a, b, start}, state_in, y, state_out, saved,       \
-                   saved_u, int(threads));                                                                          \
-    }
+// N), fp32, what the forward saved.
 // grad_y and grad_state, the gradients of y and of the last state, are null for zeros.
 #define BACKWARD(name, T)                                                                                           \
     extern "C" void name(const T* r, const T* z, const T* k, const T* v, const T* a, const T* b,                    \
@@ -380,7 +392,5 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const flo
         backward<T>({batch, steps, heads, n, chunk}, {r, z, k, v, a, b, start}, saved, saved_u, grad_y, grad_state, \
                     {dr, dz, dk, dv, da, db, dstate}, int(threads));                                                \
     }
-FORWARD(wkv7_forward_float32, float)
-FORWARD(wkv7_forward_bfloat16, bf16)
 BACKWARD(wkv7_backward_float32, float)
 BACKWARD(wkv7_backward_bfloat16, bf16)
