@@ -16,6 +16,8 @@ void add_product(const S* x, const T* M, float* __restrict__ sums, int64_t k, in
     int64_t i = 0;
     for (; i + 4 <= k; i += 4) {  // the sums are loaded and stored for 4 rows at a time
         const T* m = M + i * width;
+        for (int64_t row = 8; row < 12; row++)  // those of the pass after the next: beyond the end nothing happens
+            for (int64_t j = 0; j < n; j += 64 / sizeof(T)) __builtin_prefetch(m + row * width + j);
         const float a = to_float(x[i]), b = to_float(x[i + 1]), c = to_float(x[i + 2]), d = to_float(x[i + 3]);
         for (int64_t j = 0; j < n; j++)
             sums[j] += a * to_float(m[j]) + b * to_float(m[width + j]) + c * to_float(m[2 * width + j]) +

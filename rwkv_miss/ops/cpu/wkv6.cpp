@@ -7,6 +7,7 @@
 // out as [value][key], where three of its four sums need none. The forward keeps the state before every `chunk` steps
 // alone (`saved`, laid out as [value][key]); the backward computes the states of a chunk again, for a few value rows at
 // a time. Nothing is divided by a decay, which may be 0.
+#include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
@@ -53,8 +54,8 @@ struct Chunk {
 
     template <class T>
     Chunk(const Sizes& s, const Inputs<T>& in, int64_t bh)
-        : lanes(s.lanes()), memory(zeros(lanes * (5 * s.chunk + 1))) {
-        const int64_t part = lanes * s.chunk;
+        : lanes(s.lanes()), memory(zeros(lanes * (5 * std::min(s.chunk, s.steps) + 1))) {
+        const int64_t part = lanes * std::min(s.chunk, s.steps);
         r = memory.get();
         k = r + part;
         v = k + part;

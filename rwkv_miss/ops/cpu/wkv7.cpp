@@ -169,6 +169,42 @@ void forward_group(const Sizes& s, const Inputs<T>& in, const float* state_in, T
     });
 }
 
+// The same tasks where each has a single step, of which nothing is saved: the state is read and written once, in its own
+// layout, which takes a third of a piece's time.
+template <class T>
+void step_group(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, float* state_out, int64_t parts,
+                int64_t begin, int64_t end) {
+    const int64_t n = s.n, lanes = s.lanes();
+    Rows c(s, 1);
+    Buffer row = zeros(lanes);
+    const float *a = c.ar, *r = a + lanes, *b = c.bk, *k = b + lanes, *v = c.uv + lanes;
+    alignas(64) float sums[W];
+    for (int64_t task = begin; task < end; task++) {
+        const int64_t bh = task / parts, part = task % parts;
+        c.read(s, in, bh, 0, 1, 0);
+        for (int64_t i = part * n / parts; i < (part + 1) * n / parts; i++) {
+            const int64_t at = (bh * n + i) * n;
+            if (in.starts(s, bh, 0))
+                std::memset(row.get(), 0, n * sizeof(float));
+            else
+                read_row(state_in + at, row.get(), n);
+            Vec total = {};
+            for (int64_t j = 0; j < lanes; j += W) total += load(&row[j]) * load(a + j);
+            store(sums, total);
+            const float u = sum(sums), vi = v[i];
+            total = Vec{};
+            for (int64_t j = 0; j < lanes; j += W) {
+                const Vec x = load(&row[j]) + u * load(b + j) + vi * load(k + j);
+                total += x * load(r + j);
+                store(&row[j], x * load(c.decay + j));
+            }
+            store(sums, total);
+            from_float(sum(sums), y[bh * n + i]);
+            write_row(row.get(), state_out + at, n);
+        }
+    }
+}
+
 // What the backward of a piece computes, in rows as those of AR and BK.
 struct PieceGradients {
     int64_t lanes;
@@ -347,7 +383,10 @@ void forward(const Sizes& s, const Inputs<T>& in, const float* state_in, T* y, f
     if (heads == 0) return;
     const int64_t wanted = (threads + heads - 1) / heads, parts = wanted < vecs ? wanted : vecs;
     share(heads * parts, threads, [&](int64_t begin, int64_t end) {
-        forward_group(s, in, state_in, y, state_out, saved, saved_u, parts, begin, end);
+        if (s.steps == 1 && !saved)
+            step_group(s, in, state_in, y, state_out, parts, begin, end);
+        else
+            forward_group(s, in, state_in, y, state_out, saved, saved_u, parts, begin, end);
     });
 }
 
