@@ -132,7 +132,7 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[t
         samplings: B of them.
         generators: those of `Sampling.generator`, B of them.
     """
-    chosen = logits.argmax(dim=-1)
+    chosen = logits.max(dim=-1).indices  # argmax takes twice as long on a CPU
     drawn = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         # The floors keep the tiniest temperature and top_p from 0 / 0: in fp32 they are 0.

@@ -112,8 +112,10 @@ class Block(nn.Module):
         out, att_shift, wkv, first = self.att(self.ln1(x), context, before.att_shift, before.wkv)
         x = x + out
         out, ffn_shift = self.ffn(self.ln2(x), context, before.ffn_shift)
-        # Copies: views of the last tokens would keep the whole sequence's tensors until the last layer has run.
-        return x + out, first, LayerState(att_shift.clone(), wkv, ffn_shift.clone())
+        if x.shape[1] > 1:
+            # Copies: views of the last tokens would keep the whole sequence's tensors until the last layer has run.
+            att_shift, ffn_shift = att_shift.clone(), ffn_shift.clone()
+        return x + out, first, LayerState(att_shift, wkv, ffn_shift)
 
 
 class Head(nn.Linear):
@@ -258,10 +260,11 @@ class RWKV(nn.Module, ABC):
         if state is not None:
             state.check(self.config, x.shape[0], x)
         zeros = x.new_zeros(x.shape[0], x.shape[2])
+        layers = state.layers() if state else [(zeros, None, zeros)] * len(self.blocks)
         context = Context(tokens, seq_start, self.wkv_backend, None)
         after = []
-        for i, block in enumerate(self.blocks):
-            before = LayerState(*state.layer(i)) if state else LayerState(zeros, None, zeros)
+        for i, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
+            before = LayerState(*layer)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, first, new = checkpoint(block, x, context, before, use_reentrant=False)
             else:

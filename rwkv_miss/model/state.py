@@ -37,8 +37,8 @@ class State:
     ffn_shift: Tensor
     version: int | str
 
-    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.att_shift[i], self.wkv[i], self.ffn_shift[i]
+    def layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return list(zip(self.att_shift, self.wkv, self.ffn_shift, strict=True))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> State:
         """Applies `function` to each tensor, such as `lambda x: x[:, :1]` to keep the first sequence alone."""

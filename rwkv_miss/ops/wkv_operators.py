@@ -94,13 +94,14 @@ class Backward(Protocol):
 
 
 def register(
-    op: WkvOp, device_type: str, save_every: int, forward: Forward, backward: Backward
+    op: WkvOp, device_type: str, save_every: int, forward: Forward | None, backward: Backward
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes the operators `rwkv_miss::{op.name}_{device_type}` and `rwkv_miss::{op.name}_{device_type}_backward`.
 
     Args:
         device_type: of the tensors that the operators take, such as "cuda".
         save_every: steps between the states that the forward keeps for the backward.
+        forward: None where a C++ library makes the forward operator itself.
 
     Returns:
         The differentiable op, (*inputs, state, seq_start) -> (y, the last state), for arguments that were checked.
@@ -119,6 +120,7 @@ def register(
         return v.new_empty(v.shape), state.new_empty(state.shape), *kept
 
     def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
+        assert forward is not None
         *tensors, state, seq_start, save = arguments
         y, last, *kept = made = outputs(*arguments)
         forward(op, tensors, state, seq_start, y, last, kept if save else [None] * len(kept))
@@ -140,16 +142,16 @@ def register(
         return tuple(x if x is row else row.sum(0).to(x.dtype) for x, row in zip(made, rows, strict=True))
 
     def operator(
-        suffix: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable, takes: str, n_outputs: int
+        suffix: str, function: Callable[..., tuple[Tensor, ...]] | None, fake: Callable, takes: str, n_outputs: int
     ) -> tuple[Any, bool]:
         qualified = f"{op.name}_{device_type}{suffix}"
         is_new = define(qualified, f"({inputs}, {takes}) -> ({', '.join(['Tensor'] * n_outputs)})", fake)
-        if is_new:  # for any device, as the tests run kernels of GPUs in an emulator
+        if is_new and function:  # for any device, as the tests run kernels of GPUs in an emulator
             LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.rwkv_miss, qualified).default, is_new
 
     takes = "Tensor state, Tensor? seq_start, bool save"
-    forward_op, is_new = operator("", run_forward, outputs, takes, 3 + len(op.saved))
+    forward_op, is_new = operator("", run_forward if forward else None, outputs, takes, 3 + len(op.saved))
     takes = f"Tensor? seq_start, {saved}, Tensor? grad_y, Tensor? grad_state"
     backward_op, _ = operator("_backward", run_backward, gradients, takes, len(op.inputs) + 1)
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_miss.benchmarks.common import threads as thread_count
 from rwkv_miss.errors import UserError
 from rwkv_miss.ops import BACKENDS
 from rwkv_miss.ops.cpu import build, kernel
 from rwkv_miss.ops.cpu.wkv import source
 from rwkv_miss.ops.dispatch import IMPLEMENTATIONS, announce
-from tests.ops.cases import WKV6, WKV7, odd_starts, run
+from tests.ops.cases import TOLERANCE, WKV6, WKV7, odd_starts, run
 from tests.processes import run_process
 
 # The backends that run on this machine, besides the reference.
@@ -65,6 +66,20 @@ def test_backend_matches_reference(wkv, backend, n_steps, n, starts, poisoned):
 def test_backend_matches_reference_in_bf16(wkv, backend, n, n_steps, poisoned):
     inputs, state = wkv.make_inputs(n_steps, n, torch.bfloat16)
     wkv.assert_matches_reference(wkv.with_backend(backend), inputs, state, odd_starts(n_steps))
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [5, 24, 64])
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_step_without_gradients(wkv, starts, n, dtype, threads, poisoned):
+    inputs, state = wkv.make_inputs(1, n, dtype, n_head=1)
+    start = torch.tensor([[False], [True]]) if starts else None
+    with thread_count(threads):
+        y, last = wkv.op(*inputs, state, start, backend="cpu")
+    exact_y, exact_last = wkv.reference(*(x.double() for x in inputs), state.double(), start)
+    assert (y.double() - exact_y).norm() <= TOLERANCE[dtype] * exact_y.norm()
+    assert (last.double() - exact_last).norm() <= TOLERANCE[torch.float32] * exact_last.norm()
 
 
 def test_torch_matches_reference_in_float64(wkv, poisoned):

@@ -20,6 +20,9 @@ namespace {
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef float Quad __attribute__((vector_size(16)));
 
+// Steps between the states that the WKV forward saves: as in wkv.py.
+constexpr int64_t SAVE_EVERY = 32;
+
 // The sizes of a call. n: the head size; chunk: steps between the states that the forward saves. Heads are counted over
 // the whole batch as bh = sequence * heads + head.
 struct Sizes {

@@ -98,5 +98,8 @@ void transpose(const float* x, int64_t x_row, float* y, int64_t y_row, int64_t r
             for (int p = 0; p < W; p++) store(y + (j + p) * y_row + i, block[p]);
         }
 }
+#undef SHUFFLE
+#undef LOW
+#undef HIGH
 
 }  // namespace

@@ -37,6 +37,16 @@ struct Made {
     }
 };
 
+// What the WKV forward keeps for the backward: of that shape and of the state's type; null, and without elements, where
+// nothing is to be kept.
+struct Saved {
+    Tensor tensor;
+    Saved(bool save, at::IntArrayRef shape, const Tensor& state)
+        : tensor(at::empty(save ? shape : at::IntArrayRef(NOTHING), state.options())) {}
+    operator float*() const { return tensor.numel() ? tensor.mutable_data_ptr<float>() : nullptr; }
+    static constexpr int64_t NOTHING[] = {0};
+};
+
 // function(a value of the type of x's elements)
 template <class Function>
 void with_type(const Tensor& x, Function function) {

@@ -1,4 +1,4 @@
-"""WKV-6 and WKV-7 on the CPU: wkv6.cpp and wkv7.cpp as operators of torch.library."""
+"""WKV-6 and WKV-7 on the CPU: the forward operators and the backward kernels of wkv6.cpp and wkv7.cpp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rwkv_miss.ops.cpu import kernel
 from rwkv_miss.ops.wkv_operators import WKV6, WKV7, WkvOp, register
 
-# Steps between the states that the forward keeps for the backward.
+# Steps between the states that the forward keeps for the backward: as in common.h.
 SAVE_EVERY = 32
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -30,20 +30,7 @@ def unusable(op: str, device: torch.device, dtype: torch.dtype, n: int) -> str |
         return f"the tensors are on {device.type}"
     if dtype not in _DTYPES:
         return f"the tensors are {dtype}, it takes float32 and bfloat16"
-    return kernel.library_or_reason(source(op))[1]
-
-
-def _forward(
-    op: WkvOp,
-    inputs: Sequence[Tensor],
-    state: Tensor,
-    seq_start: Tensor | None,
-    y: Tensor,
-    last: Tensor,
-    saved: Sequence[Tensor | None],
-) -> None:
-    """Fills y, the last state and what is saved for the backward; see `register`."""
-    _call(op, "forward", [*inputs, state, seq_start, y, last, *saved])
+    return kernel.operators_or_reason(source(op))
 
 
 def _backward(
@@ -56,18 +43,14 @@ def _backward(
     grads: Sequence[Tensor],
 ) -> None:
     """Fills the gradients; see `register`."""
-    _call(op, "backward", [*inputs, seq_start, *saved, grad_y, grad_state, *grads])
-
-
-def _call(op: WkvOp, direction: str, tensors: list[Tensor | None]) -> None:
-    v = tensors[op.v]
-    assert v is not None
+    tensors = [*inputs, seq_start, *saved, grad_y, grad_state, *grads]
     # What is to be filled is contiguous already, so that only inputs are copied.
     ready = [None if x is None else x.contiguous() for x in tensors]
-    function = f"{op.name}_{direction}_{_DTYPES[v.dtype]}"
+    v = inputs[op.v]
+    function = f"{op.name}_backward_{_DTYPES[v.dtype]}"
     kernel.call(source(op.name), function, [*ready, *v.shape, SAVE_EVERY, torch.get_num_threads()])
 
 
 # (*inputs, state, seq_start) -> (y, the last state), as in `rwkv_miss.ops`, with arguments that were checked.
-wkv6 = register(WKV6, "cpu", SAVE_EVERY, _forward, _backward)
-wkv7 = register(WKV7, "cpu", SAVE_EVERY, _forward, _backward)
+wkv6 = register(WKV6, "cpu", SAVE_EVERY, None, _backward)
+wkv7 = register(WKV7, "cpu", SAVE_EVERY, None, _backward)

@@ -1,17 +1,18 @@
 // WKV-6 forward and backward for CPUs. Each head has a state S of (key j, value i). With d = exp(-exp(w)), a step does,
 // in this order:
 //     S = 0 if start;  y = (S + diag(u) k v^T)^T r;  S = diag(d) S + k v^T
-// Tensors are contiguous: r, k, v, w and y are (B, T, H, N), u is (H, N), states are (B, H, N_key, N_value) fp32. These
-// are plain C functions over raw pointers, without torch's headers, so that they compile in seconds.
+// Tensors are contiguous: r, k, v, w and y are (B, T, H, N), u is (H, N), states are (B, H, N_key, N_value) fp32.
 //
 // The forward lays the state out as [key][value], so that y needs no sum across a vector's lanes. The backward lays it
 // out as [value][key], where three of its four sums need none. The forward keeps the state before every `chunk` steps
 // alone (`saved`, laid out as [value][key]); the backward computes the states of a chunk again, for a few value rows at
 // a time. Nothing is divided by a decay, which may be 0.
+#include <algorithm>
 #include <initializer_list>
 #include <type_traits>
 
 #include "common.h"
+#include "tensors.h"
 
 namespace {
 
@@ -53,8 +54,8 @@ struct Chunk {
 
     template <class T>
     Chunk(const Sizes& s, const Inputs<T>& in, int64_t bh)
-        : lanes(s.lanes()), memory(zeros(lanes * (5 * s.chunk + 1))) {
-        const int64_t part = lanes * s.chunk;
+        : lanes(s.lanes()), memory(zeros(lanes * (5 * std::min(s.chunk, s.steps) + 1))) {
+        const int64_t part = lanes * std::min(s.chunk, s.steps);
         r = memory.get();
         k = r + part;
         v = k + part;
@@ -282,17 +283,30 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const T* 
     for (int64_t bh = 0; bh < s.batch * s.heads; bh++) backward_head(s, in, saved, grad_y, grad_state, grad, bh);
 }
 
+// The operator of rwkv_miss/ops/wkv_operators.py.
+std::tuple<Tensor, Tensor, Tensor> wkv6_cpu(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
+                                            const Tensor& u, const Tensor& state, const MaybeTensor& seq_start,
+                                            bool save) {
+    const Sizes s{v.size(0), v.size(1), v.size(2), v.size(3), SAVE_EVERY};
+    const Made y(v), last(state);
+    const Saved states(save, {s.batch, s.heads, s.chunks(), s.n, s.n}, state);
+    with_type(v, [&](auto type) {
+        forward<decltype(type)>(s, {Given(r), Given(k), Given(v), Given(w), Given(u), Given(seq_start)}, Given(state),
+                                y, last, states, at::get_num_threads());
+    });
+    return {y.tensor, last.tensor, states.tensor};
+}
+
 }  // namespace
 
-// start: uint8 (B, T), or null where no document begins. saved: (B, H, chunks, N_value, N_key) fp32, or null where
-// nothing is to be saved.
-#define FORWARD(name, T)                                                                                            \
-    extern "C" void name(const T* r, const T* k, const T* v, const T* w, const T* u, const float* state_in,         \
-                         const uint8_t* start, T* y, float* state_out, float* saved, int64_t batch, int64_t steps,  \
-                         int64_t heads, int64_t n, int64_t chunk, int64_t threads) {                                \
-        forward<T>({batch, steps, heads, n, chunk}, {r, k, v, w, u, start}, state_in, y, state_out, saved,          \
-                   int(threads));                                                                                   \
-    }
+// To be called once.
+extern "C" void register_operators() {
+    static torch::Library library(torch::Library::IMPL, "rwkv_miss", c10::DispatchKey::CPU, __FILE__, __LINE__);
+    library.impl("wkv6_cpu", wkv6_cpu);
+}
+
+// start: uint8 (B, T), or null where no document begins. saved: (B, H, chunks, N_value, N_key) fp32, what the forward
+// saved.
 // grad_y and grad_state, the gradients of y and of the last state, are null for zeros. du: (B, H, N) fp32, for each
 // sequence of the batch.
 #define BACKWARD(name, T)                                                                                           \
@@ -303,7 +317,5 @@ void backward(const Sizes& s, const Inputs<T>& in, const float* saved, const T* 
         backward<T>({batch, steps, heads, n, chunk}, {r, k, v, w, u, start}, saved, grad_y, grad_state,             \
                     {dr, dk, dv, dw, du, dstate}, int(threads));                                                    \
     }
-FORWARD(wkv6_forward_float32, float)
-FORWARD(wkv6_forward_bfloat16, bf16)
 BACKWARD(wkv6_backward_float32, float)
 BACKWARD(wkv6_backward_bfloat16, bf16)
