@@ -1,15 +1,12 @@
-"""What the process keeps of memory that was freed, and the pages that it gets."""
+"""What the process keeps of memory that was freed."""
 
 from __future__ import annotations
 
 import platform
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from rwkv_miss.heap import use_large_pages
 from tests.processes import run_process
 
 # The pages that the system hands out for 200 MB of blocks that were freed just before, of 51,000.
@@ -36,18 +33,3 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_used_again():
     result = run_process([sys.executable, "-c", PAGES], timeout=120)
     assert int(result.stdout) < 5_000, result.stderr
-
-
-LARGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(not LARGE.exists() or "[never]" in LARGE.read_text(), reason="this system has no large pages")
-def test_large_pages():
-    def in_large_pages() -> int:
-        return int(Path("/proc/self/smaps_rollup").read_text().split("AnonHugePages:")[1].split()[0])
-
-    before = in_large_pages()
-    x = torch.empty(25_000_000)
-    use_large_pages(x)
-    x.fill_(1.0)
-    assert in_large_pages() - before > 80_000  # kB

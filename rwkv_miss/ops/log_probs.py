@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_miss.heap import use_large_pages
 from rwkv_miss.ops.cpu import kernel
 
 _SOURCE = Path(kernel.__file__).with_name("log_probs.cpp")
@@ -82,7 +81,6 @@ def _pieces(
     log_probs = _log_probs_in_cpp if _in_cpp(rows) else _log_probs
     size = max(1, min(len(rows), _MAX_LOGITS // len(weight)))
     memory = rows.new_empty(size, len(weight))  # once for all pieces: the system gives new memory page by page
-    use_large_pages(memory)
     starts = range(0, len(rows), size)
     # On the meta device, where nothing is computed, all pieces but the last are the same: two stand for all.
     for start in {*starts[:1], *starts[-1:]} if rows.is_meta else starts:

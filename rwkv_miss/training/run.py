@@ -105,7 +105,7 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
         newest = out / (LAST if prepared.val_rows is not None else "adapter")
         trainer.callbacks.append(moving.restore(trainer, module, resume, newest, prepared.steps_an_epoch))  # type: ignore[attr-defined]
         checkpoint = None
-    if trainer.strategy.root_device.type == "cpu":
+    if not torch.cuda.is_available():
         keep_freed_memory()
     with watch.guarding():
         try:
