@@ -22,7 +22,7 @@ MODULES = {
 # The parts of the package from the lowest to the highest: each may import those below it, and itself.
 LAYERS = [
     {"errors"},
-    {"config", "files", "heap", "progress", "threads"},
+    {"config", "files", "progress", "threads"},
     {"plain_reads"},
     {"checkpoint", "fingerprints", "ops"},
     {"model"},

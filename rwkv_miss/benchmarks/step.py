@@ -17,7 +17,6 @@ from rwkv_miss.adapters.inject import inject, trained_parameters
 from rwkv_miss.benchmarks.common import Table, apart, by_turns, peak_bytes, ratios, threads
 from rwkv_miss.benchmarks.hf_step import make_peer, peer_step
 from rwkv_miss.config import AdapterConfig
-from rwkv_miss.heap import keep_freed_memory
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.init import new_config
 from rwkv_miss.model.log_probs import batch_log_probs
@@ -78,7 +77,6 @@ def bench_step(thread_count: int) -> Table:
 def step_and_products(version: int, dtype: str, sizes: Sizes) -> dict[str, Callable[[], object]]:
     """A step, and its products alone."""
     model, tokens = make_model(version, dtype, sizes), _tokens(sizes)
-    keep_freed_memory()  # as a run does
     step = partial(_step, model, tokens)
     return {"step": step, "products": products(step)}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_miss.heap import give_freed_memory_back
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.state import State
 
@@ -59,6 +59,14 @@ def _chunk_log_probs(
     trim: bool = False,
 ) -> tuple[Tensor, State]:
     if trim and tokens.device.type == "cpu":
-        give_freed_memory_back()
+        _give_freed_memory_back()
     hidden, state = model.hidden(tokens, state, seq_start)
     return model.head(hidden, targets, reduction), state
+
+
+def _give_freed_memory_back() -> None:
+    """Asks glibc to return freed memory to the system. Small nodes of the autograd graph stay between the activations
+    of a chunk; when the activations are freed, glibc (2.36) cannot reuse the gaps for aligned blocks of the same size,
+    so the freed memory adds up from chunk to chunk. Other C libraries have no such call."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

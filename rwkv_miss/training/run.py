@@ -22,7 +22,6 @@ from rwkv_miss.data.tokenizers import load_tokenizer
 from rwkv_miss.errors import RunError, UserError
 from rwkv_miss.files import atomic_write, remove
 from rwkv_miss.fingerprints import fingerprint
-from rwkv_miss.heap import keep_freed_memory
 from rwkv_miss.model.base import RWKV
 from rwkv_miss.model.load import build_model
 from rwkv_miss.model.quantised import QuantLinear
@@ -105,8 +104,6 @@ def run(config: TrainConfig, resume: Resume | None, console: Console) -> TrainRe
         newest = out / (LAST if prepared.val_rows is not None else "adapter")
         trainer.callbacks.append(moving.restore(trainer, module, resume, newest, prepared.steps_an_epoch))  # type: ignore[attr-defined]
         checkpoint = None
-    if not torch.cuda.is_available():
-        keep_freed_memory()
     with watch.guarding():
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
