@@ -154,8 +154,12 @@ def _thoughts_end(template: Template) -> str:
 
 def unused(record: Record, options: DataOptions) -> list[str]:
     """The names of what the record holds and its template does not write."""
-    if not record.tools and not any(turn.calls or turn.thought or "<think>" in turn.content for turn in record.turns):
-        return []
+    for turn in record.turns:
+        if turn.calls or turn.thought or "<think>" in turn.content:
+            break
+    else:
+        if not record.tools:
+            return []
     answers = [turn for turn in record.turns if turn.role == "assistant"]
     template = find_template(options.template)
     thoughts = [_split(record.where, turn, template)[0] for turn in answers]

@@ -26,6 +26,9 @@ from rwkv_miss.errors import RunError
 # processor knows the addresses of few pages at once: with small ones tokenising takes up to 1.5 times as long.
 _TUNABLES, _LARGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
+# What the pipes hold; by default it is 64 KB, and a block of 4 MB takes four times as long through them.
+_PIPE_SIZE = 1 << 20
+
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -78,6 +81,8 @@ def _started(function: Callable, count: int) -> Iterator[list[_Worker]]:
     pipes = [(*os.pipe(), *os.pipe()) for _ in range(count)]
     workers = [_Worker(os.fdopen(items, "wb"), os.fdopen(answers, "rb")) for _, items, answers, _ in pipes]
     theirs = [(items, answers) for items, _, _, answers in pipes]
+    for number in chain(*theirs):
+        _enlarge(number)
     code = f"import sys; sys.path[:] = {sys.path!r}; from rwkv_miss.data.workers import serve; serve({theirs})"
     env = os.environ | {_TUNABLES: ":".join(filter(None, (os.environ.get(_TUNABLES), _LARGE_PAGES)))}
     first = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=[*chain(*theirs)], env=env)
@@ -93,6 +98,14 @@ def _started(function: Callable, count: int) -> Iterator[list[_Worker]]:
             with suppress(OSError):  # what is left for a process that has ended
                 file.close()
         first.wait()
+
+
+def _enlarge(pipe: int) -> None:
+    """Lets a pipe hold `_PIPE_SIZE`, where the system can do that and allows it."""
+    import fcntl  # not on Windows
+
+    with suppress(OSError, AttributeError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 def _ask(idle: SimpleQueue[_Worker], item: Any) -> Any:

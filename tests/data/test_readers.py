@@ -17,6 +17,8 @@ from itertools import islice
 import pyarrow.ipc
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rwkv_miss.config import DataOptions
@@ -109,6 +111,29 @@ def test_blocks_of_any_size_are_whole_lines(tmp_path, monkeypatch, size):
     assert [record.where for record in records] == [f"{path}:{number}" for number in (1, 3, 4, 5)]
     assert all(block.content.endswith(b"\n") for block in blocks[:-1])
     assert len(blocks) == {1: 4, 7: 4, 30: 2, 1000: 1}[size]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES), st.booleans(), st.binary(max_size=3), st.integers(0, 300))
+def test_a_line_is_what_the_standard_library_reads(item, is_ascii, change, at):
+    """Also where it is no JSON: then it is refused."""
+    text = json.dumps(item, ensure_ascii=is_ascii).encode()
+    raw = text[:at] + change + text[at + len(change) :]
+    try:
+        expected = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        expected = None
+    if isinstance(expected, dict):
+        assert repr(jsonl._object("a.jsonl:1", raw)) == repr(expected)
+    else:
+        with pytest.raises(UserError, match=r"^a\.jsonl:1: "):
+            jsonl._object("a.jsonl:1", raw)
 
 
 @pytest.mark.parametrize("size", [1, 7, 60])

@@ -386,7 +386,8 @@ def _optional(at: str, fields: dict[str, Any], name: str) -> str:
 
 def _string(where: str, fields: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
     """The field's value: a string that is there, holds more than white space, and can be written as UTF-8."""
-    _check_there(where, fields, (name,), _ADVICE)
+    if name not in fields:
+        _check_there(where, fields, (name,), _ADVICE)
     value = fields.pop(name)
     if not isinstance(value, str):
         raise UserError(f"{where}: field {name!r} is {kind(value)}, not a string; {_CORRECT}")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
+
 from rwkv_miss.config import DataOptions
 from rwkv_miss.data.readers.block import BLOCK_SIZE, LONGEST, Block
 from rwkv_miss.data.readers.fields import kind, record_of
@@ -36,11 +38,22 @@ def jsonl_records(block: Block, options: DataOptions) -> Iterator[Record]:
         if not raw or raw.isspace():
             continue
         where = f"{path}:{number}"
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-        yield record_of(where, parse_object(where, text, "give one object a line"), options)
+        yield record_of(where, _object(where, raw), options)
+
+
+def _object(where: str, raw: bytes) -> dict[str, Any]:
+    """The JSON object in a line. Raises UserError if there is none."""
+    try:
+        item = msgspec.json.decode(raw)  # in half of the time that `json` takes
+        if isinstance(item, dict):
+            return item
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # `json` reads more, such as NaN, and says where the mistake is
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    return parse_object(where, text, "give one object a line")
 
 
 def parse_object(where: str, text: str, advice: str) -> dict[str, Any]:
