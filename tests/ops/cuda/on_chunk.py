@@ -88,6 +88,29 @@ def test_a_whole_model_is_as_near_to_float64_as_bfloat16_is(session, chunk_len):
     assert (mine - exact).norm() < 1.5 * (plain - exact).norm()
 
 
+@pytest.mark.parametrize("chunk_len", [None, 17])
+def test_a_training_has_the_losses_of_another_backend(session, chunk_len):
+    """Packed rows, at once and in chunks, all in bfloat16, the adapters' weights too."""
+
+    def losses(backend):
+        model = models.adapted(7, BF16, backend, n_head=1, head_size=32)
+        optimizer = torch.optim.AdamW(models.trained(model).values(), lr=0.02)
+        found = []
+        for _ in range(6):
+            loss, _ = loss_sum(model, models.packed_batch(), None, chunk_len)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found)
+
+    expected, mine = losses("torch"), losses("cuda")
+    assert {x.kernel for x in session.launches} >= set(PROGRAMS["wkv7_chunk"].kernels)
+    assert expected[-1] < 0.7 * expected[0]
+    torch.testing.assert_close(mine, expected, rtol=0.015, atol=0)
+    torch.testing.assert_close(mine[:2], expected[:2], rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     ("n_head", "n_steps", "starts", "blocks"),
     [(2, 1100, True, 3), (1, 600, True, 2), (4, 600, True, 1), (1, 511, True, 1), (1, 600, False, 1)],
