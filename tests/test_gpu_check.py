@@ -135,7 +135,7 @@ def test_the_kernel_of_another(as_on_a_gpu, tmp_path, capsys, change, said):
     report = as_on_a_gpu.Report(60)
     as_on_a_gpu.add_others(as_on_a_gpu.load_other(file), report)
     found = {x["what"]: x for x in report.records}
-    names = [name.removeprefix("wkv7, ").partition(",")[0] for name in found]
+    names = [x["what"].removeprefix("wkv7, ").partition(",")[0] for x in report.records]
     times = 0 if "/ None" in change else 4
     assert names == ["cuda", "other", "fla"] + ["cuda", "other"][: 1 + (times > 0)] * 4  # fla-core is not for a CPU
     (error,) = [x for what, x in found.items() if "other, whole rows" in what and "bf16" not in what]
